@@ -1,0 +1,117 @@
+"""Every field, its default and its meaning: the only schema. The defaults are DeiT's recipe.
+
+A config file imports this one and changes a few lines. Any field can be changed on the command
+line (`--config.optim.lr=1e-3`); a mistyped key or a value of the wrong type stops at start-up.
+Batch sizes are global. A field that is None takes the value that belongs to the model's name.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_model_config(name: str) -> ConfigDict:
+    """Return the fields that choose and reshape an architecture."""
+    m = ConfigDict()
+    m.name = name  # see `python -c "import deit_jax; print(deit_jax.list_models())"`
+    m.image_size = placeholder(int)  # pixels, square
+    m.drop_path = placeholder(float)  # stochastic depth, rate of the last block
+    m.dropout = placeholder(float)
+    m.remat = placeholder(bool)  # recompute activations in the backward pass: less memory, slower
+    # Vision transformers:
+    m.patch_size = placeholder(int)
+    m.width = placeholder(int)
+    m.depth = placeholder(int)
+    m.num_heads = placeholder(int)
+    m.layer_scale = placeholder(float)
+    # RegNetY:
+    m.widths = placeholder(tuple)  # per stage
+    m.depths = placeholder(tuple)  # per stage
+    m.group_width = placeholder(int)
+    m.stem_width = placeholder(int)
+    m.stem_stride = placeholder(int)
+    return m
+
+
+def get_config() -> ConfigDict:
+    """Return DeiT-B, without distillation, on ImageNet-1k for 300 epochs."""
+    c = ConfigDict()
+    c.seed = 0
+    c.epochs = 300.0
+    c.batch_size = 1024  # examples per update; counts every copy of repeated augmentation
+    c.model = get_model_config("deit_base_patch16_224")
+    c.model.drop_path = 0.1
+    c.dtype = "auto"  # compute: bfloat16, float32, or auto = bfloat16 on TPU and GPU
+
+    c.data = ConfigDict()
+    c.data.source = "tfds:imagenet2012"  # tfds:NAME, folder:PATH, or digits (embedded)
+    c.data.dir = ""  # where TFDS keeps its data sets; "" = TFDS's default
+    c.data.train_split = "train"
+    c.data.eval_split = "validation"
+    c.data.eval_fraction = 0.2  # held out where the source has no split for evaluation
+    c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    c.data.std = (0.229, 0.224, 0.225)
+    c.data.eval_crop_ratio = 0.875  # resize the shorter side to image_size / ratio, crop the centre
+    c.data.threads = 0  # decoding threads per process; 0 = one per core
+    c.data.prefetch_batches = 8
+
+    c.augment = ConfigDict()
+    c.augment.crop_scale = (0.08, 1.0)  # share of the image's area
+    c.augment.crop_ratio = (3 / 4, 4 / 3)  # width / height
+    c.augment.flip_prob = 0.5  # left-right
+    c.augment.auto = "rand-m9-mstd0.5-inc1"  # timm's grammar; "3aug" = 3-Augment; "" = none
+    c.augment.color_jitter = 0.3  # as in timm, only where `auto` is not RandAugment
+    c.augment.repeats = 3  # copies of an image in a batch; an epoch sees 1/repeats of the images
+    c.augment.erase_prob = 0.25  # random erasing, on device
+
+    c.mixing = ConfigDict()  # mixup and cutmix, on device
+    c.mixing.prob = 1.0
+    c.mixing.mixup_alpha = 0.8  # Beta(alpha, alpha); 0 = no mixup
+    c.mixing.cutmix_alpha = 1.0  # 0 = no cutmix
+    c.mixing.switch_prob = 0.5  # of cutmix where both are on
+    c.mixing.group_size = 64  # consecutive examples that share one draw and mix among themselves
+
+    c.loss = ConfigDict()
+    c.loss.smoothing = 0.1  # of the labels, not of a teacher's
+
+    c.distill = ConfigDict()
+    c.distill.kind = (
+        "none"  # none, soft or hard; through the distillation token if the model has one
+    )
+    c.distill.alpha = 0.5  # weight of the teacher's term
+    c.distill.tau = 1.0  # temperature of soft distillation
+    c.distill.reduction = (
+        "batchmean"  # of soft distillation; "numel" = the reference code's / (B K)
+    )
+
+    c.teacher = ConfigDict()
+    c.teacher.weights = ""  # workdir of a finished `deit train`
+    c.teacher.epochs = 0.0  # without weights: first train teacher.model so long, in WORKDIR/teacher
+    c.teacher.lr = c.get_ref("batch_size").to_float() * 5e-4 / 512
+    c.teacher.model = get_model_config("regnety_160")
+
+    c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw or sgd
+    c.optim.lr = (
+        c.get_ref("batch_size").to_float() * 5e-4 / 512
+    )  # peak; follows --config.batch_size
+    c.optim.warmup_lr = 1e-6
+    c.optim.warmup_epochs = 5.0
+    c.optim.min_lr = 1e-5
+    c.optim.weight_decay = 0.05
+    c.optim.b1 = 0.9  # momentum, for sgd
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.clip_norm = 0.0  # of the global gradient; 0 = no clipping
+    c.optim.accum_steps = 1  # micro-batches per update
+    c.optim.ema_decay = 0.99996  # exponential moving average of the weights; 0 = none
+
+    c.mesh = ConfigDict()
+    c.mesh.fsdp = 1  # devices that share one copy of the weights; the others are data-parallel
+
+    c.train = ConfigDict()
+    c.train.log_every_steps = 50
+    c.train.eval_every_epochs = 1.0
+    c.train.save_every_epochs = 1.0
+    c.train.keep_checkpoints = 2  # the latest ones; the best one is kept besides
+    c.train.eval_batch_size = 1024
+    return c

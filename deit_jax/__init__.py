@@ -1,0 +1,20 @@
+"""DeiT in JAX/Flax: see README.md for the commands, docs/design.md for the architecture."""
+
+from deit_jax.version import __version__
+
+__all__ = ["__version__", "create_model", "list_models", "load"]
+
+_API = {
+    "create_model": "deit_jax.models.registry",
+    "list_models": "deit_jax.models.registry",
+    "load": "deit_jax.weights",
+}
+
+
+def __getattr__(name: str):
+    """Import the public functions on first use, so that `deit --help` does not load JAX."""
+    if name not in _API:
+        raise AttributeError(f"module 'deit_jax' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_API[name]), name)

@@ -1,0 +1,81 @@
+"""`deit COMMAND`, or `python -m deit_jax COMMAND`: find the command and report its errors."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train a model, or continue the run in --workdir",
+    "eval": "top-1 and top-5 of each head on a data set",
+    "predict": "classify image files",
+}
+USAGE = f"""DeiT in JAX: train, evaluate and use data-efficient image transformers.
+
+usage: deit COMMAND [--flag=value …]
+       deit COMMAND --help
+
+{chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
+
+An error is one line; --debug adds its traceback. Exit codes: 0 success, 1 failure, 2 usage.
+"""
+MODULES = {"eval": "evaluate"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from deit_jax.version import __version__
+
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
+        print(f"deit: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    return _run(name, rest)
+
+
+def _run(name: str, argv: list[str]) -> int:
+    from deit_jax.cli import UsageError
+    from deit_jax.errors import UserError
+
+    _start_logging()
+    try:
+        importlib.import_module(f"deit_jax.{MODULES.get(name, name)}").main(argv)
+        return 0
+    except KeyboardInterrupt:
+        print(f"deit {name}: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        if isinstance(error, UserError):
+            message = str(error)
+        else:
+            first = next(iter(str(error).splitlines()), "")
+            message = f"{type(error).__name__}: {first} (--debug shows where)"
+        print(f"deit {name}: {message}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _start_logging() -> None:
+    """Send our own lines to stderr; of the libraries', only errors."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("deit_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What the commands share: flags with a config file, and help."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from deit_jax.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class UsageError(UserError):
+    """A command line that cannot be understood (exit code 2)."""
+
+
+class Command:
+    """The flags of one command: define them on `flags`, then parse the words after its name."""
+
+    def __init__(self, name: str, doc: str):
+        self.flags = flags.FlagValues()
+        self._name, self._doc = name, doc
+        self._config_argv: list[str] = []
+        flags.DEFINE_boolean(
+            "debug", False, "show the traceback of an error", flag_values=self.flags
+        )
+
+    def add_config(self, argv: list[str]) -> None:
+        """Define --config=FILE[:ARGS] and --config.KEY=VALUE for every key of that file."""
+        # Config files import their siblings as `from configs import base`.
+        for folder in (Path.cwd(), REPOSITORY):
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
+        config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "config file, with its arguments after a colon: configs/deit.py:variant=small",
+            lock_config=True,
+            flag_values=self.flags,
+            sys_argv=[self._name, *argv],
+        )
+
+    def parse(self, argv: list[str], required: tuple[str, ...] = ()) -> list[str]:
+        """Read the flags; return the words that are none. Print the help and exit if asked to."""
+        if any(word in ("-h", "--help", "-help") for word in argv):
+            print(f"{self._doc}\n\nFlags:\n{self.flags.get_help()}")
+            raise SystemExit(0)
+        try:
+            rest = self.flags([self._name, *argv])[1:]
+        except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
+            raise UsageError(_one_line(error)) from error
+        for name in required:
+            if getattr(self.flags, name) in (None, ""):
+                raise UsageError(f"--{name}=… is missing; see `deit {self._name} --help`")
+        return rest
+
+    @property
+    def config(self) -> ConfigDict:
+        """The config that --config names, with its changes."""
+        return self.flags.config
+
+
+def no_words(words: list[str]) -> None:
+    """Raise UsageError if the command line holds words that the command does not take."""
+    if words:
+        raise UsageError(f"unexpected argument {words[0]!r}; flags are written --name=value")
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines) or type(error).__name__

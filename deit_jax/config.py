@@ -1,0 +1,204 @@
+"""What the software asks of a config beyond its types, and the config's form on disk."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from deit_jax.errors import UserError
+from deit_jax.models import registry
+
+# Fields that may differ between a run and its continuation: they change no number it computes.
+HARMLESS = (
+    "data.dir",
+    "data.prefetch_batches",
+    "data.threads",
+    "mesh.fsdp",
+    "train.eval_batch_size",
+    "train.eval_every_epochs",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+    "train.save_every_epochs",
+)
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "distill.kind": ("none", "soft", "hard"),
+    "distill.reduction": ("batchmean", "numel"),
+    "optim.name": ("adamw", "sgd"),
+}
+POSITIVE = (
+    "epochs",
+    "batch_size",
+    "distill.tau",
+    "augment.repeats",
+    "mixing.group_size",
+    "optim.accum_steps",
+    "data.prefetch_batches",
+    "train.eval_batch_size",
+    "train.eval_every_epochs",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+    "train.save_every_epochs",
+)
+FRACTIONS = (
+    "augment.erase_prob",
+    "augment.flip_prob",
+    "data.eval_fraction",
+    "distill.alpha",
+    "loss.smoothing",
+    "mixing.prob",
+    "mixing.switch_prob",
+    "optim.ema_decay",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "data.threads",
+    "mixing.cutmix_alpha",
+    "mixing.mixup_alpha",
+    "optim.clip_norm",
+    "optim.lr",
+    "optim.min_lr",
+    "optim.warmup_epochs",
+    "optim.warmup_lr",
+    "optim.weight_decay",
+    "teacher.epochs",
+    "teacher.lr",
+)
+
+
+def flatten(config) -> dict[str, Any]:
+    """Return {"optim.lr": 0.001, …}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, (ConfigDict, dict)):
+            flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+    """Raise UserError naming the first key whose value is out of range or contradicts another."""
+    flat = flatten(config)
+
+    def check(ok: bool, key: str, remedy: str) -> None:
+        if not ok:
+            raise UserError(f"config.{key}={flat[key]!r}: {remedy}")
+
+    for key, choices in CHOICES.items():
+        check(flat[key] in choices, key, f"choose one of {', '.join(choices)}")
+    for key in POSITIVE:
+        check(flat[key] > 0, key, "must be greater than 0")
+    for key in FRACTIONS:
+        check(0 <= flat[key] <= 1, key, "must be between 0 and 1")
+    for key in NOT_NEGATIVE:
+        check(flat[key] >= 0, key, "must not be negative")
+    check(flat["augment.crop_scale"][0] > 0, "augment.crop_scale", "must be greater than 0")
+    check(len(config.data.mean) == 3, "data.mean", "must have three numbers, one per channel")
+    check(len(config.data.std) == 3 and min(config.data.std) > 0, "data.std", "must be positive")
+
+    batch, accum, group = config.batch_size, config.optim.accum_steps, config.mixing.group_size
+    mixes = config.mixing.prob > 0 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha)
+    check(
+        batch % (num_devices * accum) == 0,
+        "batch_size",
+        f"must be a multiple of {num_devices} devices x optim.accum_steps={accum}",
+    )
+    if mixes:
+        check(batch % group == 0, "mixing.group_size", f"must divide batch_size={batch}")
+        least = 2 * config.augment.repeats
+        check(
+            group % 2 == 0 and group >= least,
+            "mixing.group_size",
+            f"must be even and at least 2 x augment.repeats = {least}, so that no image meets its "
+            "own copy",
+        )
+    check(
+        config.train.eval_batch_size % num_devices == 0,
+        "train.eval_batch_size",
+        f"must be a multiple of the {num_devices} devices",
+    )
+    if config.distill.kind != "none":
+        check(
+            bool(config.teacher.weights) or config.teacher.epochs > 0,
+            "teacher.weights",
+            "distillation needs a teacher: give the workdir of one trained by `deit train`, or "
+            "train one first with --config.teacher.epochs=N",
+        )
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """Return the dtype that a config's `dtype` means on this machine."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def image_size(model_config) -> int:
+    """Return the side in pixels of the images that a `config.model` takes."""
+    return model_config.image_size or _spec(model_config.name).image_size
+
+
+def build_model(model_config, num_classes: int, dtype: str = "float32", **kwargs: Any):
+    """Build the Flax module that a `config.model` describes; None fields stay the name's own.
+
+    Raise UserError for an unknown name or fields that it does not have.
+    """
+    fields = {f.name for f in dataclasses.fields(_spec(model_config.name).cls)}
+    overrides = {k: v for k, v in model_config.items() if k != "name" and v is not None}
+    if "image_size" not in fields:  # a convnet takes any size
+        overrides.pop("image_size", None)
+    try:
+        return registry.create_model(
+            model_config.name, num_classes, dtype=compute_dtype(dtype), **overrides, **kwargs
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _spec(name: str) -> registry.ModelSpec:
+    try:
+        return registry.get_spec(name)
+    except ValueError as error:
+        raise UserError(f"config.model.name: {error}") from error
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Return plain nested dicts and lists with every reference resolved."""
+    return json.loads(json.dumps(config.copy_and_resolve_references().to_dict()))
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """Return a config from `to_json`'s form; lists become tuples, as configs hold them."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {k: tuples(v) for k, v in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(values))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return `key: old -> new` for each field that matters and differs."""
+    old, new = flatten(old), flatten(new)
+    keys = sorted((old.keys() | new.keys()) - set(HARMLESS))
+    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+
+
+def check_unchanged(config: ConfigDict, path: Path) -> None:
+    """Raise UserError with the difference if the config saved at `path` is another run's."""
+    try:
+        saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); restore it from a copy") from error
+    changed = differences(saved, to_json(config))
+    if changed:
+        raise UserError(
+            f"{path.parent} holds a run with another config ({'; '.join(changed)}): "
+            "restore these values, or choose a new --workdir"
+        )

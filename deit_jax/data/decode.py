@@ -1,0 +1,66 @@
+"""From an example's bytes or array to an RGB crop in uint8, with Pillow's pixels."""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from deit_jax.errors import UserError
+
+
+def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
+    """Return an RGB image; raise UserError with the example's name if it cannot be read."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image.squeeze()).convert("RGB")
+    try:
+        return Image.open(io.BytesIO(image)).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name}: not a readable image ({error}); repair or remove it") from error
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Image.Image:
+    """Return a random part of the image, `scale` of its area and `ratio` wide, at size x size.
+
+    Ten tries to fit, then the largest central part of an allowed ratio (torchvision's
+    RandomResizedCrop, bicubic with antialias).
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            break
+    else:
+        w, h = width, height
+        if width / height < ratio[0]:
+            h = round(width / ratio[0])
+        elif width / height > ratio[1]:
+            w = round(height * ratio[1])
+        left, top = (width - w) // 2, (height - h) // 2
+    crop = image.crop((left, top, left + w, top + h))
+    return crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def centre_crop(image: Image.Image, size: int, crop_ratio: float) -> Image.Image:
+    """Return the centre at size x size after resizing the shorter side to size / crop_ratio.
+
+    Bicubic with antialias: torchvision's Resize and CenterCrop, as the reference evaluates.
+    """
+    short = int(size / crop_ratio)
+    width, height = image.size
+    if width <= height:
+        resized = (short, int(short * height / width))
+    else:
+        resized = (int(short * width / height), short)
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
+    return image.crop((left, top, left + size, top + size))

@@ -1,0 +1,96 @@
+"""Top-1 and top-5 of every head over a data set; the command `deit eval`."""
+
+import functools
+import json
+import sys
+from typing import Any
+
+import jax
+
+from deit_jax import cli, step
+from deit_jax.data import pipeline
+from deit_jax.sharding import to_devices
+
+EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W) [--json]
+
+Evaluate a trained model on the config's evaluation data, every example once.
+
+  deit eval --config=configs/quickstart.py --workdir=runs/quickstart"""
+NAMES = {"teacher": "teacher", "cls": "class head", "dist": "distillation head", "fused": "fused"}
+
+
+class Evaluator:
+    """Evaluate variables of one model, or a teacher, on a fixed set of examples."""
+
+    def __init__(self, config, source, image_size: int, mesh):
+        rows = pipeline.local_rows(
+            config.train.eval_batch_size, jax.process_index(), jax.process_count()
+        )
+        self._batches = pipeline.EvalBatches(
+            source, config.train.eval_batch_size, image_size, config.data.eval_crop_ratio, rows
+        )
+        self.image_size = image_size
+        self._data, self._mesh, self._examples = config.data, mesh, len(source)
+
+    @functools.cached_property
+    def _count(self):
+        return jax.jit(
+            functools.partial(step.eval_step, mean=self._data.mean, std=self._data.std),
+            static_argnames="model",
+        )
+
+    def model(self, model, variables) -> dict[str, Any]:
+        """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in percent of the examples."""
+        return self._evaluate(functools.partial(self._count, variables, model=model))
+
+    def teacher(self, teacher, params) -> dict[str, float]:
+        """Return the teacher's {"top1", "top5"} on the images as a student's step hands them over."""
+
+        @jax.jit
+        def count(params, batch):
+            images = step.normalise(batch["image"], self._data.mean, self._data.std)
+            logits = teacher.logits(params, images)
+            return {"teacher": step.count_correct(logits, batch["label"], batch["valid"])}
+
+        return self._evaluate(functools.partial(count, params))["teacher"]
+
+    def _evaluate(self, count) -> dict[str, Any]:
+        totals = None
+        loader = pipeline.load(
+            self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
+        )
+        for batch in loader:
+            counts = count(batch=to_devices(batch, self._mesh))
+            totals = counts if totals is None else jax.tree.map(jax.numpy.add, totals, counts)
+        return jax.tree.map(lambda n: 100.0 * int(n) / self._examples, jax.device_get(totals))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as lines for people."""
+    lines = [f"{'':24}{'top-1 %':>9}{'top-5 %':>9}"]
+    for label, group in (("", results), (" (EMA)", results.get("ema", {}))):
+        for key, name in NAMES.items():
+            if key in group:
+                top1, top5 = group[key]["top1"], group[key]["top5"]
+                lines.append(f"{name + label:24}{top1:9.2f}{top5:9.2f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Run `deit eval`."""
+    from absl import flags
+
+    command = cli.Command("eval", EVAL_DOC)
+    command.add_config(argv)
+    flags.DEFINE_string("workdir", "", "evaluate the run in it", flag_values=command.flags)
+    flags.DEFINE_string("weights", "", "evaluate these weights", flag_values=command.flags)
+    flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=command.flags)
+    cli.no_words(command.parse(argv, required=("config",)))
+    if bool(command.flags.workdir) == bool(command.flags.weights):
+        raise cli.UsageError("give either --workdir=DIR or --weights=W")
+    results = evaluate_weights(command.config, command.flags.workdir or command.flags.weights)
+    if command.flags.json:
+        json.dump(results, sys.stdout)
+        print()
+    else:
+        print(f"{results['examples']} examples\n{table(results)}")

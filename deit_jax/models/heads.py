@@ -1,0 +1,19 @@
+"""What every model returns."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+
+class Heads(NamedTuple):
+    """Logits of the class head and, with a distillation token, of the distillation head."""
+
+    cls: Float[Array, "B K"]
+    dist: Float[Array, "B K"] | None = None
+
+    def fused(self) -> Float[Array, "B K"]:
+        """Return the average of the heads' logits, which the reference evaluates.
+
+        The paper adds the two softmax outputs (section 4); its code averages logits, as here.
+        """
+        return self.cls if self.dist is None else (self.cls + self.dist) / 2

@@ -1,0 +1,234 @@
+"""DeiT's vision transformer: patch embedding, multi-head self-attention, class and distillation tokens.
+
+Layer names are timm's, so that a parameter path reads `blocks_0/attn/qkv/kernel`.
+Shapes: B batch, H W pixels, C channels, N tokens, D width, K classes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from deit_jax.models.heads import Heads
+
+# timm's trunc_normal_(std=.02) cuts at an absolute +-2, which is 100 sigma: a plain normal. JAX's
+# truncated_normal(.02) would cut at +-2 sigma and lose 12% of the standard deviation.
+INIT = nn.initializers.normal(0.02)
+
+
+def _conv_init(fan_in: int) -> Callable:
+    """Return PyTorch's default convolution initialiser, U(+-1/sqrt(fan_in)), which DeiT keeps."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into patches and project each to a token, row by row."""
+
+    patch_size: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B N D"]:
+        patch = (self.patch_size, self.patch_size)
+        init = _conv_init(self.patch_size**2 * images.shape[-1])
+        x = nn.Conv(
+            self.width,
+            patch,
+            strides=patch,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=init,
+            bias_init=init,
+            name="proj",
+        )(images)
+        return rearrange(x, "b h w d -> b (h w) d")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        width = x.shape[-1]
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=INIT, name="qkv")(x)
+        # timm packs [all q | all k | all v], head-major inside each.
+        q, k, v = rearrange(
+            qkv, "b n (three heads d) -> three b n heads d", three=3, heads=self.num_heads
+        )
+        # Scales by head_dim^-1/2 and takes the softmax in float32 whatever the dtype.
+        out = jax.nn.dot_product_attention(q, k, v)
+        out = rearrange(out, "b n heads d -> b n (heads d)")
+        return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="proj")(out)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with an exact (erf) GELU between them."""
+
+    hidden: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
+        width = x.shape[-1]
+        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=INIT, name="fc1")(x)
+        x = nn.gelu(x, approximate=False)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="fc2")(x)
+
+
+class DropPath(nn.Module):
+    """Drop the residual branch of a random subset of examples, scaling the rest by 1/keep."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
+        if not train or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
+        return jnp.where(mask, x / keep, jnp.zeros_like(x))
+
+
+class LayerScale(nn.Module):
+    """Multiply every channel by a learned factor (DeiT III)."""
+
+    init: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        gamma = self.param("gamma", nn.initializers.constant(self.init), (x.shape[-1],))
+        return x * gamma.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += DropPath(MSA(LN(x))), x += DropPath(MLP(LN(x)))."""
+
+    num_heads: int
+    mlp_ratio: float
+    drop_path: float
+    dropout: float
+    layer_scale: float | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
+        def norm(name):
+            return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
+
+        def residual(x, branch, index):
+            branch = nn.Dropout(self.dropout, deterministic=not train)(branch)
+            if self.layer_scale is not None:
+                branch = LayerScale(self.layer_scale, name=f"ls{index}")(branch)
+            return x + DropPath(self.drop_path, name=f"drop_path{index}")(branch, train)
+
+        x = residual(x, Attention(self.num_heads, self.dtype, name="attn")(norm("norm1")(x)), 1)
+        mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dropout, self.dtype, name="mlp")
+        return residual(x, mlp(norm("norm2")(x), train), 2)
+
+
+class VisionTransformer(nn.Module):
+    """A DeiT: patches and learned tokens through `depth` blocks, then one linear head per token.
+
+    `distilled` adds the distillation token and its head. `class_position=False` gives the position
+    embedding to the patches alone (DeiT III). `drop_path` grows linearly from 0 over the depth
+    (DeiT) or, with `constant_drop_path`, is the same everywhere (DeiT III).
+    """
+
+    num_classes: int
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    distilled: bool = False
+    class_position: bool = True
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    constant_drop_path: bool = False
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"model.width={self.width} is not a multiple of model.num_heads={self.num_heads}"
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"model.image_size={self.image_size} is smaller than one patch "
+                f"(model.patch_size={self.patch_size})"
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side; pixels beyond the last whole patch are ignored, as in DeiT III."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Learned tokens in front of the patches: class, then distillation."""
+        return 1 + self.distilled
+
+    def drop_path_rates(self) -> list[float]:
+        """Return the stochastic-depth rate of every block."""
+        if self.constant_drop_path or self.depth == 1:
+            return [self.drop_path] * self.depth
+        return [self.drop_path * i / (self.depth - 1) for i in range(self.depth)]
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W C"], train: bool = False) -> Heads:
+        """Return the float32 logits [B K] of each head for normalised images."""
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(f"expected {self.image_size} px images, got shape {images.shape}")
+        x = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
+        x = self._add_tokens_and_positions(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        block_cls = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for i, rate in enumerate(self.drop_path_rates()):
+            x = block_cls(
+                num_heads=self.num_heads,
+                mlp_ratio=self.mlp_ratio,
+                drop_path=rate,
+                dropout=self.dropout,
+                layer_scale=self.layer_scale,
+                dtype=self.dtype,
+                name=f"blocks_{i}",
+            )(x, train)
+        x = x[:, : self.num_prefix_tokens]  # the norm acts per token: patches are no longer needed
+        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        cls = self._head("head", x[:, 0])
+        return Heads(cls, self._head("head_dist", x[:, 1]) if self.distilled else None)
+
+    def _head(self, name: str, token: Float[Array, "B D"]) -> Float[Array, "B K"]:
+        # Logits leave in float32: a bfloat16 cross-entropy loses the tail of the softmax.
+        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=INIT, name=name)(
+            token
+        ).astype(jnp.float32)
+
+    def _add_tokens_and_positions(self, x: Float[Array, "B N D"]) -> Float[Array, "B M D"]:
+        patches = x.shape[1]
+        tokens = [self.param("cls_token", INIT, (1, 1, self.width))]
+        if self.distilled:
+            tokens.append(self.param("dist_token", INIT, (1, 1, self.width)))
+        prefix = jnp.concatenate(tokens, axis=1).astype(self.dtype)
+        prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
+        positions = patches + (self.num_prefix_tokens if self.class_position else 0)
+        pos_embed = self.param("pos_embed", INIT, (1, positions, self.width)).astype(self.dtype)
+        if self.class_position:
+            return jnp.concatenate([prefix, x], axis=1) + pos_embed
+        return jnp.concatenate([prefix, x + pos_embed], axis=1)

@@ -1,0 +1,73 @@
+"""Learning-rate schedule, weight-decay mask and the optax chain."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+NO_DECAY = ("cls_token", "pos_embed")  # the reference does decay dist_token (deit issue 48)
+
+
+def make_schedule(optim, epochs: float, steps_per_epoch: int) -> Callable[[jax.Array], jax.Array]:
+    """Return step -> learning rate: linear warm-up, then the cosine that began at step 0.
+
+    As in timm 0.3.2 the cosine does not wait for the warm-up. The reference moves once per epoch
+    and one epoch late; this one moves every step. `optim` is the config of that name.
+    """
+    total, warmup = epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
+
+    def schedule(step):
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step / total, 1.0)))
+        lr = optim.min_lr + (optim.lr - optim.min_lr) * cosine
+        if warmup == 0:
+            return lr
+        ramp = optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup
+        return jnp.where(step < warmup, ramp, lr)
+
+    return schedule
+
+
+def path_name(path) -> str:
+    """Return a pytree path as `blocks_0/attn/qkv/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def decay_mask(params):
+    """Return True for the parameters that weight decay shrinks, as the reference chooses them.
+
+    Not decayed: vectors (biases, norms, LayerScale), cls_token and pos_embed.
+    """
+
+    def decays(path, leaf):
+        return leaf.ndim > 1 and path_name(path).rsplit("/", 1)[-1] not in NO_DECAY
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(optim, schedule) -> optax.GradientTransformation:
+    """Return clipping, then AdamW or SGD with momentum; `optim` is the config of that name."""
+    chain = []
+    if optim.clip_norm > 0:
+        chain.append(optax.clip_by_global_norm(optim.clip_norm))
+    if optim.name == "adamw":
+        chain.append(
+            optax.adamw(
+                schedule,
+                b1=optim.b1,
+                b2=optim.b2,
+                eps=optim.eps,
+                weight_decay=optim.weight_decay,
+                mask=decay_mask,
+            )
+        )
+    else:  # torch's SGD: decay is added to the gradient, before the momentum
+        chain.append(optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
+        chain.append(optax.sgd(schedule, momentum=optim.b1))
+    return optax.chain(*chain)
+
+
+def whole_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Return epochs in steps, at least one."""
+    return max(1, math.floor(epochs * steps_per_epoch + 0.5))

@@ -1,0 +1,97 @@
+"""The picture that a run ends with: its curves, and test images with the answers to them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+from deit_jax import evaluate, metrics, step
+from deit_jax.data import decode
+from deit_jax.sharding import replicated
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = {"teacher": "#7f7f7f", "cls": "#1f77b4", "dist": "#d62728", "fused": "#2ca02c"}
+ROWS, COLUMNS = 4, 8
+
+
+def draw(trainer, results: dict[str, Any], path: Path) -> None:
+    """Write the picture of a finished Trainer's run as a PNG."""
+    figure = plt.figure(figsize=(16, 7.5), layout="constrained")
+    curves, grid = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    _draw_curves(curves.subplots(2, 1, sharex=True), trainer.workdir, results)
+    _draw_grid(grid, trainer)
+    figure.suptitle(f"{trainer.config.model.name} on {trainer.config.data.source}")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _draw_curves(axes, workdir: Path, results: dict[str, Any]) -> None:
+    records = metrics.read_lines(workdir / "metrics.jsonl")
+    accuracy, loss = axes
+    for head in ("cls", "dist", "fused"):
+        points = [(r["step"], r[k]) for r in records if (k := f"eval/{head}.top1") in r]
+        if points:
+            accuracy.plot(
+                *zip(*points, strict=True), color=COLOURS[head], label=evaluate.NAMES[head]
+            )
+    if "teacher" in results:
+        top1 = results["teacher"]["top1"]
+        accuracy.axhline(top1, color=COLOURS["teacher"], linestyle="--", label="teacher")
+    accuracy.set(ylabel="top-1 on held-out images, %", ylim=(None, 101))
+    for key in ("loss", "loss_label", "loss_teacher"):
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            loss.plot(*zip(*points, strict=True), label=key.replace("_", ", "))
+    loss.set(xlabel="step", ylabel="training loss, nats")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+
+
+def _draw_grid(figure, trainer) -> None:
+    """Show evenly spaced test images under what the teacher and the student say of them."""
+    source, classes = trainer.dataset.eval, trainer.dataset.classes
+    chosen = np.unique(np.linspace(0, len(source) - 1, ROWS * COLUMNS).astype(int))
+    size, crop_ratio = trainer.evaluator.image_size, trainer.config.data.eval_crop_ratio
+    examples = [source[int(i)] for i in chosen]
+    images = np.stack(
+        [
+            np.asarray(
+                decode.centre_crop(decode.decode(e["image"], source.describe(i)), size, crop_ratio)
+            )
+            for i, e in zip(chosen, examples, strict=True)
+        ]
+    )
+    answers = answer(trainer, images)
+    names = {"teacher": "teacher", "student": "student" if trainer.teacher else "model"}
+    panels = figure.subplots(ROWS, COLUMNS, squeeze=False).ravel()
+    for panel in panels:
+        panel.axis("off")
+    for i, (panel, example) in enumerate(zip(panels, examples, strict=False)):
+        panel.imshow(images[i])
+        said = {who: int(labels[i]) for who, labels in answers.items()}
+        right = all(label == example["label"] for label in said.values())
+        lines = [f"{names[who]}: {classes[label][:14]}" for who, label in said.items()]
+        panel.set_title("\n".join(lines), fontsize=7, color="black" if right else "#d62728")
+    figure.suptitle("held-out images; red: an answer is wrong", fontsize=9)
+
+
+def answer(trainer, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the labels that teacher (if there is one) and student give to uint8 images."""
+    data = trainer.config.data
+    images = jax.device_put(images, replicated(trainer.mesh))
+
+    @jax.jit
+    def label(variables, teacher_params, images):
+        normalised = step.normalise(images, data.mean, data.std)
+        said = {}
+        if trainer.teacher:
+            said["teacher"] = trainer.teacher.logits(teacher_params, normalised).argmax(-1)
+        said["student"] = trainer.model.apply(variables, normalised, train=False).fused().argmax(-1)
+        return said
+
+    return jax.device_get(label(trainer.state.variables, trainer.teacher_params, images))

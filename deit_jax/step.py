@@ -1,0 +1,189 @@
+"""One update of a student, its frozen teacher fused into the same program; one evaluation step.
+
+Both are pure functions. train.py compiles them once, over whatever mesh the arrays live on: under
+`jax.jit` with a sharded batch, means are over the global batch and no device axis appears here.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from deit_jax.erasing import random_erase
+from deit_jax.losses import distillation
+from deit_jax.mixing import mix
+from deit_jax.models.heads import Heads
+from deit_jax.teacher import Teacher
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a checkpoint holds. Every random number derives from the config's seed and `step`."""
+
+    step: Int[Array, ""]
+    params: Any
+    batch_stats: Any  # running statistics of batch norm; {} in a transformer
+    opt_state: Any
+    ema: Any  # {"params", "batch_stats"}, averaged; None without averaging
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The collections that `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What train_step reads from the config."""
+
+    seed: int
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    erase_prob: float
+    smoothing: float
+    mixing: Any
+    distill: Any
+    accum_steps: int
+    ema_decay: float
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "Recipe":
+        """Gather the fields from their places in the config."""
+        return cls(
+            seed=config.seed,
+            num_classes=num_classes,
+            mean=config.data.mean,
+            std=config.data.std,
+            erase_prob=config.augment.erase_prob,
+            smoothing=config.loss.smoothing,
+            mixing=config.mixing,
+            distill=config.distill,
+            accum_steps=config.optim.accum_steps,
+            ema_decay=config.optim.ema_decay,
+        )
+
+
+def init_state(key: Key[Array, ""], model, image_size: int, tx, ema_decay: float) -> TrainState:
+    """Return the state before the first step, initialised as the reference does."""
+    variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    ema = {"params": params, "batch_stats": stats} if ema_decay else None
+    return TrainState(jnp.int32(0), params, stats, tx.init(params), ema)
+
+
+def normalise(
+    images: UInt8[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B H W C"]:
+    """Return (image / 255 - mean) / std in float32."""
+    return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
+
+
+def train_step(
+    state: TrainState, teacher_params, batch, *, model, teacher: Teacher | None, tx, recipe: Recipe
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """Return the state after one update and the metrics of the step.
+
+    `batch` is {"image": uint8 [B H W C], "label": int [B]}; the teacher sees the very tensor that
+    the student sees, erased and mixed. Neither gradient nor state exists for the teacher.
+    """
+    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    key_erase, key_mix, key_model = jax.random.split(key, 3)
+    images = normalise(batch["image"], recipe.mean, recipe.std)
+    images = random_erase(key_erase, images, recipe.erase_prob)
+    images, targets = mix(
+        key_mix, images, batch["label"], recipe.num_classes, recipe.smoothing, recipe.mixing
+    )
+
+    def loss_and_grads(stats, images, targets, key):
+        signal = None
+        if teacher is not None:
+            signal = teacher.signal(teacher_params, images, recipe.distill.kind)
+
+        def objective(params):
+            heads, new_stats = apply_train(model, params, stats, images, key)
+            loss, terms = distillation(heads, targets, signal, recipe.distill)
+            return loss, ({"loss": loss, **terms}, new_stats)
+
+        (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        return grads, *aux
+
+    grads, metrics, stats = accumulate(
+        loss_and_grads, state.batch_stats, images, targets, key_model, recipe.accum_steps
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        new = {"params": params, "batch_stats": stats}
+        ema = optax.incremental_update(new, ema, 1.0 - recipe.ema_decay)
+    metrics |= {"grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+
+
+def apply_train(model, params, stats, images: Float[Array, "B H W C"], key: Key[Array, ""]):
+    """Run the model in training mode; return its heads and the new batch statistics."""
+    heads, updated = model.apply(
+        {"params": params, "batch_stats": stats},
+        images,
+        train=True,
+        rngs={"dropout": key},
+        mutable=["batch_stats"],
+    )
+    return heads, updated.get("batch_stats", {})
+
+
+def accumulate(loss_and_grads, stats, images, targets, key: Key[Array, ""], steps: int):
+    """Return gradients, metrics and batch statistics averaged over `steps` micro-batches.
+
+    Micro-batch i holds the examples i, i + steps, i + 2 steps, …: every device works on a share of
+    its own examples, and none moves.
+    """
+    if steps == 1:
+        return loss_and_grads(stats, images, targets, key)
+    split = [x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1) for x in (images, targets)]
+
+    def body(carry, micro):
+        stats, total = carry
+        grads, metrics, stats = loss_and_grads(stats, *micro)
+        total = jax.tree.map(lambda t, x: t + x / steps, total, (grads, metrics))
+        return (stats, total), None
+
+    first = (*(x[0] for x in split), key)
+    shapes = jax.eval_shape(lambda *micro: loss_and_grads(stats, *micro)[:2], *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (stats, (grads, metrics)), _ = jax.lax.scan(
+        body, (stats, zeros), (*split, jax.random.split(key, steps))
+    )
+    return grads, metrics, stats
+
+
+def eval_step(variables, batch, *, model, mean, std) -> dict[str, dict[str, Int[Array, ""]]]:
+    """Return for each head how many of the valid examples it has right, in its top 1 and top 5."""
+    heads = model.apply(variables, normalise(batch["image"], mean, std), train=False)
+    return count_heads(heads, batch["label"], batch["valid"])
+
+
+def count_heads(
+    heads: Heads, labels: Int[Array, "B"], valid: Bool[Array, "B"]
+) -> dict[str, dict[str, Int[Array, ""]]]:
+    """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in numbers of examples."""
+    logits = {"cls": heads.cls, "dist": heads.dist, "fused": heads.fused()}
+    return {name: count_correct(x, labels, valid) for name, x in logits.items() if x is not None}
+
+
+def count_correct(
+    logits: Float[Array, "B K"], labels: Int[Array, "B"], valid: Bool[Array, "B"]
+) -> dict[str, Int[Array, ""]]:
+    """Return how many valid examples have their label among the 1 and the 5 largest logits.
+
+    Equal logits rank by class number, as argmax does; a logit that is not finite is never right.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = jnp.arange(logits.shape[1]) < labels[:, None]
+    rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
+    rank = jnp.where(valid & jnp.isfinite(own[:, 0]), rank, logits.shape[1] + 5)
+    return {f"top{k}": jnp.sum(rank < k) for k in (1, 5)}

@@ -1,0 +1,69 @@
+"""The frozen teacher: loaded once, its answer computed inside the student's step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from deit_jax import checkpoint
+from deit_jax import config as config_lib
+from deit_jax.errors import UserError
+from deit_jax.models.conv import fold_batch_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen network, and how the student's normalised images become its own.
+
+    `mean` and `std` are the teacher's normalisation, `student_mean` and `student_std` that of the
+    images it is handed. Its parameters travel apart, as an argument of the compiled step.
+    """
+
+    model: Any
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    student_mean: tuple[float, float, float]
+    student_std: tuple[float, float, float]
+
+    def logits(self, params, images: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+        """Return the fused logits of the student's images."""
+        if (self.mean, self.std) != (self.student_mean, self.student_std):
+            pixels = images * jnp.array(self.student_std) + jnp.array(self.student_mean)
+            images = (pixels - jnp.array(self.mean)) / jnp.array(self.std)
+        return self.model.apply({"params": params}, images, train=False).fused()
+
+    def signal(
+        self, params, images: Float[Array, "B H W C"], kind: str
+    ) -> Int[Array, "B"] | Float[Array, "B K"]:
+        """Return what distillation needs: labels for "hard" (only they are kept), else logits."""
+        logits = jax.lax.stop_gradient(self.logits(params, images))
+        return jnp.argmax(logits, axis=-1) if kind == "hard" else logits
+
+
+def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any]:
+    """Return the teacher in the run at `weights` and its parameters, batch norm folded into them.
+
+    Raise UserError unless it knows the same number of classes and takes the student's images.
+    """
+    run = checkpoint.load_run(weights, config.dtype)
+    if len(run.classes) != len(classes):
+        raise UserError(
+            f"config.teacher.weights={weights}: the teacher knows {len(run.classes)} classes, "
+            f"{config.data.source} has {len(classes)}; train a teacher on this data set"
+        )
+    size = config_lib.image_size(config.model)
+    model, params = run.model, run.variables["params"]
+    if getattr(model, "image_size", size) != size:
+        raise UserError(
+            f"config.teacher.weights={weights}: the teacher takes {model.image_size} px images, "
+            f"the student {size} px; set --config.model.image_size={model.image_size}"
+        )
+    if run.variables["batch_stats"]:
+        params = fold_batch_norm(run.variables, model.bn_epsilon)
+        model = model.clone(folded=True)
+    dtype = config_lib.compute_dtype(config.dtype)
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    data = run.config.data
+    return Teacher(model, data.mean, data.std, config.data.mean, config.data.std), params

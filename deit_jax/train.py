@@ -1,0 +1,288 @@
+"""The training loop: build, restore, step, log, evaluate, save. The command `deit train`."""
+
+import functools
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from deit_jax import cli, evaluate, metrics, optim, sharding
+from deit_jax import config as config_lib
+from deit_jax.checkpoint import Checkpointer
+from deit_jax.data import pipeline
+from deit_jax.data.sources import Dataset, open_dataset
+from deit_jax.errors import UserError
+from deit_jax.step import Recipe, init_state, train_step
+from deit_jax.teacher import load_teacher
+
+log = logging.getLogger("deit_jax")
+
+TRAIN_DOC = """usage: deit train --config=FILE[:ARGS] --workdir=DIR [--config.KEY=VALUE ...]
+
+Train what the config describes. The same command continues a run that stopped, to the same bits.
+configs/base.py lists every key. A teacher that has no weights is trained first, in DIR/teacher.
+
+  deit train --config=configs/quickstart.py --workdir=runs/quickstart"""
+
+
+def teacher_config(config: ConfigDict) -> ConfigDict:
+    """Return the config that trains `config.teacher.model` on the student's data."""
+    c = config.copy_and_resolve_references()
+    c.model = c.teacher.model
+    c.model.image_size = config_lib.image_size(config.model)
+    c.epochs, c.optim.lr = c.teacher.epochs, c.teacher.lr
+    c.optim.ema_decay = 0.0
+    c.distill.kind = "none"
+    return c
+
+
+class Trainer:
+    """A run: its data, its compiled step and its state, restored from the workdir if it began."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, dataset: Dataset, teacher_weights: str):
+        self.config, self.workdir, self.dataset = config, workdir, dataset
+        self.mesh = sharding.make_mesh(config.mesh.fsdp)
+        size = config_lib.image_size(config.model)
+        classes = dataset.classes
+        self.model = config_lib.build_model(config.model, len(classes), config.dtype)
+        self.teacher, self.teacher_params = None, None
+        if teacher_weights:
+            self.teacher, params = load_teacher(config, teacher_weights, classes)
+            self.teacher_params = jax.device_put(
+                params, sharding.state_shardings(self.mesh, params)
+            )
+        self.order = pipeline.EpochOrder(
+            len(dataset.train), config.batch_size, config.augment.repeats, config.seed
+        )
+        self.total_steps = optim.whole_steps(config.epochs, self.order.steps_per_epoch)
+        self.schedule = optim.make_schedule(config.optim, config.epochs, self.order.steps_per_epoch)
+        self.tx = optim.make_optimizer(config.optim, self.schedule)
+        self.evaluator = evaluate.Evaluator(config, dataset.eval, size, self.mesh)
+        self.checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
+        self.state = self._restore_or_init(size)
+        self._step = self._compile_step()
+
+    def _restore_or_init(self, size: int):
+        init = functools.partial(
+            init_state,
+            model=self.model,
+            image_size=size,
+            tx=self.tx,
+            ema_decay=self.config.optim.ema_decay,
+        )
+        key = jax.random.key(self.config.seed)
+        abstract = jax.eval_shape(init, key)
+        # Built under jit with these shardings, no device ever holds more than its share.
+        self.state_shardings = sharding.state_shardings(self.mesh, abstract)
+        if self.checkpointer.latest_step is None:
+            return jax.jit(init, out_shardings=self.state_shardings)(key)
+        placed = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract,
+            self.state_shardings,
+        )
+        return self.checkpointer.restore(placed)
+
+    def _compile_step(self):
+        step = functools.partial(
+            train_step,
+            model=self.model,
+            teacher=self.teacher,
+            tx=self.tx,
+            recipe=Recipe.from_config(self.config, len(self.dataset.classes)),
+        )
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(self.state_shardings, sharding.replicated(self.mesh)),
+        )
+
+    def run(self) -> None:
+        """Train to the last step, logging, evaluating and saving on the way."""
+        start = int(self.state.step)
+        if start:
+            log.info("continuing at step %d of %d", start, self.total_steps)
+        writer = metrics.MetricWriter(
+            self.workdir, start, self.total_steps, active=jax.process_index() == 0
+        )
+        try:
+            self._loop(start, writer)
+        finally:
+            self.checkpointer.close()
+            writer.close()
+
+    def _loop(self, start: int, writer: metrics.MetricWriter) -> None:
+        data, meter, in_flight = self.config.data, metrics.Meter(), None
+        batches = self._train_batches()
+        loader = pipeline.load(
+            batches, start, self.total_steps, data.threads, data.prefetch_batches
+        )
+        for step in range(start + 1, self.total_steps + 1):
+            began = time.perf_counter()
+            batch = next(loader)
+            meter.waited(time.perf_counter() - began)
+            batch = sharding.to_devices(batch, self.mesh)
+            self.state, values = self._step(self.state, self.teacher_params, batch)
+            # Step n's metrics are fetched while step n + 1 runs, so that the device never waits.
+            if in_flight:
+                self._finish_step(*in_flight, meter, writer)
+            in_flight = (step, values)
+            if self._due(step, "eval") or self._due(step, "save"):
+                self._finish_step(*in_flight, meter, writer)
+                in_flight = None
+                self._evaluate_and_save(step, writer)
+                meter.read()  # the next reading is of training alone
+
+    def _train_batches(self) -> pipeline.TrainBatches:
+        rows = pipeline.local_rows(self.config.batch_size, jax.process_index(), jax.process_count())
+        size = config_lib.image_size(self.config.model)
+        return pipeline.TrainBatches(
+            self.dataset.train, self.order, self.config.augment, size, rows
+        )
+
+    def _due(self, step: int, what: str) -> bool:
+        epochs = self.config.train[f"{what}_every_epochs"]
+        interval = optim.whole_steps(epochs, self.order.steps_per_epoch)
+        return step % interval == 0 or step == self.total_steps
+
+    def _finish_step(self, step: int, values, meter, writer) -> None:
+        values = {k: float(v) for k, v in jax.device_get(values).items()}
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss is {values['loss']} at step {step}; lower config.optim.lr or clip with "
+                "config.optim.clip_norm. The last checkpoint is kept"
+            )
+        meter.count(self.config.batch_size)
+        text = None
+        if step % self.config.train.log_every_steps == 0 or step == self.total_steps:
+            rates, lr = meter.read(), float(self.schedule(step - 1))
+            writer.write(step, {**values, "lr": lr})
+            writer.write(step, rates, kind="timing")
+            text = (
+                f"loss {values['loss']:.3f}, lr {lr:.2e}, {rates['images_per_second']:.0f} images/s"
+                f", waiting for input {rates['input_wait']:.0%}"
+            )
+        writer.advance(text)
+
+    def _evaluate_and_save(self, step: int, writer) -> None:
+        top1 = None
+        if self._due(step, "eval"):
+            results = self.evaluate()
+            top1 = results["fused"]["top1"]
+            flat = config_lib.flatten(results)
+            writer.write(step, {f"eval/{k}": v for k, v in flat.items() if k != "examples"})
+            heads = ", ".join(
+                f"{evaluate.NAMES[k]} {v['top1']:.2f}"
+                for k, v in results.items()
+                if k in evaluate.NAMES
+            )
+            writer.say(f"step {step}/{self.total_steps}: top-1 {heads}")
+        if self._due(step, "save"):
+            self.checkpointer.save(step, self.state, top1)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Return the accuracy of the weights and, if there is one, of their moving average."""
+        results = {"examples": len(self.dataset.eval)}
+        results |= self.evaluator.model(self.model, self.state.variables)
+        if self.state.ema is not None:
+            results["ema"] = self.evaluator.model(self.model, self.state.ema)
+        return results
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Train what `config` describes, or continue it, in `workdir`; return and save the results.
+
+    Raise UserError before anything is written if the config cannot be trained.
+    """
+    workdir = Path(workdir)
+    config_lib.validate(config, jax.device_count())
+    config_lib.build_model(config.model, num_classes=2)  # a mistake in it should stop us here
+    dataset = open_dataset(config.data)
+    _claim(workdir, config, dataset.classes)
+    teacher_weights = ""
+    if config.distill.kind != "none":
+        teacher_weights = config.teacher.weights or str(workdir / "teacher")
+        if not config.teacher.weights:
+            train(teacher_config(config), workdir / "teacher")
+    trainer = Trainer(config, workdir, dataset, teacher_weights)
+    if (results := _finished(workdir, trainer.total_steps)) is None:
+        log.info(_summary(trainer))
+        trainer.run()
+        results = {"step": trainer.total_steps, **trainer.evaluate()}
+        if trainer.teacher:
+            results["teacher"] = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
+        if jax.process_index() == 0:
+            metrics.write_json(workdir / "results.json", results)
+            _draw(trainer, results)
+    return results
+
+
+def _claim(workdir: Path, config: ConfigDict, classes: list[str]) -> None:
+    """Make the workdir this config's own, or check that it is."""
+    if (workdir / "config.json").exists():
+        config_lib.check_unchanged(config, workdir / "config.json")
+        return
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            metrics.write_json(workdir / "classes.json", classes)
+            metrics.write_json(workdir / "config.json", config_lib.to_json(config))
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+
+
+def _finished(workdir: Path, total_steps: int) -> dict[str, Any] | None:
+    """Return the results of a run that already took its last step."""
+    path = workdir / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"step": None}
+    return results if results["step"] == total_steps else None
+
+
+def _summary(trainer: Trainer) -> str:
+    config, count = trainer.config, sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    order = trainer.order
+    return (
+        f"{config.model.name}: {count / 1e6:.2f} M parameters; {len(trainer.dataset.train)} training "
+        f"and {len(trainer.dataset.eval)} evaluation images in {len(trainer.dataset.classes)} "
+        f"classes; {trainer.total_steps} steps of {config.batch_size}, "
+        f"{order.steps_per_epoch} an epoch; {trainer.mesh.size} {jax.devices()[0].device_kind} "
+        f"device(s); {config.dtype} compute"
+    )
+
+
+def _draw(trainer: Trainer, results: dict[str, Any]) -> None:
+    try:
+        from deit_jax import picture
+    except ModuleNotFoundError as error:
+        log.warning("no picture: %s is missing; pip install 'deit_jax[viz]'", error.name)
+        return
+    picture.draw(trainer, results, trainer.workdir / "picture.png")
+    log.info("picture of the run: %s", trainer.workdir / "picture.png")
+
+
+def main(argv: list[str]) -> None:
+    """Run `deit train`."""
+    from absl import flags
+
+    command = cli.Command("train", TRAIN_DOC)
+    command.add_config(argv)
+    flags.DEFINE_string(
+        "workdir", "", "where the run is kept; a run found there goes on", flag_values=command.flags
+    )
+    flags.DEFINE_boolean("json", False, "print the results as JSON", flag_values=command.flags)
+    cli.no_words(command.parse(argv, required=("config", "workdir")))
+    workdir = Path(command.flags.workdir)
+    results = train(command.config, workdir)
+    if command.flags.json:
+        json.dump(results, sys.stdout)
+        print()
+    else:
+        print(f"{evaluate.table(results)}\nresults: {workdir / 'results.json'}")
+        if (workdir / "picture.png").exists():
+            print(f"picture: {workdir / 'picture.png'}")
