@@ -115,3 +115,23 @@ def get_config() -> ConfigDict:
     c.train.keep_checkpoints = 2  # the latest ones; the best one is kept besides
     c.train.eval_batch_size = 1024
     return c
+
+
+def parse_args(text: str, **defaults):
+    """Return the defaults changed by a config file's arguments, `variant=small,distilled=True`.
+
+    Each value takes the type of its default. Raise ValueError for an unknown name or a bad value.
+    """
+    args = dict(defaults)
+    for item in filter(None, text.split(",")):
+        key, _, value = item.partition("=")
+        if key not in defaults:
+            raise ValueError(f"unknown argument {key!r}; this config takes {', '.join(defaults)}")
+        kind = type(defaults[key])
+        if kind is bool:
+            if value not in ("True", "False", ""):
+                raise ValueError(f"{key}={value}: give True or False")
+            args[key] = value != "False"
+        else:
+            args[key] = kind(value)
+    return ConfigDict(args)

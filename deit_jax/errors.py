@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Say in one line what is wrong (file, key or value) and what to do; shown without traceback."""
+    """Say in one line what is wrong (file, key or value) and what to do about it."""

@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 
-from deit_jax import cli, step
+from deit_jax import checkpoint, cli, sharding, step
+from deit_jax import config as config_lib
+from deit_jax import teacher as teacher_lib
 from deit_jax.data import pipeline
-from deit_jax.sharding import to_devices
+from deit_jax.data.sources import open_dataset
+from deit_jax.errors import UserError
 
 EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W) [--json]
 
@@ -44,7 +47,7 @@ class Evaluator:
         return self._evaluate(functools.partial(self._count, variables, model=model))
 
     def teacher(self, teacher, params) -> dict[str, float]:
-        """Return the teacher's {"top1", "top5"} on the images as a student's step hands them over."""
+        """Return the teacher's {"top1", "top5"} on images as a student's step hands them over."""
 
         @jax.jit
         def count(params, batch):
@@ -60,7 +63,7 @@ class Evaluator:
             self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
         )
         for batch in loader:
-            counts = count(batch=to_devices(batch, self._mesh))
+            counts = count(batch=sharding.to_devices(batch, self._mesh))
             totals = counts if totals is None else jax.tree.map(jax.numpy.add, totals, counts)
         return jax.tree.map(lambda n: 100.0 * int(n) / self._examples, jax.device_get(totals))
 
@@ -76,6 +79,35 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def evaluate_run(config, workdir: str) -> dict[str, Any]:
+    """Evaluate the newest checkpoint in a workdir on the data of `config`.
+
+    The model is the run's own; batch size and data come from `config`. Raise UserError if the run
+    knows another number of classes than the data has.
+    """
+    mesh = sharding.make_mesh(config.mesh.fsdp)
+    dataset = open_dataset(config.data)
+    run = checkpoint.load_run(workdir, config.dtype)
+    if len(run.classes) != len(dataset.classes):
+        raise UserError(
+            f"{workdir}: the model knows {len(run.classes)} classes, {config.data.source} has "
+            f"{len(dataset.classes)}"
+        )
+    evaluator = Evaluator(config, dataset.eval, config_lib.image_size(run.config.model), mesh)
+
+    def place(tree):
+        return jax.device_put(tree, sharding.state_shardings(mesh, tree))
+
+    results = {"examples": len(dataset.eval), **evaluator.model(run.model, place(run.variables))}
+    if run.ema is not None:
+        results["ema"] = evaluator.model(run.model, place(run.ema))
+    weights = teacher_lib.weights_path(run.config, workdir)
+    if weights:
+        teacher, params = teacher_lib.load_teacher(run.config, weights, dataset.classes)
+        results["teacher"] = evaluator.teacher(teacher, place(params))
+    return results
+
+
 def main(argv: list[str]) -> None:
     """Run `deit eval`."""
     from absl import flags
@@ -88,7 +120,7 @@ def main(argv: list[str]) -> None:
     cli.no_words(command.parse(argv, required=("config",)))
     if bool(command.flags.workdir) == bool(command.flags.weights):
         raise cli.UsageError("give either --workdir=DIR or --weights=W")
-    results = evaluate_weights(command.config, command.flags.workdir or command.flags.weights)
+    results = evaluate_run(command.config, command.flags.workdir or command.flags.weights)
     if command.flags.json:
         json.dump(results, sys.stdout)
         print()

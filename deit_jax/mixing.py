@@ -7,7 +7,7 @@ many devices share it, and no image leaves its device.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from deit_jax.losses import smooth_one_hot
 
@@ -41,7 +41,7 @@ def mix(
     return mixed.reshape(images.shape), mixed_targets.reshape(targets.shape)
 
 
-def _partner(grouped: Float[Array, "G g *x"]) -> Float[Array, "G g *x"]:
+def _partner(grouped: Shaped[Array, "G g *x"]) -> Shaped[Array, "G g *x"]:
     return jnp.roll(grouped, grouped.shape[1] // 2, axis=1)
 
 
@@ -68,7 +68,11 @@ def _draw(
 
 
 def _beta(key: Key[Array, ""], alpha: float, groups: int) -> Float[Array, "G"]:
-    return jax.random.beta(key, alpha, alpha, (groups,)) if alpha else jnp.ones(groups)
+    if alpha == 0.0:
+        return jnp.ones(groups)
+    if alpha == 1.0:  # Beta(1, 1); the general sampler takes seconds to compile
+        return jax.random.uniform(key, (groups,))
+    return jax.random.beta(key, alpha, alpha, (groups,))
 
 
 def cutmix_box(

@@ -21,9 +21,9 @@ from deit_jax.teacher import Teacher
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a checkpoint holds. Every random number derives from the config's seed and `step`."""
+    """All that a checkpoint holds. Random numbers derive from the config's seed and `step`."""
 
-    step: Int[Array, ""]
+    step: Any  # int32 scalar: updates taken
     params: Any
     batch_stats: Any  # running statistics of batch norm; {} in a transformer
     opt_state: Any

@@ -1,6 +1,7 @@
 """The frozen teacher: loaded once, its answer computed inside the student's step."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,6 +41,13 @@ class Teacher:
         """Return what distillation needs: labels for "hard" (only they are kept), else logits."""
         logits = jax.lax.stop_gradient(self.logits(params, images))
         return jnp.argmax(logits, axis=-1) if kind == "hard" else logits
+
+
+def weights_path(config, workdir: str | Path) -> str:
+    """Return where a run's teacher is: as configured, or trained by the run; "" without one."""
+    if config.distill.kind == "none":
+        return ""
+    return config.teacher.weights or str(Path(workdir) / "teacher")
 
 
 def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any]:

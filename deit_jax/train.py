@@ -19,7 +19,7 @@ from deit_jax.data import pipeline
 from deit_jax.data.sources import Dataset, open_dataset
 from deit_jax.errors import UserError
 from deit_jax.step import Recipe, init_state, train_step
-from deit_jax.teacher import load_teacher
+from deit_jax.teacher import load_teacher, weights_path
 
 log = logging.getLogger("deit_jax")
 
@@ -205,11 +205,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     config_lib.build_model(config.model, num_classes=2)  # a mistake in it should stop us here
     dataset = open_dataset(config.data)
     _claim(workdir, config, dataset.classes)
-    teacher_weights = ""
-    if config.distill.kind != "none":
-        teacher_weights = config.teacher.weights or str(workdir / "teacher")
-        if not config.teacher.weights:
-            train(teacher_config(config), workdir / "teacher")
+    teacher_weights = weights_path(config, workdir)
+    if teacher_weights and not config.teacher.weights:
+        train(teacher_config(config), teacher_weights)
     trainer = Trainer(config, workdir, dataset, teacher_weights)
     if (results := _finished(workdir, trainer.total_steps)) is None:
         log.info(_summary(trainer))
@@ -245,14 +243,14 @@ def _finished(workdir: Path, total_steps: int) -> dict[str, Any] | None:
 
 
 def _summary(trainer: Trainer) -> str:
-    config, count = trainer.config, sum(x.size for x in jax.tree.leaves(trainer.state.params))
-    order = trainer.order
+    config, dataset = trainer.config, trainer.dataset
+    count = sum(x.size for x in jax.tree.leaves(trainer.state.params))
     return (
-        f"{config.model.name}: {count / 1e6:.2f} M parameters; {len(trainer.dataset.train)} training "
-        f"and {len(trainer.dataset.eval)} evaluation images in {len(trainer.dataset.classes)} "
-        f"classes; {trainer.total_steps} steps of {config.batch_size}, "
-        f"{order.steps_per_epoch} an epoch; {trainer.mesh.size} {jax.devices()[0].device_kind} "
-        f"device(s); {config.dtype} compute"
+        f"{config.model.name}: {count / 1e6:.2f} M parameters; {len(dataset.train)} training and "
+        f"{len(dataset.eval)} evaluation images in {len(dataset.classes)} classes; "
+        f"{trainer.total_steps} steps of {config.batch_size}, {trainer.order.steps_per_epoch} an "
+        f"epoch; {trainer.mesh.size} {jax.devices()[0].device_kind} device(s), "
+        f"{config_lib.compute_dtype(config.dtype).name} compute"
     )
 
 

@@ -11,12 +11,24 @@ from deit_jax.errors import UserError
 
 def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
     """Return an RGB image; raise UserError with the example's name if it cannot be read."""
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image.squeeze()).convert("RGB")
     try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{name}: not a readable image ({error}); repair or remove it") from error
+        if isinstance(image, np.ndarray):
+            grey = image.ndim == 3 and image.shape[2] == 1
+            return _to_rgb(Image.fromarray(image[:, :, 0] if grey else image))
+        return _to_rgb(Image.open(io.BytesIO(image)))
+    except Exception as error:  # damaged bytes make Pillow's readers raise almost anything
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "of no known format" if unknown else " ".join(str(error).split())
+        raise UserError(f"{name}: not a readable image ({reason}); repair or remove it") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 16 bits, which convert() would clip at 255; Pillow itself reads 16-bit RGB this way.
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # the same colours, without a warning on transparent ones
+    return image.convert("RGB")
 
 
 def random_resized_crop(

@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
+import cv2
 import grain
 import numpy as np
 
@@ -89,7 +90,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Load batch i -> {"image", "label", "valid": bool [b]}; every example is valid exactly once."""
+    """Load batch i -> {"image", "label", "valid": bool [b]}; all examples valid once."""
 
     def __init__(
         self, source: Source, batch_size: int, image_size: int, crop_ratio: float, rows: range
@@ -124,6 +125,11 @@ def local_rows(batch_size: int, process: int, processes: int) -> range:
 
 def load(batches, start: int, stop: int, threads: int, prefetch: int) -> Iterator[dict]:
     """Iterate over batches start … stop - 1 in order, loaded ahead by threads."""
+    cv2.setNumThreads(0)  # these threads are the parallelism; OpenCV's own would fight them
     threads = min(threads or os.cpu_count() or 1, prefetch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.range(start, stop).map(batches).to_iter_dataset(options))
+    loader = iter(grain.MapDataset.range(start, stop).map(batches).to_iter_dataset(options))
+    try:
+        yield from loader
+    finally:
+        loader.close()  # or the interpreter would first load what is queued, and exit late

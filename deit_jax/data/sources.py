@@ -1,5 +1,6 @@
 """Where images come from: random access behind one small interface, without TensorFlow."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 from deit_jax.errors import UserError
 
@@ -131,9 +133,9 @@ def hold_out(source: ArraySource | FolderSource, fraction: float) -> tuple[Subse
     if not 0 < fraction < 1:
         raise UserError(f"config.data.eval_fraction={fraction}: must be between 0 and 1, exclusive")
     order = np.random.default_rng(0).permutation(len(source))
+    by_class = order[np.argsort(source.labels[order], kind="stable")]
     held = []
-    for label in np.unique(source.labels):
-        members = order[source.labels[order] == label]
+    for members in np.split(by_class, np.flatnonzero(np.diff(source.labels[by_class])) + 1):
         if len(members) < 2:
             raise UserError(
                 f"{source.describe(int(members[0]))}: the only image of its class; add a second, "
@@ -166,6 +168,8 @@ def _open_folder(root: Path, eval_fraction: float) -> Dataset:
             raise UserError(f"{eval_root / unknown[0]}: no class of this name in {train_root}")
         return Dataset(_scan(train_root, classes), _scan(eval_root, classes), classes)
     classes = _class_names(root)
+    if classes == ["train"]:
+        root, classes = train_root, _class_names(train_root)
     return Dataset(*hold_out(_scan(root, classes), eval_fraction), classes)
 
 
@@ -181,14 +185,15 @@ def _scan(root: Path, classes: list[str]) -> FolderSource:
     for label, name in enumerate(classes):
         if not (root / name).is_dir():
             continue
-        for directory, subdirectories, files in os.walk(root / name):
-            subdirectories.sort()
+        found = len(paths)
+        for directory, subdirectories, files in os.walk(root / name, followlinks=True):
+            subdirectories[:] = sorted(s for s in subdirectories if not s.startswith("."))
             for file in sorted(files):
-                if file.lower().endswith(IMAGE_SUFFIXES):
+                if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
                     paths.append(os.path.join(directory, file))
                     labels.append(label)
-    if not paths:
-        raise UserError(f"{root}: no images ({', '.join(IMAGE_SUFFIXES)}) in its class folders")
+        if len(paths) == found:
+            raise UserError(f"{root / name}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     return FolderSource(paths, np.array(labels, np.int32))
 
 
@@ -196,22 +201,33 @@ def _open_tfds(name: str, data) -> Dataset:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name, data_dir=data.dir or None, try_gcs=False)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        with _errors_only():
+            builder = tfds.builder(name, data_dir=data.dir or None, try_gcs=False)
+            prepared = builder.is_prepared()
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"config.data.source=tfds:{name}: {first_line}") from error
-    where = f"{data.dir or builder.data_dir}"
-    if not builder.is_prepared():
         raise UserError(
-            f"config.data.source=tfds:{name}: not prepared in {where}; set --config.data.dir, or "
-            "prepare it with tfds.builder(NAME, file_format='array_record').download_and_prepare()"
+            f"config.data.source=tfds:{name}: {first_line} (config.data.dir={data.dir!r})"
+        ) from error
+    if not prepared:
+        raise UserError(
+            f"config.data.source=tfds:{name}: not prepared in {data.dir or builder.data_dir}; set "
+            "--config.data.dir, or prepare it with "
+            "tfds.builder(NAME, file_format='array_record').download_and_prepare()"
         )
     if builder.info.file_format.value != "array_record":
         raise UserError(
             f"{builder.data_path}: TFDS files in {builder.info.file_format.value}, which has no "
             "random access; convert with `tfds convert_format --out_file_format=array_record`"
         )
-    keys = builder.info.supervised_keys or ("image", "label")
+    keys = (builder.info.supervised_keys or ("image", "label"))[:2]
+    features = builder.info.features
+    kinds = zip(keys, (tfds.features.Image, tfds.features.ClassLabel), strict=True)
+    if not all(key in features and isinstance(features[key], kind) for key, kind in kinds):
+        raise UserError(
+            f"config.data.source=tfds:{name}: not image classification; it takes an Image and a "
+            f"ClassLabel, its {keys[0]!r} and {keys[1]!r} are others"
+        )
     splits = []
     for split in (data.train_split, data.eval_split):
         try:
@@ -222,4 +238,15 @@ def _open_tfds(name: str, data) -> Dataset:
             known = ", ".join(builder.info.splits)
             raise UserError(f"tfds:{name}: no split {split!r} (it has {known})") from error
         splits.append(TfdsSource(f"tfds:{name}", split, data_source, keys))
-    return Dataset(*splits, list(builder.info.features[keys[1]].names))
+    return Dataset(*splits, list(features[keys[1]].names))
+
+
+@contextlib.contextmanager
+def _errors_only():
+    """Keep TFDS, which logs through absl, from warning of what ends in one clear error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -37,7 +37,7 @@ class BatchNorm(nn.Module):
     """Normalise every channel by the batch's statistics (train) or their running averages.
 
     Not nn.BatchNorm because that averages the biased variance: PyTorch and TensorFlow average the
-    unbiased one. Statistics are float32 whatever the dtype, and those of the global batch: the mean
+    unbiased one. Statistics are float32 even for bfloat16, and those of the global batch: the mean
     over a sharded axis is a collective that XLA inserts.
     """
 

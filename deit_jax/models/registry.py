@@ -53,10 +53,10 @@ def _specs() -> dict[str, ModelSpec]:
                 name = f"deit_{size}{infix}_patch16_{image_size}"
                 specs[name] = _vit(image_size, width=width, num_heads=heads, distilled=distilled)
     deit3 = {
-        "small": dict(width=384, num_heads=6),
-        "medium": dict(width=512, num_heads=8),
-        "base": dict(width=768, num_heads=12),
-        "large": dict(width=1024, num_heads=16, depth=24),
+        "small": {"width": 384, "num_heads": 6},
+        "medium": {"width": 512, "num_heads": 8},
+        "base": {"width": 768, "num_heads": 12},
+        "large": {"width": 1024, "num_heads": 16, "depth": 24},
     }
     for size, kwargs in deit3.items():
         for image_size in (224, 384):

@@ -1,4 +1,4 @@
-"""DeiT's vision transformer: patch embedding, multi-head self-attention, class and distillation tokens.
+"""DeiT's vision transformer: patches, self-attention, class and distillation tokens.
 
 Layer names are timm's, so that a parameter path reads `blocks_0/attn/qkv/kernel`.
 Shapes: B batch, H W pixels, C channels, N tokens, D width, K classes.
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deit_jax.models.heads import Heads
@@ -32,7 +33,7 @@ class PatchEmbed(nn.Module):
 
     patch_size: int
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B N D"]:
@@ -55,7 +56,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
     num_heads: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -76,7 +77,7 @@ class Mlp(nn.Module):
 
     hidden: int
     dropout: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
@@ -120,7 +121,7 @@ class Block(nn.Module):
     drop_path: float
     dropout: float
     layer_scale: float | None
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
@@ -160,7 +161,7 @@ class VisionTransformer(nn.Module):
     constant_drop_path: bool = False
     dropout: float = 0.0
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         super().__post_init__()
@@ -176,7 +177,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side; pixels beyond the last whole patch are ignored, as in DeiT III."""
+        """Patches along one side; pixels past the last whole patch are ignored (DeiT III)."""
         return self.image_size // self.patch_size
 
     @property

@@ -1,0 +1,248 @@
+"""Compare decoding and cropping with Pillow and with torchvision's transforms."""
+
+import io
+import itertools
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from scipy import stats
+from skimage import data
+from sklearn.datasets import load_sample_image
+
+from deit_jax.data import decode
+from deit_jax.errors import UserError
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+# Free of the test run's type checks, so that stand-ins can take an image's and a generator's place.
+random_resized_crop = getattr(decode.random_resized_crop, "__wrapped__", decode.random_resized_crop)
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return Image.fromarray(load_sample_image("flower.jpg"))  # 640 x 427
+
+
+@pytest.fixture
+def transforms(timm):
+    """Return torchvision.transforms; timm's import makes torchvision's work."""
+    from torchvision import transforms
+
+    return transforms
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+class ChosenBox:
+    """Random numbers that lead random_resized_crop to one box of the image."""
+
+    def __init__(self, image, left, top, width, height):
+        self._uniform = iter(
+            (width * height / (image.width * image.height), np.log(width / height))
+        )
+        self._integers = iter((left, top))
+
+    def uniform(self, low, high):
+        return next(self._uniform)
+
+    def integers(self, high):
+        return next(self._integers)
+
+
+class Recorder:
+    """Stand in for an image and note the boxes that are cut out of it."""
+
+    def __init__(self, width, height):
+        self.size, self.boxes = (width, height), []
+
+    def crop(self, box):
+        self.boxes.append(box)
+        return self
+
+    def resize(self, size, resample):
+        return Image.new("RGB", size)
+
+
+def boxes(width, height, count, seed=0):
+    recorder, rng = Recorder(width, height), np.random.default_rng(seed)
+    for _ in range(count):
+        random_resized_crop(recorder, 4, rng, SCALE, RATIO)
+    left, top, right, bottom = np.array(recorder.boxes).T
+    return left, top, right - left, bottom - top
+
+
+@pytest.mark.parametrize("shape", [(640, 427), (427, 640), (400, 400), (91, 500), (224, 224)])
+@pytest.mark.parametrize(
+    ("size", "ratio"), [(224, 0.875), (224, 0.9), (224, 1.0), (384, 1.0), (33, 0.95)]
+)
+def test_centre_crop_is_torchvisions_resize_and_center_crop(photo, transforms, shape, size, ratio):
+    image = photo.resize(shape)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(int(size / ratio), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+        ]
+    )(image)
+    assert np.array_equal(decode.centre_crop(image, size, ratio), reference)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 640, 427), (100, 7, 321, 300), (639, 426, 1, 1)])
+@pytest.mark.parametrize("size", [32, 224])
+def test_a_random_crop_has_the_pixels_of_torchvisions_resized_crop(photo, transforms, box, size):
+    left, top, width, height = box
+    ours = random_resized_crop(photo, size, ChosenBox(photo, *box), (0, 1), RATIO)
+    reference = transforms.functional.resized_crop(
+        photo, top, left, height, width, [size, size], transforms.InterpolationMode.BICUBIC
+    )
+    assert np.array_equal(ours, reference)
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (96, 96), (300, 1200)])
+def test_random_boxes_are_distributed_as_torchvisions(torch, transforms, width, height):
+    torch.manual_seed(0)
+    image, count = Image.new("RGB", (width, height)), 1500
+    params = transforms.RandomResizedCrop.get_params
+    top, left, h, w = np.array([params(image, SCALE, RATIO) for _ in range(count)]).T
+    ours = boxes(width, height, count)
+    for measure in (
+        lambda left, top, w, h: w * h,
+        lambda left, top, w, h: np.log(w / h),
+        lambda left, top, w, h: left,
+        lambda left, top, w, h: top,
+    ):
+        assert stats.ks_2samp(measure(*ours), measure(left, top, w, h)).pvalue > 0.01
+
+
+def test_random_boxes_stay_inside_the_image_and_the_bounds():
+    left, top, w, h = boxes(500, 375, 2000)
+    assert min(left.min(), top.min()) >= 0
+    assert (left + w).max() <= 500
+    assert (top + h).max() <= 375
+    # A side is rounded to whole pixels: half a pixel of at least 122 = sqrt(.08 x 187500).
+    assert np.all(np.abs(np.log(w / h)) < np.log(4 / 3) + 0.01)
+    assert np.all(w * h > 0.08 * 500 * 375 * 0.99)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [(1000, 20, (486, 0, 513, 20)), (20, 1000, (0, 486, 20, 513)), (1, 1, (0, 0, 1, 1))],
+)
+def test_an_extreme_image_gives_its_centre(torch, transforms, width, height, box):
+    image = Image.new("RGB", (width, height))
+    torch.manual_seed(1)
+    top, left, h, w = transforms.RandomResizedCrop.get_params(image, (0.9, 1.0), RATIO)
+    assert (left, top, left + w, top + h) == box
+    recorder = Recorder(width, height)
+    random_resized_crop(recorder, 4, np.random.default_rng(0), (0.9, 1.0), RATIO)
+    assert recorder.boxes == [box]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *itertools.product(("png", "tiff"), ("RGB", "L", "LA", "1", "RGBA", "P")),
+        *itertools.product(("webp",), ("RGB", "L", "RGBA")),
+    ],
+)
+def test_reads_every_mode_as_pillow_converts_it(photo, mode, kind):
+    image = photo.resize((64, 48)).convert(mode)
+    options = {"lossless": True} if kind == "webp" else {}
+    ours = decode.decode(encode(image, kind, **options), "example")
+    assert ours.mode == "RGB"
+    assert np.array_equal(ours, image.convert("RGB"))
+
+
+def test_reads_progressive_grey_and_cmyk_jpeg(photo):
+    def through_jpeg(image, **options):
+        encoded = encode(image, "jpeg", quality=95, **options)
+        assert Image.open(io.BytesIO(encoded)).mode == image.mode
+        return pixels(decode.decode(encoded, "example"))
+
+    plain = through_jpeg(photo)
+    assert np.abs(plain - pixels(photo)).mean() < 3
+    # The same coefficients in another order.
+    assert np.array_equal(through_jpeg(photo, progressive=True), plain)
+    grey = through_jpeg(photo.convert("L"))
+    assert np.ptp(grey, axis=2).max() == 0
+    assert np.abs(grey[:, :, 0] - pixels(photo.convert("L"))).mean() < 3
+    assert np.abs(through_jpeg(photo.convert("CMYK")) - pixels(photo)).mean() < 3
+
+
+@pytest.mark.parametrize("kind", [".png", ".tiff", ".pgm"])
+def test_16_bit_grey_is_scaled_not_clipped(kind):
+    values = np.arange(0, 65536, 8, np.uint16).reshape(64, 128)
+    ours = decode.decode(cv2.imencode(kind, values)[1].tobytes(), "example")
+    assert np.array_equal(ours, np.stack(3 * [values // 256], axis=2))
+
+
+def test_16_bit_colour_is_scaled_alike():
+    values = np.random.default_rng(0).integers(65536, size=(16, 16, 3)).astype(np.uint16)
+    ours = decode.decode(cv2.imencode(".png", values)[1].tobytes(), "example")
+    assert np.array_equal(ours, values[:, :, ::-1] // 256)
+
+
+def test_a_palette_with_transparency_keeps_its_colours(photo):
+    image = photo.resize((64, 48)).quantize(8)
+    encoded = encode(image, "png", transparency=bytes([0, 60, 255, 255]))
+    assert np.array_equal(decode.decode(encoded, "example"), image.convert("RGB"))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3), (1, 5, 3), (5, 1, 3), (1, 1, 1)])
+def test_reads_arrays_of_any_shape(shape):
+    array = np.random.default_rng(0).integers(256, size=shape).astype(np.uint8)
+    ours = decode.decode(array, "example")
+    expected = np.broadcast_to(array.reshape((*shape[:2], -1)), (*shape[:2], 3))
+    assert np.array_equal(ours, expected)
+
+
+def damaged():
+    photo = Image.fromarray(data.chelsea())
+    yield "empty", b""
+    yield "text", b"<html>404 not found</html>"
+    for kind in ("jpeg", "png", "webp", "tiff", "gif", "bmp"):
+        encoded = encode(photo, kind)
+        for share in (0.05, 0.5, 0.9):
+            yield f"{kind}-{share}", encoded[: int(share * len(encoded))]
+
+
+@pytest.mark.parametrize(("kind", "image"), [pytest.param(*p, id=p[0]) for p in damaged()])
+def test_a_damaged_file_is_named_in_one_line(kind, image):
+    with pytest.raises(UserError, match=r"^photos/cat\.jpg: not a readable image \(.+\); .*") as e:
+        decode.decode(image, "photos/cat.jpg")
+    assert "\n" not in str(e.value)
+    assert "BytesIO" not in str(e.value)
+
+
+def test_an_enormous_image_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"x\.png: .*decompression bomb"):
+        decode.decode(encode(Image.new("RGB", (64, 64)), "png"), "x.png")
+
+
+def test_random_crops_depend_on_nothing_but_the_generator(photo):
+    def run(seed):
+        rng = np.random.default_rng(seed)
+        return decode.random_resized_crop(photo, 16, rng, SCALE, RATIO).tobytes()
+
+    first = [run(seed) for seed in range(20)]
+    assert first == [run(seed) for seed in range(20)]
+    assert all(a != b for a, b in itertools.pairwise(first))
+
+
+def test_the_crop_of_a_drawing_shows_its_middle():
+    """A black disc at the centre stays there, whatever the image's shape."""
+    for shape in ((300, 200), (200, 300), (201, 333)):
+        image = Image.new("L", shape, 255)
+        x, y = shape[0] / 2, shape[1] / 2
+        ImageDraw.Draw(image).ellipse((x - 30, y - 30, x + 30, y + 30), fill=0)
+        dark = pixels(decode.centre_crop(image.convert("RGB"), 64, 0.875))[:, :, 0] < 128
+        assert np.abs(np.argwhere(dark).mean(axis=0) - 31.5).max() < 1

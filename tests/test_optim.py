@@ -1,0 +1,143 @@
+"""Schedule, mask and update against their formulas."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base, deit
+from deit_jax import optim
+
+STEPS = 10
+
+
+def reference_lr(optim_config, epochs, t):
+    """Return timm's CosineLRScheduler at epoch t (warmup_prefix=False), t any real number."""
+    c = optim_config
+    if t < c.warmup_epochs:
+        return c.warmup_lr + t * (c.lr - c.warmup_lr) / c.warmup_epochs
+    return c.min_lr + 0.5 * (c.lr - c.min_lr) * (1 + math.cos(math.pi * t / epochs))
+
+
+def test_schedule_is_timms_cosine_at_every_step():
+    c = base.get_config()
+    schedule = optim.make_schedule(c.optim, c.epochs, STEPS)
+    for step in (0, 1, 25, 49, 50, 51, 1500, 2999):
+        expected = reference_lr(c.optim, c.epochs, step / STEPS)
+        np.testing.assert_allclose(schedule(jnp.int32(step)), expected, rtol=1e-5)
+
+
+def test_schedule_agrees_with_timm_at_whole_epochs(timm):
+    import torch
+    from timm.scheduler import CosineLRScheduler
+
+    c = base.get_config().optim
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=c.lr)
+    theirs = CosineLRScheduler(
+        opt, t_initial=300, lr_min=c.min_lr, warmup_lr_init=c.warmup_lr, warmup_t=5
+    )
+    schedule = optim.make_schedule(c, 300.0, STEPS)
+    for epoch in (0, 1, 4, 5, 6, 150, 299):
+        theirs.step(epoch)
+        expected = opt.param_groups[0]["lr"]
+        np.testing.assert_allclose(schedule(jnp.int32(epoch * STEPS)), expected, rtol=1e-5)
+
+
+def test_learning_rate_follows_the_batch_size():
+    c = deit.get_config("variant=tiny")
+    assert c.optim.lr == pytest.approx(1e-3)
+    c.batch_size = 256
+    assert c.optim.lr == pytest.approx(5e-4 * 256 / 512)
+    c.optim.lr = 7e-4
+    c.batch_size = 1024
+    assert c.optim.lr == pytest.approx(7e-4)  # a rate set by hand stays
+
+
+def params():
+    rng = np.random.default_rng(0)
+    return {
+        "cls_token": rng.normal(size=(1, 1, 4)),
+        "dist_token": rng.normal(size=(1, 1, 4)),
+        "pos_embed": rng.normal(size=(1, 3, 4)),
+        "head": {"kernel": rng.normal(size=(4, 2)), "bias": rng.normal(size=2)},
+        "norm": {"scale": rng.normal(size=4), "bias": rng.normal(size=4)},
+    }
+
+
+def test_decay_mask_is_the_references():
+    assert optim.decay_mask(params()) == {
+        "cls_token": False,
+        "dist_token": True,  # deliberate in the reference: deit issues 48 and 60
+        "pos_embed": False,
+        "head": {"kernel": True, "bias": False},
+        "norm": {"scale": False, "bias": False},
+    }
+
+
+def numpy_adamw(p, grads, lrs, decay, c):
+    m = v = np.zeros_like(p)
+    for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
+        m = c.b1 * m + (1 - c.b1) * g
+        v = c.b2 * v + (1 - c.b2) * g**2
+        p = p * (1 - lr * (c.weight_decay if decay else 0))  # torch: decay first, decoupled
+        p = p - lr * (m / (1 - c.b1**t)) / (np.sqrt(v / (1 - c.b2**t)) + c.eps)
+    return p
+
+
+def run(config, p, grads):
+    schedule = optim.make_schedule(config.optim, 2.0, STEPS)
+    tx = optim.make_optimizer(config.optim, schedule)
+    p = jax.tree.map(jnp.asarray, p)
+    state = tx.init(p)
+    for g in grads:
+        updates, state = tx.update(g, state, p)
+        p = optax.apply_updates(p, updates)
+    return p, [float(schedule(jnp.int32(i))) for i in range(len(grads))]
+
+
+def test_adamw_is_torchs():
+    c = base.get_config()
+    c.optim.lr, c.optim.weight_decay, c.optim.warmup_epochs = 0.1, 0.3, 0.2
+    p = params()
+    rng = np.random.default_rng(1)
+    grads = [jax.tree.map(lambda x: rng.normal(size=x.shape), p) for _ in range(4)]
+    ours, lrs = run(c, p, grads)
+    for path, decay in ((("cls_token",), False), (("head", "kernel"), True)):
+        leaf, steps, end = p, grads, ours
+        for key in path:
+            leaf, steps, end = leaf[key], [g[key] for g in steps], end[key]
+        np.testing.assert_allclose(end, numpy_adamw(leaf, steps, lrs, decay, c.optim), rtol=1e-5)
+
+
+def test_sgd_is_torchs(torch):
+    c = base.get_config()
+    c.optim.name, c.optim.lr, c.optim.weight_decay = "sgd", 0.1, 0.3
+    p = {"kernel": params()["head"]["kernel"]}
+    rng = np.random.default_rng(1)
+    grads = [{"kernel": rng.normal(size=(4, 2))} for _ in range(4)]
+    ours, lrs = run(c, p, grads)
+    theirs = torch.nn.Parameter(torch.tensor(p["kernel"]))
+    opt = torch.optim.SGD([theirs], lr=1.0, momentum=0.9, weight_decay=0.3)
+    for g, lr in zip(grads, lrs, strict=True):
+        opt.param_groups[0]["lr"] = lr
+        theirs.grad = torch.tensor(g["kernel"])
+        opt.step()
+    np.testing.assert_allclose(ours["kernel"], theirs.detach().numpy(), rtol=1e-5)
+
+
+def test_clipping_bounds_the_global_norm():
+    c = base.get_config()
+    c.optim.name, c.optim.clip_norm, c.optim.weight_decay, c.optim.b1 = "sgd", 1.0, 0.0, 0.0
+    c.optim.warmup_epochs, c.optim.lr = 0.0, 1.0
+    p = {"a": np.zeros(3), "b": np.zeros(4)}
+    ours, lrs = run(c, p, [{"a": np.full(3, 6.0), "b": np.full(4, 8.0)}])
+    norm = np.sqrt(sum((np.asarray(x) ** 2).sum() for x in ours.values()))
+    assert norm == pytest.approx(lrs[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2.0, 20), (0.25, 3), (0.001, 1)])
+def test_whole_steps(epochs, steps):
+    assert optim.whole_steps(epochs, STEPS) == steps

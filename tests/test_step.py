@@ -1,0 +1,222 @@
+"""The fused step: the same on any number of devices, no gradient for the teacher."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deit_jax import config as config_lib
+from deit_jax import losses, optim, sharding, step
+from deit_jax.teacher import Teacher
+from tests.conftest import make_tiny_config
+
+K, B, SIZE = 10, 32, 16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def make_batch(n=B):
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (n, SIZE, SIZE, 3), np.uint8),
+        "label": rng.integers(0, K, n).astype(np.int32),
+    }
+
+
+def make_teacher():
+    """Return a small convnet with random weights, and whether its answers vary with the image."""
+    model = config_lib.build_model(make_tiny_config().teacher.model, K).clone(folded=True)
+    params = model.init(jax.random.key(7), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    params = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
+    return Teacher(model, MEAN, STD, MEAN, STD), params
+
+
+def build(config, devices=None):
+    """Return (jitted step, state, teacher's params, mesh) as train.py builds them."""
+    mesh = sharding.make_mesh(config.mesh.fsdp, devices)
+    model = config_lib.build_model(config.model, K, "float32")
+    tx = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, config.epochs, 5))
+    init = functools.partial(
+        step.init_state, model=model, image_size=SIZE, tx=tx, ema_decay=config.optim.ema_decay
+    )
+    key = jax.random.key(config.seed)
+    places = sharding.state_shardings(mesh, jax.eval_shape(init, key))
+    state = jax.jit(init, out_shardings=places)(key)
+    teacher, teacher_params = make_teacher() if config.distill.kind != "none" else (None, None)
+    teacher_params = jax.device_put(teacher_params, sharding.replicated(mesh))
+    function = functools.partial(
+        step.train_step,
+        model=model,
+        teacher=teacher,
+        tx=tx,
+        recipe=step.Recipe.from_config(config, K),
+    )
+    jitted = jax.jit(function, out_shardings=(places, sharding.replicated(mesh)))
+    return jitted, state, teacher_params, mesh
+
+
+def run(config, devices=None, steps=2):
+    jitted, state, teacher_params, mesh = build(config, devices)
+    for _ in range(steps):
+        state, metrics = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh))
+    return jax.device_get((state, metrics))
+
+
+def assert_close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-5), a, b)
+
+
+@pytest.mark.parametrize(("fsdp", "kind"), [(1, "hard"), (4, "soft")])
+def test_eight_devices_take_the_step_of_one(tiny_config, fsdp, kind, monkeypatch):
+    """Drop-path, mixing, erasing and distillation on: every random draw must agree."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    tiny_config.model.drop_path = 0.2
+    tiny_config.distill.kind = kind
+    tiny_config.optim.eps = 1e-4  # AdamW's first steps are signs of gradients: tame rounding at 0
+    one, metrics_one = run(tiny_config, jax.devices()[:1])
+    tiny_config.mesh.fsdp = fsdp
+    eight, metrics_eight = run(tiny_config)
+    assert_close(one.params, eight.params, 1e-5)
+    assert_close(one.ema, eight.ema, 1e-5)
+    assert_close(metrics_one, metrics_eight, 1e-5)
+
+
+def test_fsdp_splits_weights_moments_and_average(tiny_config, monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    tiny_config.mesh.fsdp = 4
+    _, state, _, _ = build(tiny_config)
+    kernel = ("blocks_0", "mlp", "fc1", "kernel")
+    adam = next(
+        s
+        for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+        if hasattr(s, "mu")
+    )
+    for tree in (state.params, state.ema["params"], adam.mu):
+        leaf = functools.reduce(lambda t, k: t[k], kernel, tree)
+        assert leaf.addressable_shards[0].data.size == leaf.size // 4
+
+
+def test_accumulated_micro_batches_give_the_whole_batchs_gradient(tiny_config):
+    whole, metrics_whole = run(tiny_config)
+    tiny_config.optim.accum_steps = 4
+    parts, metrics_parts = run(tiny_config)
+    assert_close(metrics_whole, metrics_parts, 1e-5)
+    assert_close(whole.opt_state, parts.opt_state, 1e-6)
+
+
+def test_micro_batches_move_no_image_between_devices(tiny_config):
+    tiny_config.optim.accum_steps, tiny_config.distill.kind = 4, "none"
+    tiny_config.mixing.prob, tiny_config.augment.erase_prob = 0.0, 0.0
+    jitted, state, teacher_params, mesh = build(tiny_config)
+    batch = sharding.to_devices(make_batch(), mesh)
+    hlo = jitted.lower(state, teacher_params, batch).compile().as_text()
+    for collective in ("all-gather(", "all-to-all(", "collective-permute("):
+        assert collective not in hlo, collective
+
+
+def test_step_is_the_gradient_of_the_written_out_objective(tiny_config):
+    """Rebuild one step from its formula: no augmentation, hard distillation, plain SGD."""
+    c = tiny_config
+    c.mixing.prob, c.augment.erase_prob, c.loss.smoothing = 0.0, 0.0, 0.0
+    c.optim.name, c.optim.b1, c.optim.weight_decay, c.optim.warmup_epochs = "sgd", 0.0, 0.0, 0.0
+    jitted, state, teacher_params, mesh = build(c)
+    new, _ = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh))
+    batch = make_batch()
+    images = (batch["image"] / 255.0 - np.array(MEAN)) / np.array(STD)
+    teacher, _ = make_teacher()
+    said = teacher.model.apply({"params": teacher_params}, jnp.float32(images)).cls.argmax(-1)
+    assert len(np.unique(said)) > 1
+    model = config_lib.build_model(c.model, K)
+
+    def objective(params):
+        heads = model.apply({"params": params}, jnp.float32(images))
+        rows = np.arange(B)
+        own = -jax.nn.log_softmax(heads.cls)[rows, batch["label"]].mean()
+        taught = -jax.nn.log_softmax(heads.dist)[rows, said].mean()
+        return (own + taught) / 2
+
+    gradient = jax.grad(objective)(state.params)
+    expected = jax.tree.map(lambda p, g: p - c.optim.lr * g, state.params, gradient)
+    assert_close(jax.device_get(new.params), jax.device_get(expected), 1e-6)
+
+
+def test_teacher_has_no_state_and_gets_no_gradient(tiny_config):
+    """The teacher's parameters enter the step, and nothing of their size leaves it."""
+    jitted, state, teacher_params, _ = build(tiny_config)
+    out = jax.eval_shape(jitted, state, teacher_params, make_batch())
+    assert jax.tree.structure(out[0]) == jax.tree.structure(state)
+    assert all(x.shape == () for x in jax.tree.leaves(out[1]))
+    teacher, _ = make_teacher()
+
+    def loss(params, kind):
+        images = step.normalise(jnp.asarray(make_batch()["image"]), MEAN, STD)
+        signal = teacher.signal(params, images, kind)
+        distill = make_tiny_config().distill
+        distill.kind = kind
+        logits = jnp.ones((B, K)) * jnp.arange(K)
+        targets = losses.smooth_one_hot(jnp.zeros(B, jnp.int32), K, 0.1)
+        return losses.distillation(losses.Heads(logits), targets, signal, distill)[0]
+
+    for kind in ("hard", "soft"):
+        grads = jax.grad(loss)(teacher_params, kind)
+        assert not any(np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_teacher_sees_its_own_normalisation():
+    teacher, params = make_teacher()
+    batch = make_batch(4)["image"]
+    other = Teacher(teacher.model, (0.5,) * 3, (0.5,) * 3, MEAN, STD)
+    own = teacher.model.apply({"params": params}, jnp.float32(batch / 255.0 * 2 - 1)).cls
+    handed = other.logits(params, step.normalise(jnp.asarray(batch), MEAN, STD))
+    np.testing.assert_allclose(handed, own, atol=1e-4)
+
+
+def test_ema_averages_parameters(tiny_config):
+    jitted, state, teacher_params, mesh = build(tiny_config)
+    batch = sharding.to_devices(make_batch(), mesh)
+    new, _ = jitted(state, teacher_params, batch)
+    d = tiny_config.optim.ema_decay
+    expected = jax.tree.map(lambda e, p: d * e + (1 - d) * p, state.ema["params"], new.params)
+    assert_close(new.ema["params"], expected, 1e-7)
+    assert int(new.step) == 1
+
+
+def test_batch_norm_statistics_move_only_in_training(tiny_config):
+    c = tiny_config
+    c.model = c.teacher.model
+    c.distill.kind = "none"
+    state, _ = run(c, steps=1)
+    start = build(c)[1]
+    moved = jax.tree.map(lambda a, b: np.any(a != b), state.batch_stats, start.batch_stats)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_gradient_norm_is_of_the_gradient(tiny_config):
+    tiny_config.optim.name, tiny_config.optim.b1, tiny_config.optim.weight_decay = "sgd", 0.0, 0.0
+    tiny_config.optim.warmup_epochs = 0.0
+    jitted, state, teacher_params, mesh = build(tiny_config)
+    new, metrics = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh))
+    change = optax.tree.norm(jax.tree.map(lambda a, b: a - b, new.params, state.params))
+    np.testing.assert_allclose(metrics["grad_norm"], change / tiny_config.optim.lr, rtol=1e-4)
+
+
+def test_counts_are_numpys_ranks_and_padding_is_not_counted():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(40, K)).round(1).astype(np.float32)  # rounded: some are equal
+    labels = rng.integers(0, K, 40).astype(np.int32)
+    valid = rng.random(40) < 0.7
+    order = np.argsort(-logits, axis=1, kind="stable")
+    got = step.count_correct(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(valid))
+    for k in (1, 5):
+        right = (order[:, :k] == labels[:, None]).any(1) & valid
+        assert int(got[f"top{k}"]) == right.sum()
+
+
+def test_nan_logits_are_never_right():
+    logits = jnp.full((3, K), jnp.nan)
+    counts = step.count_correct(logits, jnp.zeros(3, jnp.int32), jnp.ones(3, bool))
+    assert jax.tree.leaves(counts) == [0, 0]
