@@ -7,6 +7,7 @@ COMMANDS = {
     "train": "train a model, or continue the run in --workdir",
     "eval": "top-1 and top-5 of each head on a data set",
     "predict": "classify image files",
+    "convert": "bring weights from one format into another",
 }
 USAGE = f"""DeiT in JAX: train, evaluate and use data-efficient image transformers.
 

@@ -21,7 +21,6 @@ class Command:
     def __init__(self, name: str, doc: str):
         self.flags = flags.FlagValues()
         self._name, self._doc = name, doc
-        self._config_argv: list[str] = []
         flags.DEFINE_boolean(
             "debug", False, "show the traceback of an error", flag_values=self.flags
         )
@@ -50,10 +49,19 @@ class Command:
             rest = self.flags([self._name, *argv])[1:]
         except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
             raise UsageError(_one_line(error)) from error
+        config = self.flags["config"].value if "config" in self.flags else None
+        if config is not None and not isinstance(config, ConfigDict):
+            # ml_collections puts off reporting a file that is not there to the first use.
+            raise UsageError(f"--config={self._config_path(argv)}: no such file")
         for name in required:
             if getattr(self.flags, name) in (None, ""):
                 raise UsageError(f"--{name}=… is missing; see `deit {self._name} --help`")
         return rest
+
+    @staticmethod
+    def _config_path(argv: list[str]) -> str:
+        words = [word.partition("=") for word in argv]
+        return next((value for flag, _, value in words if flag.lstrip("-") == "config"), "")
 
     @property
     def config(self) -> ConfigDict:

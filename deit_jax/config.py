@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from deit_jax.data.augment import make_augment
 from deit_jax.errors import UserError
 from deit_jax.models import registry
 
@@ -101,6 +102,17 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     check(len(config.data.mean) == 3, "data.mean", "must have three numbers, one per channel")
     check(len(config.data.std) == 3 and min(config.data.std) > 0, "data.std", "must be positive")
 
+    fsdp = config.mesh.fsdp
+    check(
+        fsdp > 0 and num_devices % fsdp == 0,
+        "mesh.fsdp",
+        f"must divide the number of devices, {num_devices}",
+    )
+    try:
+        make_augment(config.augment.auto, config.augment.color_jitter)
+    except ValueError as error:
+        raise UserError(f"config.augment.auto={config.augment.auto!r}: {error}") from error
+
     batch, accum, group = config.batch_size, config.optim.accum_steps, config.mixing.group_size
     mixes = config.mixing.prob > 0 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha)
     check(
@@ -120,7 +132,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     check(
         config.train.eval_batch_size % num_devices == 0,
         "train.eval_batch_size",
-        f"must be a multiple of the {num_devices} devices",
+        f"must be a multiple of the number of devices, {num_devices}",
     )
     if config.distill.kind != "none":
         check(

@@ -7,16 +7,17 @@ from typing import Any
 
 import jax
 
-from deit_jax import checkpoint, cli, sharding, step
-from deit_jax import config as config_lib
+from deit_jax import cli, sharding, step
 from deit_jax import teacher as teacher_lib
+from deit_jax import weights as weights_lib
 from deit_jax.data import pipeline
 from deit_jax.data.sources import open_dataset
 from deit_jax.errors import UserError
 
-EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W) [--json]
+EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W) [--model=NAME] [--json]
 
-Evaluate a trained model on the config's evaluation data, every example once.
+Evaluate a trained model on the config's evaluation data, every example once. W is the workdir of a
+run, a .pth or .safetensors file, a Hugging Face or timm folder, or hf-hub:ORG/NAME.
 
   deit eval --config=configs/quickstart.py --workdir=runs/quickstart"""
 NAMES = {"teacher": "teacher", "cls": "class head", "dist": "distillation head", "fused": "fused"}
@@ -79,31 +80,36 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def evaluate_run(config, workdir: str) -> dict[str, Any]:
-    """Evaluate the newest checkpoint in a workdir on the data of `config`.
+def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any]:
+    """Evaluate the newest checkpoint in a workdir, or other weights, on the data of `config`.
 
-    The model is the run's own; batch size and data come from `config`. Raise UserError if the run
-    knows another number of classes than the data has.
+    The model and the normalisation of its input are the weights' own; batch size, data and crop
+    come from `config`. Raise UserError if they know another number of classes than the data has.
     """
     mesh = sharding.make_mesh(config.mesh.fsdp)
     dataset = open_dataset(config.data)
-    run = checkpoint.load_run(workdir, config.dtype)
-    if len(run.classes) != len(dataset.classes):
+    opened = weights_lib.open_model(source, model, dtype=config.dtype)
+    if len(opened.classes) != len(dataset.classes):
         raise UserError(
-            f"{workdir}: the model knows {len(run.classes)} classes, {config.data.source} has "
+            f"{source}: the model knows {len(opened.classes)} classes, {config.data.source} has "
             f"{len(dataset.classes)}"
         )
-    evaluator = Evaluator(config, dataset.eval, config_lib.image_size(run.config.model), mesh)
+    config = config.copy_and_resolve_references()
+    config.data.mean, config.data.std = opened.mean, opened.std
+    evaluator = Evaluator(config, dataset.eval, opened.image_size, mesh)
 
     def place(tree):
         return jax.device_put(tree, sharding.state_shardings(mesh, tree))
 
-    results = {"examples": len(dataset.eval), **evaluator.model(run.model, place(run.variables))}
-    if run.ema is not None:
-        results["ema"] = evaluator.model(run.model, place(run.ema))
-    weights = teacher_lib.weights_path(run.config, workdir)
+    results = {"examples": len(dataset.eval)}
+    results |= evaluator.model(opened.model, place(opened.variables))
+    if opened.run is None:
+        return results
+    if opened.run.ema is not None:
+        results["ema"] = evaluator.model(opened.model, place(opened.run.ema))
+    weights = teacher_lib.weights_path(opened.run.config, source)
     if weights:
-        teacher, params = teacher_lib.load_teacher(run.config, weights, dataset.classes)
+        teacher, params = teacher_lib.load_teacher(opened.run.config, weights, dataset.classes)
         results["teacher"] = evaluator.teacher(teacher, place(params))
     return results
 
@@ -116,12 +122,14 @@ def main(argv: list[str]) -> None:
     command.add_config(argv)
     flags.DEFINE_string("workdir", "", "evaluate the run in it", flag_values=command.flags)
     flags.DEFINE_string("weights", "", "evaluate these weights", flag_values=command.flags)
+    flags.DEFINE_string("model", None, "name of the weights' model", flag_values=command.flags)
     flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=command.flags)
     cli.no_words(command.parse(argv, required=("config",)))
     if bool(command.flags.workdir) == bool(command.flags.weights):
         raise cli.UsageError("give either --workdir=DIR or --weights=W")
-    results = evaluate_run(command.config, command.flags.workdir or command.flags.weights)
-    if command.flags.json:
+    values = command.flags
+    results = evaluate_run(command.config, values.workdir or values.weights, values.model)
+    if values.json:
         json.dump(results, sys.stdout)
         print()
     else:

@@ -61,7 +61,9 @@ def _draw_grid(figure, trainer) -> None:
     images = np.stack(
         [
             np.asarray(
-                decode.centre_crop(decode.decode(e["image"], source.describe(i)), size, crop_ratio)
+                decode.centre_crop(
+                    decode.decode(e["image"], source.describe(int(i))), size, crop_ratio
+                )
             )
             for i, e in zip(chosen, examples, strict=True)
         ]

@@ -9,41 +9,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deit_jax import checkpoint, cli, step
-from deit_jax import config as config_lib
+from deit_jax import cli, step, weights
 from deit_jax.data import decode
 from deit_jax.errors import UserError
 
-PREDICT_DOC = """usage: deit predict --weights=W [--topk=5] [--json] IMAGE ...
+PREDICT_DOC = """usage: deit predict --weights=W [--model=NAME] [--topk=5] [--json] IMAGE ...
 
-Print the most probable classes of each image. W is the workdir of a `deit train` run.
+Print the most probable classes of each image. W is the workdir of a `deit train` run, a .pth or
+.safetensors file, a Hugging Face or timm folder, or hf-hub:ORG/NAME.
 
-  deit predict --weights=runs/quickstart photo.jpg"""
+  deit predict --weights=runs/quickstart photo.jpg
+  deit predict --weights=deit_tiny_patch16_224-a1311bcf.pth photo.jpg"""
 BATCH = 32
 
 
-def predict(weights: str, paths: list[str], topk: int = 5) -> list[dict[str, Any]]:
+def predict(
+    source: str, paths: list[str], topk: int = 5, model: str | None = None
+) -> list[dict[str, Any]]:
     """Return for each file {"image", "predictions": [{"class", "index", "probability"}, …]}.
 
-    The probability is the softmax of the fused logits. Raise UserError naming a file that cannot
+    The probability is the softmax of the fused logits. `model` names weights of a model that they
+    do not tell. Raise UserError naming a file that cannot
     be read before any result is computed.
     """
-    run = checkpoint.load_run(weights)
-    size, data = config_lib.image_size(run.config.model), run.config.data
-    images = np.stack([_read(path, size, data.eval_crop_ratio) for path in paths])
+    opened = weights.open_model(source, model)
+    images = np.stack([_read(path, opened.image_size, opened.crop_ratio) for path in paths])
 
     @jax.jit
     def probabilities(variables, images):
-        heads = run.model.apply(variables, step.normalise(images, data.mean, data.std), train=False)
-        return jax.nn.softmax(heads.fused())
+        images = step.normalise(images, opened.mean, opened.std)
+        return jax.nn.softmax(opened.model.apply(variables, images, train=False).fused())
 
     parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-    scores = np.concatenate([probabilities(run.variables, jnp.asarray(part)) for part in parts])
+    scores = np.concatenate([probabilities(opened.variables, jnp.asarray(x)) for x in parts])
     results = []
     for path, row in zip(paths, scores, strict=True):
         best = np.argsort(-row, kind="stable")[:topk]
         predictions = [
-            {"class": run.classes[i], "index": int(i), "probability": float(row[i])} for i in best
+            {"class": opened.classes[i], "index": int(i), "probability": float(row[i])}
+            for i in best
         ]
         results.append({"image": path, "predictions": predictions})
     return results
@@ -62,14 +66,18 @@ def main(argv: list[str]) -> None:
     from absl import flags
 
     command = cli.Command("predict", PREDICT_DOC)
-    flags.DEFINE_string("weights", "", "the workdir of a run", flag_values=command.flags)
+    flags.DEFINE_string(
+        "weights", "", "a run, file, folder or hf-hub: id", flag_values=command.flags
+    )
+    flags.DEFINE_string("model", None, "name of the weights' model", flag_values=command.flags)
     flags.DEFINE_integer("topk", 5, "classes to print", lower_bound=1, flag_values=command.flags)
     flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=command.flags)
     paths = command.parse(argv, required=("weights",))
     if not paths:
         raise cli.UsageError("no image given; see `deit predict --help`")
-    results = predict(command.flags.weights, paths, command.flags.topk)
-    if command.flags.json:
+    values = command.flags
+    results = predict(values.weights, paths, values.topk, values.model)
+    if values.json:
         json.dump({"results": results}, sys.stdout)
         print()
         return

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deit_jax import checkpoint
 from deit_jax import config as config_lib
+from deit_jax import weights as weights_lib
 from deit_jax.errors import UserError
-from deit_jax.models.conv import fold_batch_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +50,24 @@ def weights_path(config, workdir: str | Path) -> str:
 
 
 def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any]:
-    """Return the teacher in the run at `weights` and its parameters, batch norm folded into them.
+    """Return the teacher in any kind of weights and its parameters, batch norm folded into them.
 
-    Raise UserError unless it knows the same number of classes and takes the student's images.
+    `config.teacher.model` is its model if the weights do not say it. Raise UserError unless it
+    knows the same number of classes and takes the student's images.
     """
-    run = checkpoint.load_run(weights, config.dtype)
-    if len(run.classes) != len(classes):
+    opened = weights_lib.open_model(weights, default=config.teacher.model, dtype=config.dtype)
+    if len(opened.classes) != len(classes):
         raise UserError(
-            f"config.teacher.weights={weights}: the teacher knows {len(run.classes)} classes, "
+            f"config.teacher.weights={weights}: the teacher knows {len(opened.classes)} classes, "
             f"{config.data.source} has {len(classes)}; train a teacher on this data set"
         )
     size = config_lib.image_size(config.model)
-    model, params = run.model, run.variables["params"]
-    if getattr(model, "image_size", size) != size:
+    if getattr(opened.model, "image_size", size) != size:
         raise UserError(
-            f"config.teacher.weights={weights}: the teacher takes {model.image_size} px images, "
-            f"the student {size} px; set --config.model.image_size={model.image_size}"
+            f"config.teacher.weights={weights}: the teacher takes {opened.image_size} px images, "
+            f"the student {size} px; set --config.model.image_size={opened.image_size}"
         )
-    if run.variables["batch_stats"]:
-        params = fold_batch_norm(run.variables, model.bn_epsilon)
-        model = model.clone(folded=True)
+    model, params = weights_lib.folded(opened.model, opened.variables)
     dtype = config_lib.compute_dtype(config.dtype)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    data = run.config.data
-    return Teacher(model, data.mean, data.std, config.data.mean, config.data.std), params
+    return Teacher(model, opened.mean, opened.std, config.data.mean, config.data.std), params

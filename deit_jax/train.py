@@ -43,20 +43,18 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
 
 
 class Trainer:
-    """A run: its data, its compiled step and its state, restored from the workdir if it began."""
+    """A run: its data, its compiled step and its state, restored from the workdir if it began.
 
-    def __init__(self, config: ConfigDict, workdir: Path, dataset: Dataset, teacher_weights: str):
+    `teacher` is what load_teacher returns, None without distillation.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path, dataset: Dataset, teacher=None):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.mesh = sharding.make_mesh(config.mesh.fsdp)
         size = config_lib.image_size(config.model)
-        classes = dataset.classes
-        self.model = config_lib.build_model(config.model, len(classes), config.dtype)
-        self.teacher, self.teacher_params = None, None
-        if teacher_weights:
-            self.teacher, params = load_teacher(config, teacher_weights, classes)
-            self.teacher_params = jax.device_put(
-                params, sharding.state_shardings(self.mesh, params)
-            )
+        self.model = config_lib.build_model(config.model, len(dataset.classes), config.dtype)
+        self.teacher, params = teacher or (None, None)
+        self.teacher_params = jax.device_put(params, sharding.state_shardings(self.mesh, params))
         self.order = pipeline.EpochOrder(
             len(dataset.train), config.batch_size, config.augment.repeats, config.seed
         )
@@ -204,11 +202,14 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     config_lib.validate(config, jax.device_count())
     config_lib.build_model(config.model, num_classes=2)  # a mistake in it should stop us here
     dataset = open_dataset(config.data)
+    weights, teacher = weights_path(config, workdir), None
+    if config.teacher.weights and weights:
+        teacher = load_teacher(config, weights, dataset.classes)
     _claim(workdir, config, dataset.classes)
-    teacher_weights = weights_path(config, workdir)
-    if teacher_weights and not config.teacher.weights:
-        train(teacher_config(config), teacher_weights)
-    trainer = Trainer(config, workdir, dataset, teacher_weights)
+    if weights and not teacher:
+        train(teacher_config(config), weights)
+        teacher = load_teacher(config, weights, dataset.classes)
+    trainer = Trainer(config, workdir, dataset, teacher)
     if (results := _finished(workdir, trainer.total_steps)) is None:
         log.info(_summary(trainer))
         trainer.run()

@@ -1,249 +1,392 @@
-"""Translate weights between our variables and the names and layouts of PyTorch's ecosystem.
+"""Weights from anywhere, and what they say about themselves, fitted to the model asked for.
 
-Our parameter paths are timm's module names, so one rule (`_timm_name`) covers every family; the
-tables list the names by which other publishers call the same things. All functions are pure:
-files are read by weight_files.
+A source is a file (.pth, .safetensors), a Hugging Face or timm folder, the workdir of a run or
+`hf-hub:ORG/NAME`. dialects knows the names in the files, weight_files their bytes.
 """
 
-import functools
-import re
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deit_jax.models.efficientnet_lite import EfficientNetLite
-from deit_jax.models.registry import create_model
-from deit_jax.models.regnet import RegNetY
-from deit_jax.models.vit import VisionTransformer
+from deit_jax import checkpoint, dialects, weight_files
+from deit_jax import config as config_lib
+from deit_jax.claims import Claims, read_claims
+from deit_jax.dialects import from_torch, to_torch
+from deit_jax.errors import UserError
+from deit_jax.models import registry
+from deit_jax.models.conv import fold_batch_norm
+from deit_jax.pos_embed import resize_pos_embed
 
-# Each row: timm's name of a module or tensor, then what others call it; # stands for an index. The
-# first row that fits wins.
-_DEIT = (
-    ("blocks.#.ls1.gamma", "blocks.#.gamma_1"),
-    ("blocks.#.ls2.gamma", "blocks.#.gamma_2"),
-)
-# Hugging Face, without the leading "deit." or "vit.": as in files, then as modules of
-# transformers 5, whose state_dict() differs from what it saves.
-_HUGGING_FACE = (
-    ("cls_token", "embeddings.cls_token"),
-    ("dist_token", "embeddings.distillation_token"),
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
-    ("blocks.#.norm1", "encoder.layer.#.layernorm_before", "layers.#.layernorm_before"),
-    ("blocks.#.attn.q", "encoder.layer.#.attention.attention.query", "layers.#.attention.q_proj"),
-    ("blocks.#.attn.k", "encoder.layer.#.attention.attention.key", "layers.#.attention.k_proj"),
-    ("blocks.#.attn.v", "encoder.layer.#.attention.attention.value", "layers.#.attention.v_proj"),
-    ("blocks.#.attn.proj", "encoder.layer.#.attention.output.dense", "layers.#.attention.o_proj"),
-    ("blocks.#.norm2", "encoder.layer.#.layernorm_after", "layers.#.layernorm_after"),
-    ("blocks.#.mlp.fc1", "encoder.layer.#.intermediate.dense", "layers.#.mlp.fc1"),
-    ("blocks.#.mlp.fc2", "encoder.layer.#.output.dense", "layers.#.mlp.fc2"),
-    ("norm", "layernorm"),
-    ("head", "cls_classifier", "classifier"),
-    ("head_dist", "distillation_classifier"),
-)
-# PyPI's efficientnet_lite_pytorch, once its flat block index is split into stage and index. The
-# first block has no expansion, so its batch norms count from one later.
-_EFFICIENTNET_LITE_PYTORCH = (
-    ("conv_stem", "_conv_stem"),
-    ("bn1", "_bn0"),
-    ("blocks.0.0.conv_dw", "_blocks.0.0._depthwise_conv"),
-    ("blocks.0.0.bn1", "_blocks.0.0._bn1"),
-    ("blocks.0.0.conv_pw", "_blocks.0.0._project_conv"),
-    ("blocks.0.0.bn2", "_blocks.0.0._bn2"),
-    ("blocks.#.#.conv_pw", "_blocks.#.#._expand_conv"),
-    ("blocks.#.#.bn1", "_blocks.#.#._bn0"),
-    ("blocks.#.#.conv_dw", "_blocks.#.#._depthwise_conv"),
-    ("blocks.#.#.bn2", "_blocks.#.#._bn1"),
-    ("blocks.#.#.conv_pwl", "_blocks.#.#._project_conv"),
-    ("blocks.#.#.bn3", "_blocks.#.#._bn2"),
-    ("conv_head", "_conv_head"),
-    ("bn2", "_bn1"),
-    ("classifier", "_fc"),
-)
-_ALIASES = {
-    VisionTransformer: _DEIT + _HUGGING_FACE,
-    RegNetY: (),  # DeiT's teachers (timm 0.3.2) already have today's names
-    EfficientNetLite: _EFFICIENTNET_LITE_PYTORCH,
+__all__ = ["from_torch", "load", "load_variables", "open_model", "to_torch"]
+
+HUB = "hf-hub:"
+HEAD_POLICIES = {
+    "error": "refuse weights whose heads or number of classes differ",
+    "drop": "start all heads anew",
+    "cls": "keep the class head alone; a distillation token that the weights lack starts anew",
 }
-_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-_HEADS = ("head.weight", "head.fc.weight", "classifier.weight")
-# Axes of a kernel by its rank: HWIO to OIHW and IO to OI, and back.
-_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
-_FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
-_SHOWN = 6  # names listed in an error message
-
-Flat = dict[str, np.ndarray]
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+_HEADS = ("head", "head_dist", "classifier")
+_HUB_FILES = ("config.json", "preprocessor_config.json")
 
 
-def from_torch(flat: Mapping[str, np.ndarray], model_name: str, **overrides: Any) -> dict[str, Any]:
-    """Return our float32 variables of a model from tensors under any published names.
+class WeightsError(UserError, ValueError):
+    """Weights that cannot be used as asked."""
 
-    The number of classes is the file's; `overrides` are create_model's (a different image_size).
-    Raise ValueError naming every tensor that is missing, unexpected or of another shape.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Weights with the model that they fit, and the input that they expect.
+
+    `format` says what the source is, `notes` what was changed on the way in, `run` is the training
+    run if it is one.
     """
-    model = create_model(model_name, **overrides)
-    sources = _canonical_names(flat, model)
-    flat = _fuse_qkv({name: flat[source] for name, source in sources.items()})
-    classes = next((flat[name].shape[0] for name in _HEADS if name in flat), None)
-    if classes is not None and "num_classes" not in overrides:
-        model = model.clone(num_classes=classes)
-    expected = {_timm_name(path): (path, leaf.shape) for path, leaf in _leaves(_shapes(model))}
-    _check(flat, {name: _torch_shape(*value) for name, value in expected.items()}, sources)
-    variables: dict[str, Any] = {}
-    for name, (path, _) in expected.items():
-        *parents, leaf = path.split("/")
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, variables)
-        value = np.asarray(flat[name]).astype(np.float32)
-        axes = _FROM_TORCH[value.ndim] if leaf == "kernel" else range(value.ndim)
-        node[leaf] = np.ascontiguousarray(value.transpose(*axes))
-    return variables
+
+    source: str
+    format: str
+    name: str
+    model: Any
+    variables: dict[str, Any]
+    classes: list[str]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_ratio: float
+    notes: tuple[str, ...] = ()
+    run: checkpoint.Run | None = None
 
 
-def to_torch(variables: Mapping[str, Any], dialect: str = "timm") -> Flat:
-    """Return a model's tensors under the names of `timm`, `deit` or `huggingface`.
+def load(
+    name: str | None,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    head: str = "error",
+) -> tuple[Any, dict[str, Any]]:
+    """Return (model, params) for `model.apply({"params": params}, images, train=False)`.
 
-    Raise ValueError if the dialect has no name for a tensor.
+    Without weights the params are random (seed 0). Without a name the model is the weights' own;
+    so are the number of classes and the image size that are not given. A convnet comes with its
+    batch norm folded into the convolutions. `head` is one of HEAD_POLICIES.
     """
-    flat = {}
-    for path, leaf in _leaves(variables):
-        name, value = _timm_name(path), np.asarray(leaf)
-        flat[name] = np.ascontiguousarray(value.transpose(*_torch_axes(path, value.ndim)))
-        if name.endswith(".running_mean"):  # PyTorch's strict load asks for its step counter
-            counter = name.removesuffix("running_mean") + "num_batches_tracked"
-            flat[counter] = np.zeros((), np.int64)
-    if dialect == "timm":
+    if weights is not None:
+        opened = load_variables(weights, name, num_classes, image_size, head)
+        return folded(opened.model, opened.variables)
+    model = registry.create_model(name, 1000 if num_classes is None else num_classes)
+    if image_size is not None and hasattr(model, "image_size"):
+        model = model.clone(image_size=image_size)
+    return folded(model, _init(model, 0))
+
+
+def folded(model, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a model and its params for inference: no batch norm is left."""
+    params = variables["params"]
+    if variables.get("batch_stats"):
+        params = fold_batch_norm(variables, model.bn_epsilon)
+        model = model.clone(folded=True)
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+def open_model(
+    source: str | Path, model: str | None = None, *, default=None, dtype: str = "float32"
+) -> Opened:
+    """Return weights as they are, with their own classes and image size.
+
+    `model` is their registered name where they do not say it; `default` a name or config.model for
+    weights that neither say it nor have the shapes of one registered model.
+    """
+    return load_variables(source, model, default=default, dtype=dtype)
+
+
+def load_variables(
+    source: str | Path,
+    model=None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    head: str = "error",
+    *,
+    ema: bool = False,
+    default=None,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Opened:
+    """Return weights fitted to a model: a registered name, a config.model, or None, their own.
+
+    Position embeddings are resized to the image size, what starts anew is drawn from `seed`, and
+    the notes tell of both. `ema` takes the moving average of a run's weights. Raise WeightsError (a
+    ValueError) with the names and shapes that do not fit.
+    """
+    if head not in HEAD_POLICIES:
+        raise WeightsError(f"head={head!r}: choose one of {', '.join(HEAD_POLICIES)}")
+    try:
+        found = _open(str(source), model, default, head, dtype)
+        found = _averaged(found) if ema else found
+        target = _target(found, model, num_classes, image_size, head, dtype)
+        size = getattr(target, "image_size", image_size or found.image_size)
+        fitted = _fit(found, target, head, seed)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+        prefix = "" if str(error).startswith(str(source)) else f"{source}: "
+        raise WeightsError(f"{prefix}{text}") from error
+    return dataclasses.replace(fitted, image_size=size, name=_name_of(model, fitted))
+
+
+def architecture(model, name: str) -> dict[str, Any]:
+    """Return the fields that the model of a name must be given to have this model's shapes."""
+    plain = registry.create_model(name, model.num_classes)
+    ignored = ("num_classes", "dtype", "drop_path", "constant_drop_path", "dropout", "remat")
+    names = {f.name for f in dataclasses.fields(model)} - {*ignored, "folded", "parent", "name"}
+    return {k: getattr(model, k) for k in names if getattr(model, k) != getattr(plain, k)}
+
+
+def default_classes(count: int) -> list[str]:
+    """Return the names of classes whose names are not known."""
+    return [f"class {i}" for i in range(count)]
+
+
+def _open(source: str, model, default, head: str, dtype: str) -> Opened:
+    """Return the weights in their own model."""
+    path = _locate(source)
+    if path.is_dir() and not any((path / name).is_file() for name in _IN_FOLDER):
+        return _open_run(source, path, model, dtype)
+    claims, flat = read_claims(path), weight_files.read(path)
+    name, overrides = _identify(flat, claims, model, default)
+    if head != "error":
+        flat = _with_second_head(flat, name)
+    variables = from_torch(flat, name, **overrides)
+    classes = _num_classes(variables)
+    model = registry.create_model(name, classes, dtype=config_lib.compute_dtype(dtype), **overrides)
+    spec = registry.get_spec(name)
+    known = claims.classes if claims.classes and len(claims.classes) == classes else None
+    return Opened(
+        source=source,
+        format=claims.format,
+        name=name,
+        model=model,
+        variables={"batch_stats": {}, **variables},
+        classes=known or default_classes(classes),
+        image_size=getattr(model, "image_size", claims.image_size or spec.image_size),
+        mean=claims.mean or spec.mean,
+        std=claims.std or spec.std,
+        crop_ratio=claims.crop_ratio or spec.crop_ratio,
+    )
+
+
+def _open_run(source: str, path: Path, model, dtype: str) -> Opened:
+    run = checkpoint.load_run(path, dtype)
+    name, data = run.config.model.name, run.config.data
+    if isinstance(model, str) and model != name:
+        raise ValueError(f"{source} holds the run of a {name}, not of a {model}")
+    return Opened(
+        source=source,
+        format="deit_jax run",
+        name=name,
+        model=run.model,
+        variables=run.variables,
+        classes=run.classes,
+        image_size=config_lib.image_size(run.config.model),
+        mean=data.mean,
+        std=data.std,
+        crop_ratio=data.eval_crop_ratio,
+        run=run,
+    )
+
+
+def _averaged(found: Opened) -> Opened:
+    if found.run is None or found.run.ema is None:
+        raise ValueError("has no moving average of its weights")
+    return dataclasses.replace(found, variables=found.run.ema)
+
+
+def _locate(source: str) -> Path:
+    """Return where the weights lie, downloaded if they are on the Hugging Face hub."""
+    if not source.startswith(HUB):
+        if not Path(source).exists():
+            raise WeightsError(f"{source}: no such file or folder")
+        return Path(source)
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise WeightsError(f"{source}: needs pip install 'deit_jax[hub]'") from error
+    repository, _, revision = source.removeprefix(HUB).partition("@")
+    try:
+        for name in _IN_FOLDER:  # older repositories hold the same weights twice
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision or None, allow_patterns=[name, *_HUB_FILES]
+                )
+            )
+            if (folder / name).exists():
+                break
+    except Exception as error:  # the client's own, its HTTP library's and the operating system's
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{source}: cannot be downloaded ({reason:.300})") from error
+    return folder
+
+
+def _identify(flat, claims: Claims, model, default) -> tuple[str, dict[str, Any]]:
+    """Return the registered name and the overrides of the model that tensors belong to."""
+    name, overrides = _described(model)
+    name = name or claims.name
+    if name is None:
+        names = dialects.candidates(flat)
+        if len(names) > 1:
+            raise ValueError(f"may be {' or '.join(names)}; say which with --model")
+        name, overrides = (names[0], {}) if names else _described(default)
+    if name is None:
+        fields = ", ".join(f"{k}={v}" for k, v in dialects.transformer_fields(flat).items())
+        raise ValueError(f"no registered model has these shapes ({fields}); name one with --model")
+    if name == claims.name:
+        overrides = dict(claims.overrides)
+    fields = dialects.transformer_fields(flat)
+    if fields and "grid" in fields:
+        own = registry.create_model(name, **overrides)
+        if hasattr(own, "distilled"):
+            overrides["distilled"] = fields["distilled"]
+            if own.grid_size != fields["grid"]:
+                overrides["image_size"] = fields["grid"] * own.patch_size
+    return name, overrides
+
+
+def _described(model) -> tuple[str | None, dict[str, Any]]:
+    """Return the name and the overrides in a name, a config.model or None."""
+    if model is None or isinstance(model, str):
+        return model, {}
+    built = config_lib.build_model(model, 1)
+    return model.name, architecture(built, model.name)
+
+
+def _with_second_head(flat, name: str):
+    """Give Hugging Face's DeiTForImageClassification the head that its second token lacks.
+
+    The policies that come here start that head anew, or drop it.
+    """
+    sources = dialects.canonical_names(flat, registry.create_model(name))
+    if "dist_token" not in sources or "head_dist.weight" in sources or "head.weight" not in sources:
         return flat
-    if dialect == "deit":
-        table = tuple(row[::-1] for row in _DEIT)
-        return {_rename(name, table) or name: value for name, value in flat.items()}
-    if dialect == "huggingface":
-        return _to_hugging_face(flat)
-    raise ValueError(f"unknown dialect {dialect!r}: timm, deit or huggingface")
+    heads = {
+        f"head_dist.{k}": np.zeros_like(flat[sources[f"head.{k}"]]) for k in ("weight", "bias")
+    }
+    return flat | heads
 
 
-def _shapes(model) -> dict[str, Any]:
-    size = getattr(model, "image_size", 64)  # the convolutional models take any size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
+def _num_classes(variables: dict[str, Any]) -> int:
+    (head,) = (variables["params"][k] for k in ("head", "classifier") if k in variables["params"])
+    return head.get("fc", head)["kernel"].shape[-1]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, leaf); a path starts with its collection (`params`, `batch_stats`)."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
+def _target(found: Opened, model, num_classes, image_size, head: str, dtype: str):
+    """Return the model that weights shall fit."""
+    classes = len(found.classes) if num_classes is None else num_classes
+    if model is None or isinstance(model, str):
+        target = found.model.clone(num_classes=classes)
+        if hasattr(target, "distilled") and isinstance(model, str):
+            target = target.clone(distilled=registry.create_model(model).distilled)
+        elif hasattr(target, "distilled") and head == "cls":
+            target = target.clone(distilled=False)
+    else:
+        target = config_lib.build_model(model, classes, dtype)
+    if image_size is not None and hasattr(target, "image_size"):
+        target = target.clone(image_size=image_size)
+    return target
 
 
-def _timm_name(path: str) -> str:
-    """Translate `params/blocks_0/attn/qkv/kernel` to `blocks.0.attn.qkv.weight`."""
-    _, *modules, leaf = path.split("/")
-    if modules and modules[0].startswith("blocks_"):
-        modules[0] = modules[0].replace("_", ".")
-    return ".".join([*modules, _LEAVES.get(leaf, leaf)])
+def _name_of(model, fitted: Opened) -> str:
+    """Return the name that was asked for, or else the weights' own with or without `_distilled`."""
+    if model is not None:
+        return model if isinstance(model, str) else model.name
+    name, distilled = fitted.name, getattr(fitted.model, "distilled", False)
+    twin = name.replace("_distilled", "")
+    twin = twin.replace("_patch", "_distilled_patch") if distilled else twin
+    return twin if twin in registry.SPECS else name
 
 
-def _torch_axes(path: str, ndim: int) -> tuple[int, ...]:
-    return _TO_TORCH[ndim] if path.endswith("/kernel") else tuple(range(ndim))
+def _fit(found: Opened, model, head: str, seed: int) -> Opened:
+    """Return the weights with the positions, tokens and heads of another model."""
+    if model == found.model and head == "error":
+        return found
+    old, count = found.model, len(found.classes)
+    params, notes, fresh = dict(found.variables["params"]), [], set()
+    if model.num_classes != count and head != "drop":
+        raise ValueError(
+            f"the weights know {count} classes, the model {model.num_classes}; head='drop' starts "
+            "new heads"
+        )
+    if "pos_embed" in params and hasattr(model, "grid_size"):
+        notes += _fit_positions(params, old, model)
+        notes += _fit_tokens(params, old, model, head, seed)
+    if head == "drop":
+        fresh |= {name for name in _HEADS if name in params}
+        notes.append(f"heads dropped: {count} -> {model.num_classes} classes")
+    elif head == "cls" and getattr(old, "distilled", False) and "head_dist" in params:
+        fresh.add("head_dist")
+        notes.append("distillation head starts anew")
+    if fresh:
+        params |= _init(model, seed, only=tuple(sorted(fresh)))["params"]
+    variables = found.variables | {"params": params}
+    _check_shapes(variables, old, model)
+    same = model.num_classes == count and head != "drop"
+    classes = found.classes if same else default_classes(model.num_classes)
+    return dataclasses.replace(
+        found, model=model, variables=variables, classes=classes, notes=tuple(notes)
+    )
 
 
-def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
+def _fit_positions(params: dict[str, Any], old, model) -> list[str]:
+    """Resize the position embedding to the model's grid; return the note on it."""
+    if old.grid_size == model.grid_size:
+        return []
+    prefix = old.num_prefix_tokens if old.class_position else 0
+    resize = jax.jit(resize_pos_embed, static_argnums=(1, 2))
+    resized = resize(jnp.asarray(params["pos_embed"]), prefix, model.grid_size)
+    params["pos_embed"] = np.asarray(resized)
+    grids = (f"{side}x{side}" for side in (old.grid_size, model.grid_size))
+    return [f"position embedding resized from {' to '.join(grids)}"]
 
 
-def _canonical_names(names: Iterable[str], model) -> dict[str, str]:
-    """Map timm's name of every tensor to the name that it has in the file."""
-    table, sources = _ALIASES[type(model)], {}
-    for source in names:
-        name = source.removeprefix("module.")  # DistributedDataParallel's
-        if name.endswith(".num_batches_tracked"):
-            continue
-        if isinstance(model, EfficientNetLite):
-            name = re.sub(r"(?<=^_blocks\.)\d+", functools.partial(_split_index, model), name)
-        if isinstance(model, VisionTransformer):
-            name = re.sub(r"^(deit|vit)\.", "", name)
-        name = _rename(name, table) or name
-        if name in sources:
-            raise ValueError(f"{sources[name]} and {source} are both {name}")
-        sources[name] = source
-    return sources
+def _fit_tokens(params: dict[str, Any], old, model, head: str, seed: int) -> list[str]:
+    """Drop the distillation token, or start one, as the model asks; return the note on it."""
+    if old.distilled == model.distilled:
+        return []
+    if head == "error":
+        have, want = ("distilled", "plain")[:: 1 if old.distilled else -1]
+        raise ValueError(
+            f"{have} weights, {want} model: head='cls' keeps the class head and "
+            f"{'drops the distillation token' if old.distilled else 'starts a distillation token'}"
+        )
+    positions = np.asarray(params["pos_embed"])
+    if old.distilled:
+        del params["dist_token"], params["head_dist"]
+        params["pos_embed"] = np.delete(positions, 1, axis=1) if old.class_position else positions
+        return ["distillation token and head dropped"]
+    fresh = _init(model, seed, only=("dist_token", "head_dist", "pos_embed"))["params"]
+    if model.class_position:
+        fresh["pos_embed"] = np.insert(positions, 1, fresh["pos_embed"][:, 1], axis=1)
+    params |= fresh
+    return ["distillation token and head start anew"]
 
 
-def _split_index(model: EfficientNetLite, match: re.Match[str]) -> str:
-    """Return `stage.index` of the block whose flat index matched."""
-    blocks = model.block_indices()
-    index = int(match[0])
-    return "{}.{}".format(*blocks[index]) if index < len(blocks) else match[0]
+def _init(model, seed: int, only: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return random variables, of the parameters perhaps `only` some."""
+    size = getattr(model, "image_size", 64)  # a convnet takes any size
+
+    def init(key):
+        variables = model.init(key, jnp.zeros((1, size, size, 3)))
+        params = {k: v for k, v in variables["params"].items() if not only or k in only}
+        return {**variables, "params": params}
+
+    return jax.device_get(jax.jit(init)(jax.random.key(seed)))
 
 
-def _rename(name: str, table: tuple[tuple[str, ...], ...]) -> str | None:
-    """Return the name that the first fitting row of a table gives, None if no row fits."""
-    for target, *aliases in table:
-        for alias in aliases:
-            if match := _pattern(alias).fullmatch(name):
-                *indices, rest = match.groups()
-                for index in indices:
-                    target = target.replace("#", index, 1)
-                return target + rest
-    return None
-
-
-@functools.cache
-def _pattern(alias: str) -> re.Pattern[str]:
-    return re.compile(re.escape(alias).replace(r"\#", r"(\d+)") + r"(|\.[^.]+)")
-
-
-def _fuse_qkv(flat: Flat) -> Flat:
-    """Stack separate projections (`attn.q`, `attn.k`, `attn.v`) into timm's `attn.qkv`."""
-    fused = {}
-    for name, value in flat.items():
-        match = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])(\.\w+)", name)
-        parts = [f"{match[1]}{part}{match[3]}" for part in "qkv"] if match else []
-        if not match or any(part not in flat for part in parts):
-            fused[name] = value
-        elif match[2] == "q":
-            fused[f"{match[1]}qkv{match[3]}"] = np.concatenate([flat[part] for part in parts])
-    return fused
-
-
-def _to_hugging_face(flat: Flat) -> Flat:
-    """Rename a vision transformer as Hugging Face's files do; those with a dist_token are DeiT."""
-    model = "deit" if "dist_token" in flat else "vit"
-    split = {}
-    for name, value in flat.items():
-        if ".attn.qkv." in name:
-            parts = np.split(value, 3)
-            split |= {
-                name.replace("qkv", key): part for key, part in zip("qkv", parts, strict=True)
-            }
-        else:
-            split[name] = value
-    # Only a model with a second head calls the first one cls_classifier.
-    head = "cls_classifier" if model == "deit" else "classifier"
-    table = tuple((row[1], row[0]) for row in _HUGGING_FACE if row[0] != "head")
-    renamed = {}
-    for name, value in split.items():
-        new = _rename(name, (*table, (head, "head")))
-        if new is None:
-            raise ValueError(f"Hugging Face's {model} has no name for {name} {value.shape}")
-        renamed[new if "classifier" in new else f"{model}.{new}"] = value
-    return renamed
-
-
-def _check(flat: Flat, expected: dict[str, tuple[int, ...]], sources: dict[str, str]) -> None:
-    """Raise ValueError unless exactly the expected names are there, with the expected shapes."""
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in flat]
-    for name, value in flat.items():
-        label = f"{sources.get(name, name)} {value.shape}"
-        if name not in expected:
-            problems.append(f"unexpected {label}")
-        elif value.shape != expected[name]:
-            problems.append(f"{label} should be {expected[name]}")
-    if problems:
-        more = len(problems) - _SHOWN
-        tail = f", and {more} more" if more > 0 else ""
-        raise ValueError(f"weights do not fit: {', '.join(problems[:_SHOWN])}{tail}")
+def _check_shapes(variables: dict[str, Any], old, model) -> None:
+    """Raise ValueError with the first misfits unless the model takes these variables."""
+    have = dict(dialects.leaves(variables))
+    want = {path: leaf.shape for path, leaf in dialects.leaves(dialects.shapes(model))}
+    dialects.check(have, want, {})
+    # The only part of an architecture that no shape shows.
+    if getattr(old, "num_heads", None) != getattr(model, "num_heads", None):
+        raise ValueError(f"weights of {old.num_heads} heads of attention, not {model.num_heads}")

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ def test_run_leaves_its_files(finished):
     config, workdir, results = finished
     saved = json.loads((workdir / "results.json").read_text())
     assert saved == results
-    assert saved["examples"] == 1617
+    assert saved["examples"] == 1618
     for part in ("cls", "dist", "fused", "teacher"):
         assert 0 <= saved[part]["top1"] <= saved[part]["top5"] <= 100
     assert set(saved["ema"]) == {"cls", "dist", "fused"}
@@ -82,7 +83,8 @@ def test_optimizer_state_is_restored_exactly(finished, tmp_path):
     """A resumed optimizer with zeroed moments would end elsewhere; compare them directly."""
     config, whole, _ = finished
     dataset = train_lib.open_dataset(config.data)
-    trainer = train_lib.Trainer(config, whole, dataset, str(whole / "teacher"))
+    teacher = train_lib.load_teacher(config, str(whole / "teacher"), dataset.classes)
+    trainer = train_lib.Trainer(config, whole, dataset, teacher)
     moments = [np.abs(x).max() for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim]
     assert min(moments) > 0
     assert int(trainer.state.step) == 10
@@ -128,9 +130,8 @@ def test_evaluation_counts_what_numpy_counts(finished):
         ]
     )
     labels = np.array([held[i]["label"] for i in range(len(held))])
-    heads = run.model.apply(
-        run.variables, step.normalise(images, config.data.mean, config.data.std)
-    )
+    normalised = step.normalise(jnp.asarray(images), config.data.mean, config.data.std)
+    heads = jax.jit(run.model.apply)(run.variables, normalised)
     for name, logits in (("cls", heads.cls), ("dist", heads.dist), ("fused", heads.fused())):
         order = np.argsort(-np.asarray(logits), axis=1)
         for k in (1, 5):

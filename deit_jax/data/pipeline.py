@@ -123,10 +123,17 @@ def local_rows(batch_size: int, process: int, processes: int) -> range:
     return range(process * share, (process + 1) * share)
 
 
+def usable_cores() -> int:
+    """Return the cores this process may run on, which a container may have limited."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def load(batches, start: int, stop: int, threads: int, prefetch: int) -> Iterator[dict]:
     """Iterate over batches start … stop - 1 in order, loaded ahead by threads."""
     cv2.setNumThreads(0)  # these threads are the parallelism; OpenCV's own would fight them
-    threads = min(threads or os.cpu_count() or 1, prefetch)
+    threads = min(threads or usable_cores(), prefetch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     loader = iter(grain.MapDataset.range(start, stop).map(batches).to_iter_dataset(options))
     try:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
@@ -16,6 +16,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".ti
 EVAL_FOLDERS = ("val", "validation", "test")
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to examples."""
 

@@ -86,7 +86,7 @@ def list_models(pattern: str = "*") -> list[str]:
 def get_spec(name: str) -> ModelSpec:
     """Return the spec of a registered name; raise ValueError with the nearest names otherwise."""
     if name not in SPECS:
-        close = difflib.get_close_matches(name, SPECS, n=3)
+        close = difflib.get_close_matches(name, SPECS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(close)}?" if close else "see deit_jax.list_models()"
         raise ValueError(f"unknown model {name!r}: {hint}")
     return SPECS[name]

@@ -1,0 +1,49 @@
+# make quickstart   train a teacher and a distilled DeiT on real images, and look at the result
+# make test         lint and test everything
+# Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses the interpreter;
+# TEST_TORCH=0 leaves out PyTorch, timm and transformers, the references of the parity tests.
+
+PYTHON ?= python3
+TEST_TORCH ?= 1
+BIN := .venv/bin
+WORKDIR ?= runs/quickstart
+TORCH = torch==2.13.0
+# torchvision and timm name torch as a dependency; --no-deps keeps them from replacing it.
+TORCH_PEERS = torchvision==0.28.0 timm==1.0.31
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	$(BIN)/deit train --config=configs/quickstart.py --workdir="$(WORKDIR)"
+
+test: .venv/installed-test .venv/installed-torch-$(TEST_TORCH) lint
+	TEST_TORCH=$(TEST_TORCH) $(BIN)/python -m pytest -n 2
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'deit_jax needs Python 3.11 or newer: make PYTHON=python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# The files below only record that an installation succeeded; a changed setup.cfg repeats it.
+.venv/installed: setup.cfg pyproject.toml .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[viz]"
+	touch $@
+
+.venv/installed-test: setup.cfg pyproject.toml .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[viz,test]"
+	touch .venv/installed $@
+
+.venv/installed-torch-1: setup.cfg Makefile .venv/installed-test
+	$(BIN)/python -m pip install --quiet "$(TORCH)" transformers huggingface_hub
+	$(BIN)/python -m pip install --quiet --no-deps $(TORCH_PEERS)
+	touch $@
+
+.venv/installed-torch-0: .venv/installed-test
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,323 @@
+"""Translate weights between our variables and the names and layouts of PyTorch's ecosystem.
+
+Our parameter paths are timm's module names, so one rule (`_timm_name`) covers every family; the
+tables list the names by which other publishers call the same things. All functions are pure:
+weight_files reads the files, weights puts the two together.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deit_jax.models.efficientnet_lite import EfficientNetLite
+from deit_jax.models.registry import SPECS, ModelSpec, create_model
+from deit_jax.models.regnet import RegNetY
+from deit_jax.models.vit import VisionTransformer
+from deit_jax.pos_embed import grid_of
+
+# Each row: timm's name of a module or tensor, then what others call it; # stands for an index. The
+# first row that fits wins.
+_DEIT = (
+    ("blocks.#.ls1.gamma", "blocks.#.gamma_1"),
+    ("blocks.#.ls2.gamma", "blocks.#.gamma_2"),
+)
+# Hugging Face, without the leading "deit." or "vit.": as in files, then as modules of
+# transformers 5, whose state_dict() differs from what it saves.
+_HUGGING_FACE = (
+    ("cls_token", "embeddings.cls_token"),
+    ("dist_token", "embeddings.distillation_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("blocks.#.norm1", "encoder.layer.#.layernorm_before", "layers.#.layernorm_before"),
+    ("blocks.#.attn.q", "encoder.layer.#.attention.attention.query", "layers.#.attention.q_proj"),
+    ("blocks.#.attn.k", "encoder.layer.#.attention.attention.key", "layers.#.attention.k_proj"),
+    ("blocks.#.attn.v", "encoder.layer.#.attention.attention.value", "layers.#.attention.v_proj"),
+    ("blocks.#.attn.proj", "encoder.layer.#.attention.output.dense", "layers.#.attention.o_proj"),
+    ("blocks.#.norm2", "encoder.layer.#.layernorm_after", "layers.#.layernorm_after"),
+    ("blocks.#.mlp.fc1", "encoder.layer.#.intermediate.dense", "layers.#.mlp.fc1"),
+    ("blocks.#.mlp.fc2", "encoder.layer.#.output.dense", "layers.#.mlp.fc2"),
+    ("norm", "layernorm"),
+    ("head", "cls_classifier", "classifier"),
+    ("head_dist", "distillation_classifier"),
+)
+# PyPI's efficientnet_lite_pytorch, once its flat block index is split into stage and index. The
+# first block has no expansion, so its batch norms count from one later.
+_EFFICIENTNET_LITE_PYTORCH = (
+    ("conv_stem", "_conv_stem"),
+    ("bn1", "_bn0"),
+    ("blocks.0.0.conv_dw", "_blocks.0.0._depthwise_conv"),
+    ("blocks.0.0.bn1", "_blocks.0.0._bn1"),
+    ("blocks.0.0.conv_pw", "_blocks.0.0._project_conv"),
+    ("blocks.0.0.bn2", "_blocks.0.0._bn2"),
+    ("blocks.#.#.conv_pw", "_blocks.#.#._expand_conv"),
+    ("blocks.#.#.bn1", "_blocks.#.#._bn0"),
+    ("blocks.#.#.conv_dw", "_blocks.#.#._depthwise_conv"),
+    ("blocks.#.#.bn2", "_blocks.#.#._bn1"),
+    ("blocks.#.#.conv_pwl", "_blocks.#.#._project_conv"),
+    ("blocks.#.#.bn3", "_blocks.#.#._bn2"),
+    ("conv_head", "_conv_head"),
+    ("bn2", "_bn1"),
+    ("classifier", "_fc"),
+)
+_ALIASES = {
+    VisionTransformer: _DEIT + _HUGGING_FACE,
+    RegNetY: (),  # DeiT's teachers (timm 0.3.2) already have today's names
+    EfficientNetLite: _EFFICIENTNET_LITE_PYTORCH,
+}
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_HEADS = ("head.weight", "head.fc.weight", "classifier.weight")
+# Axes of a kernel by its rank: HWIO to OIHW and IO to OI, and back.
+_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
+_FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
+_ANY_TRANSFORMER = "deit_tiny_patch16_224"  # all have the same names
+_CONVNET_BLOCK = r"(s\d+\.b\d+|_blocks\.\d+|blocks\.\d+\.\d+)\."
+_SHOWN = 6  # names listed in an error message
+
+Flat = dict[str, np.ndarray]
+
+
+def from_torch(flat: Mapping[str, np.ndarray], model_name: str, **overrides: Any) -> dict[str, Any]:
+    """Return our float32 variables of a model from tensors under any published names.
+
+    The number of classes is the file's; `overrides` are create_model's (a different image_size).
+    Raise ValueError naming every tensor that is missing, unexpected or of another shape.
+    """
+    model = create_model(model_name, **overrides)
+    sources = canonical_names(flat, model)
+    flat = _fuse_qkv({name: flat[source] for name, source in sources.items()})
+    classes = _num_classes(flat)
+    if classes is not None and "num_classes" not in overrides:
+        model = model.clone(num_classes=classes)
+    expected = {_timm_name(path): (path, leaf.shape) for path, leaf in leaves(shapes(model))}
+    check(flat, {name: _torch_shape(*value) for name, value in expected.items()}, sources)
+    variables: dict[str, Any] = {}
+    for name, (path, _) in expected.items():
+        *parents, leaf = path.split("/")
+        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, variables)
+        value = np.asarray(flat[name]).astype(np.float32)
+        axes = _FROM_TORCH[value.ndim] if leaf == "kernel" else range(value.ndim)
+        node[leaf] = np.ascontiguousarray(value.transpose(*axes))
+    return variables
+
+
+def transformer_fields(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return what tensors tell of the vision transformer they belong to; {} if they are no such.
+
+    The keys are create_model's overrides; `layer_scale` is only whether there is one. The number of
+    attention heads cannot be seen.
+    """
+    sources = canonical_names(flat, create_model(_ANY_TRANSFORMER))
+    shape = {name: flat[source].shape for name, source in sources.items()}
+    if not ("cls_token" in shape or "pos_embed" in shape):
+        return {}
+    blocks = {int(match[1]) for name in shape if (match := re.match(r"blocks\.(\d+)\.", name))}
+    fields = {
+        "depth": max(blocks, default=-1) + 1,
+        "distilled": "dist_token" in shape or "head_dist.weight" in shape,
+        "layer_scale": "blocks.0.ls1.gamma" in shape,
+    }
+    if "patch_embed.proj.weight" in shape:
+        fields["width"], *_, fields["patch_size"] = shape["patch_embed.proj.weight"]
+    for prefix in (0, 1 + fields["distilled"]) if len(shape.get("pos_embed", ())) == 3 else ():
+        with contextlib.suppress(ValueError):
+            fields["grid"] = grid_of(shape["pos_embed"][1], prefix)
+            fields["class_position"] = prefix > 0
+    return fields
+
+
+def candidates(flat: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the registered names whose model these tensors may belong to.
+
+    Transformers are told apart by their sizes, convnets by their number of blocks: one missing
+    tensor does not hide the model.
+    """
+    if fields := transformer_fields(flat):
+        names = [name for name, spec in SPECS.items() if _agrees(fields, spec)]
+        sized = [name for name in names if create_model(name).grid_size == fields.get("grid")]
+        return sized or names
+    matches = (re.match(r"(?:module\.)?" + _CONVNET_BLOCK, name) for name in flat)
+    blocks = len({match[1] for match in matches if match})
+    names = [name for name, spec in SPECS.items() if blocks and _num_blocks(spec) == blocks]
+    return names if len(names) < 2 else [name for name in names if _fits(flat, name)]
+
+
+def _agrees(fields: dict[str, Any], spec: ModelSpec) -> bool:
+    defaults = {"class_position": True, "distilled": False, "layer_scale": None}
+    known = defaults | spec.kwargs
+    known["layer_scale"] = known["layer_scale"] is not None
+    same = all(known.get(key) == value for key, value in fields.items() if key != "grid")
+    return spec.cls is VisionTransformer and same
+
+
+def _num_blocks(spec: ModelSpec) -> int:
+    if spec.cls is RegNetY:
+        return sum(RegNetY.VARIANTS[spec.kwargs["variant"]].stages()[1])
+    return len(spec.cls(1, **spec.kwargs).block_indices()) if spec.cls is EfficientNetLite else 0
+
+
+def _fits(flat: Mapping[str, np.ndarray], name: str) -> bool:
+    try:
+        from_torch(flat, name)
+    except ValueError:
+        return False
+    return True
+
+
+def to_torch(variables: Mapping[str, Any], dialect: str = "timm") -> Flat:
+    """Return a model's tensors under the names of `timm`, `deit` or `huggingface`.
+
+    Raise ValueError if the dialect has no name for a tensor.
+    """
+    flat = {}
+    for path, leaf in leaves(variables):
+        name, value = _timm_name(path), np.asarray(leaf)
+        flat[name] = np.ascontiguousarray(value.transpose(*_torch_axes(path, value.ndim)))
+        if name.endswith(".running_mean"):  # PyTorch's strict load asks for its step counter
+            counter = name.removesuffix("running_mean") + "num_batches_tracked"
+            flat[counter] = np.zeros((), np.int64)
+    if dialect == "timm":
+        return flat
+    if dialect == "deit":
+        table = tuple(row[::-1] for row in _DEIT)
+        return {_rename(name, table) or name: value for name, value in flat.items()}
+    if dialect == "huggingface":
+        return _to_hugging_face(flat)
+    raise ValueError(f"unknown dialect {dialect!r}: timm, deit or huggingface")
+
+
+def _num_classes(flat: Flat) -> int | None:
+    return next((flat[name].shape[0] for name in _HEADS if name in flat), None)
+
+
+def shapes(model) -> dict[str, Any]:
+    """Return the shapes of a model's variables, computing nothing."""
+    size = getattr(model, "image_size", 64)  # the convolutional models take any size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf); a path starts with its collection (`params`, `batch_stats`)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def _timm_name(path: str) -> str:
+    """Translate `params/blocks_0/attn/qkv/kernel` to `blocks.0.attn.qkv.weight`."""
+    _, *modules, leaf = path.split("/")
+    if modules and modules[0].startswith("blocks_"):
+        modules[0] = modules[0].replace("_", ".")
+    return ".".join([*modules, _LEAVES.get(leaf, leaf)])
+
+
+def _torch_axes(path: str, ndim: int) -> tuple[int, ...]:
+    return _TO_TORCH[ndim] if path.endswith("/kernel") else tuple(range(ndim))
+
+
+def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
+
+
+def canonical_names(names: Iterable[str], model) -> dict[str, str]:
+    """Map timm's name of every tensor to the name that it has in the file."""
+    table, sources = _ALIASES[type(model)], {}
+    for source in names:
+        name = source.removeprefix("module.")  # DistributedDataParallel's
+        if name.endswith(".num_batches_tracked"):
+            continue
+        if isinstance(model, EfficientNetLite):
+            name = re.sub(r"(?<=^_blocks\.)\d+", functools.partial(_split_index, model), name)
+        if isinstance(model, VisionTransformer):
+            name = re.sub(r"^(deit|vit)\.", "", name)
+        name = _rename(name, table) or name
+        if name in sources:
+            raise ValueError(f"{sources[name]} and {source} are both {name}")
+        sources[name] = source
+    return sources
+
+
+def _split_index(model: EfficientNetLite, match: re.Match[str]) -> str:
+    """Return `stage.index` of the block whose flat index matched."""
+    blocks = model.block_indices()
+    index = int(match[0])
+    return "{}.{}".format(*blocks[index]) if index < len(blocks) else match[0]
+
+
+def _rename(name: str, table: tuple[tuple[str, ...], ...]) -> str | None:
+    """Return the name that the first fitting row of a table gives, None if no row fits."""
+    for target, *aliases in table:
+        for alias in aliases:
+            if match := _pattern(alias).fullmatch(name):
+                *indices, rest = match.groups()
+                for index in indices:
+                    target = target.replace("#", index, 1)
+                return target + rest
+    return None
+
+
+@functools.cache
+def _pattern(alias: str) -> re.Pattern[str]:
+    return re.compile(re.escape(alias).replace(r"\#", r"(\d+)") + r"(|\.[^.]+)")
+
+
+def _fuse_qkv(flat: Flat) -> Flat:
+    """Stack separate projections (`attn.q`, `attn.k`, `attn.v`) into timm's `attn.qkv`."""
+    fused = {}
+    for name, value in flat.items():
+        match = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])(\.\w+)", name)
+        parts = [f"{match[1]}{part}{match[3]}" for part in "qkv"] if match else []
+        if not match or any(part not in flat for part in parts):
+            fused[name] = value
+        elif match[2] == "q":
+            fused[f"{match[1]}qkv{match[3]}"] = np.concatenate([flat[part] for part in parts])
+    return fused
+
+
+def _to_hugging_face(flat: Flat) -> Flat:
+    """Rename a vision transformer as Hugging Face's files do; those with a dist_token are DeiT."""
+    model = "deit" if "dist_token" in flat else "vit"
+    split = {}
+    for name, value in flat.items():
+        if ".attn.qkv." in name:
+            parts = np.split(value, 3)
+            split |= {
+                name.replace("qkv", key): part for key, part in zip("qkv", parts, strict=True)
+            }
+        else:
+            split[name] = value
+    # Only a model with a second head calls the first one cls_classifier.
+    head = "cls_classifier" if model == "deit" else "classifier"
+    table = tuple((row[1], row[0]) for row in _HUGGING_FACE if row[0] != "head")
+    renamed = {}
+    for name, value in split.items():
+        new = _rename(name, (*table, (head, "head")))
+        if new is None:
+            raise ValueError(f"Hugging Face's {model} has no name for {name} {value.shape}")
+        renamed[new if "classifier" in new else f"{model}.{new}"] = value
+    return renamed
+
+
+def check(
+    flat: Mapping[str, Any], expected: dict[str, tuple[int, ...]], sources: Mapping[str, str]
+) -> None:
+    """Raise ValueError unless exactly the expected names are there, with the expected shapes."""
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in flat]
+    for name, value in flat.items():
+        label = f"{sources.get(name, name)} {value.shape}"
+        if name not in expected:
+            problems.append(f"unexpected {label}")
+        elif value.shape != expected[name]:
+            problems.append(f"{label} should be {expected[name]}")
+    if problems:
+        more = len(problems) - _SHOWN
+        tail = f", and {more} more" if more > 0 else ""
+        raise ValueError(f"weights do not fit: {', '.join(problems[:_SHOWN])}{tail}")

@@ -1,0 +1,125 @@
+"""Every shipped config: built, and its step traced at full size on abstract values."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from deit_jax import config as config_lib
+from deit_jax import optim, step
+from deit_jax.teacher import Teacher
+
+CONFIGS = [
+    ("base", None),
+    ("quickstart", None),
+    ("deit", ""),
+    ("deit", "variant=tiny"),
+    ("deit", "variant=small,distilled=True"),
+    ("deit", "variant=base,distilled=True,epochs=1000"),
+    ("deit", "variant=base,kind=soft"),
+    ("teacher", "variant=160"),
+]
+
+
+def load(name, text):
+    module = importlib.import_module(f"configs.{name}")
+    return module.get_config() if text is None else module.get_config(text)
+
+
+@pytest.mark.parametrize(("name", "text"), CONFIGS)
+def test_config_is_valid_and_its_step_traces_at_full_size(name, text):
+    config = load(name, text)
+    config_lib.build_model(config.model, 1000)
+    if config.distill.kind != "none":
+        config.teacher.weights = "somewhere"
+    config_lib.validate(config, num_devices=8)
+    model = config_lib.build_model(config.model, 1000, "bfloat16")
+    size = config_lib.image_size(config.model)
+    tx = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, config.epochs, 1251))
+    state = jax.eval_shape(
+        functools.partial(
+            step.init_state, model=model, image_size=size, tx=tx, ema_decay=config.optim.ema_decay
+        ),
+        jax.random.key(0),
+    )
+    teacher = teacher_params = None
+    if config.distill.kind != "none":
+        network = config_lib.build_model(config.teacher.model, 1000, "bfloat16").clone(folded=True)
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        teacher_params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+        data = config.data
+        teacher = Teacher(network, data.mean, data.std, data.mean, data.std)
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+    recipe = step.Recipe.from_config(config, 1000)
+    function = functools.partial(
+        step.train_step, model=model, teacher=teacher, tx=tx, recipe=recipe
+    )
+    new_state, metrics = jax.eval_shape(function, state, teacher_params, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert set(metrics) >= {"loss", "grad_norm"}
+
+
+def test_base_holds_the_papers_recipe():
+    """DeiT table 9 and the reference's defaults."""
+    c = load("deit", "variant=base,distilled=True")
+    flat = config_lib.flatten(c)
+    expected = {
+        "batch_size": 1024,
+        "epochs": 300.0,
+        "optim.name": "adamw",
+        "optim.lr": 1e-3,
+        "optim.weight_decay": 0.05,
+        "optim.warmup_epochs": 5.0,
+        "optim.warmup_lr": 1e-6,
+        "optim.min_lr": 1e-5,
+        "optim.ema_decay": 0.99996,
+        "optim.clip_norm": 0.0,
+        "loss.smoothing": 0.1,
+        "model.drop_path": 0.1,
+        "augment.repeats": 3,
+        "augment.auto": "rand-m9-mstd0.5-inc1",
+        "augment.erase_prob": 0.25,
+        "mixing.mixup_alpha": 0.8,
+        "mixing.cutmix_alpha": 1.0,
+        "mixing.prob": 1.0,
+        "mixing.switch_prob": 0.5,
+        "mixing.group_size": 64,
+        "distill.kind": "hard",
+        "distill.alpha": 0.5,
+        "teacher.model.name": "regnety_160",
+    }
+    assert {k: flat[k] for k in expected} == expected
+
+
+def test_json_form_round_trips(tiny_config):
+    values = config_lib.to_json(tiny_config)
+    again = config_lib.from_json(values)
+    assert config_lib.differences(values, config_lib.to_json(again)) == []
+    assert again.teacher.model.widths == (8, 16)
+
+
+def test_differences_name_what_matters_and_only_that(tiny_config):
+    old = config_lib.to_json(tiny_config)
+    tiny_config.train.log_every_steps = 77
+    tiny_config.mixing.prob = 0.3
+    changed = config_lib.differences(old, config_lib.to_json(tiny_config))
+    assert changed == ["mixing.prob: 1.0 -> 0.3"]
+
+
+@pytest.mark.parametrize("text", ["variant=huge", "variants=tiny", "distilled=yes", "epochs=x"])
+def test_a_wrong_argument_of_a_config_is_refused(text):
+    with pytest.raises(ValueError, match=r"variant|distilled|invalid literal"):
+        load("deit", text)
+
+
+def test_arguments_take_the_type_of_their_default():
+    args = base.parse_args("a=3,b=True,c=x", a=1, b=False, c="", d=2.0)
+    assert (args.a, args.b, args.c, args.d) == (3, True, "x", 2.0)

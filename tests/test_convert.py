@@ -1,0 +1,494 @@
+"""Weights go out to every format, load there strictly, give the same logits and come back whole."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import deit_jax
+from deit_jax import __main__, convert, evaluate, predict, teacher, weight_files, weights
+from deit_jax.errors import UserError
+from deit_jax.models.registry import create_model
+from tests.conftest import make_tiny_config
+from tests.test_weights import Attack, as_zip, assert_same
+from tests.timm_reference import import_transformers
+
+SMALL = {"image_size": 32, "depth": 2}
+DISTILLED, PLAIN = "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
+FAMILIES = [
+    (PLAIN, SMALL),
+    (DISTILLED, SMALL),
+    ("deit3_small_patch16_224", SMALL),
+    ("regnety_002", {"widths": (8, 16), "depths": (1, 1), "stem_width": 8}),
+    ("efficientnet_lite0", {}),
+]
+
+
+def opened(name, overrides, classes=("cat", "dog", "owl"), std=0.1):
+    """Return a model with random weights as if it had been read from somewhere."""
+    model = create_model(name, num_classes=len(classes), **overrides)
+    size = getattr(model, "image_size", 64)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, size, size, 3)))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: (
+            np.abs(rng.normal(1, std, leaf.shape)).astype(np.float32)
+            if len(leaf.shape) == 1
+            else rng.normal(0, std, leaf.shape).astype(np.float32)
+        ),
+        shapes,
+    )
+    return weights.Opened(
+        source="memory",
+        format="memory",
+        name=name,
+        model=model,
+        variables={"batch_stats": {}, **variables},
+        classes=list(classes),
+        image_size=size,
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+        crop_ratio=0.9,
+    )
+
+
+def logits(model, variables, size=32):
+    images = np.random.default_rng(1).normal(size=(2, size, size, 3)).astype(np.float32)
+    return images, jax.jit(model.apply)(variables, images)
+
+
+@pytest.mark.parametrize(("name", "overrides"), FAMILIES)
+@pytest.mark.parametrize("to", ["timm", "deit_jax", "huggingface"])
+def test_what_describes_itself_comes_back_whole(name, overrides, to, tmp_path):
+    first = opened(name, overrides)
+    path = tmp_path / ("w.safetensors" if to == "timm" else "w")
+    if to == "huggingface" and name not in (PLAIN, DISTILLED):
+        with pytest.raises(UserError, match=rf"transformers has no {name}"):
+            convert.convert(first, path, to)
+        assert not path.exists()
+        return
+    assert convert.convert(first, path, to) == to
+    second = weights.open_model(path)
+    assert_same(jax.device_get(second.variables), first.variables)
+    ours = (first.name, first.model, first.classes, first.image_size, first.mean, first.std)
+    assert ours == (
+        (second.name, second.model, second.classes, second.image_size, second.mean, second.std)
+    )
+    assert second.crop_ratio == pytest.approx(0.9, abs=0.02)  # a whole number of pixels
+
+
+@pytest.mark.parametrize(("name", "overrides"), FAMILIES)
+def test_pth_is_torchs_and_comes_back_whole(name, overrides, tmp_path, torch):
+    first, path = opened(name, overrides), tmp_path / "w.pth"
+    assert convert.convert(first, path) == "deit"
+    theirs = torch.load(path, weights_only=True)["model"]
+    expected = weights.to_torch(first.variables, "deit")
+    assert list(theirs) == list(expected)
+    for key, value in expected.items():
+        assert theirs[key].is_contiguous()
+        np.testing.assert_array_equal(theirs[key].numpy(), value, strict=True)
+    again = tmp_path / "again.pth"  # as PyTorch writes it
+    torch.save({"model": theirs, "epoch": 1}, again)
+    read = [weight_files.read(p) for p in (path, again)]
+    for key, value in expected.items():
+        np.testing.assert_array_equal(read[0][key], value, strict=True)
+        np.testing.assert_array_equal(read[1][key], value, strict=True)
+    assert_same(weights.from_torch(read[0], name, **overrides), dict_without_empty(first.variables))
+
+
+def dict_without_empty(variables):
+    return {key: value for key, value in variables.items() if value}
+
+
+@pytest.mark.parametrize("name", [PLAIN, DISTILLED])
+def test_transformers_loads_our_folder_strictly_and_agrees(name, tmp_path):
+    transformers = import_transformers()
+    import torch
+
+    first = opened(name, SMALL)
+    convert.convert(first, tmp_path / "hf")
+    cls = (
+        "DeiTForImageClassificationWithTeacher"
+        if name == DISTILLED
+        else "ViTForImageClassification"
+    )
+    model, info = getattr(transformers, cls).from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    auto = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert auto.architectures == [cls]
+    assert auto.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    images, heads = logits(first.model, first.variables)
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2))).logits.numpy()
+    np.testing.assert_allclose(heads.fused(), expected, atol=1e-4)
+    # theirs -> ours -> theirs
+    model.save_pretrained(tmp_path / "theirs")
+    second = weights.open_model(tmp_path / "theirs")
+    assert_same(second.variables, first.variables)
+    convert.convert(second, tmp_path / "ours")
+    stored, written = (weight_files.read(tmp_path / d) for d in ("theirs", "ours"))
+    assert stored.keys() == written.keys()
+    for key, value in stored.items():
+        np.testing.assert_array_equal(written[key], value, strict=True)
+
+
+def test_transformers_prepares_images_as_we_do(tmp_path):
+    transformers = import_transformers()
+    from PIL import Image
+
+    from deit_jax.data.decode import centre_crop
+
+    convert.convert(opened(PLAIN, SMALL), tmp_path / "hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((300, 200))
+    theirs = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    ours = np.asarray(centre_crop(image, 32, 0.9)) / 255
+    ours = (ours - np.array((0.1, 0.2, 0.3))) / np.array((0.4, 0.5, 0.6))
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "overrides"), [FAMILIES[1], FAMILIES[2], FAMILIES[4]])
+def test_timm_loads_our_file_strictly(name, overrides, tmp_path, timm):
+    from safetensors.torch import load_file
+
+    first, path = opened(name, overrides), tmp_path / "w.safetensors"
+    convert.convert(first, path)
+    kwargs = {"img_size": 32, "depth": 2} if overrides else {}
+    theirs = timm.create_model(f"tf_{name}" if not overrides else name, num_classes=3, **kwargs)
+    theirs.load_state_dict(load_file(path), strict=True)
+    flat = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    back = weights.from_torch(flat, name, **overrides)
+    assert_same(back, dict_without_empty(first.variables))
+
+
+FULL = [PLAIN, DISTILLED, "deit3_small_patch16_224"]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_logits_are_timms(name, timm, torch, tmp_path):
+    torch.manual_seed(0)
+    theirs = timm.create_model(name).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if key.endswith("gamma"):  # initialised so small that the blocks would not count
+                parameter.uniform_(0.1, 1.0)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "w.pth")
+    model, params = deit_jax.load(None, tmp_path / "w.pth")
+    assert model == create_model(name)
+    images, heads = logits(model, {"params": params}, 224)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+    assert np.abs(heads.fused() - expected).max() <= 1e-4
+
+
+def test_random_and_folded_models_come_from_load():
+    for name, overrides in (FAMILIES[1], FAMILIES[4]):
+        model, params = deit_jax.load(name, num_classes=7, image_size=32)
+        heads = jax.jit(model.apply, static_argnames="train")(
+            {"params": params}, np.zeros((1, 32, 32, 3), np.float32), train=False
+        )
+        assert heads.cls.shape == (1, 7)
+        assert (heads.dist is None) == ("distilled" not in name)
+
+
+def test_folding_keeps_a_convnets_logits(tmp_path):
+    first = opened(*FAMILIES[3])
+    convert.convert(first, tmp_path / "w.safetensors")
+    model, params = deit_jax.load("regnety_002", tmp_path / "w.safetensors")
+    assert model.folded
+    _, before = logits(first.model, first.variables)
+    _, after = logits(model, {"params": params})
+    np.testing.assert_allclose(before.cls, after.cls, rtol=1e-4, atol=1e-5)
+
+
+# --- what a file does not fit ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def distilled(tmp_path):
+    path = tmp_path / "d.safetensors"
+    convert.convert(opened(DISTILLED, SMALL), path)
+    return path
+
+
+@pytest.fixture
+def plain(tmp_path):
+    path = tmp_path / "p.safetensors"
+    convert.convert(opened(PLAIN, SMALL), path)
+    return path
+
+
+def test_another_number_of_classes_is_refused_or_starts_both_heads_anew(distilled):
+    with pytest.raises(ValueError, match=r"know 3 classes, the model 10; head='drop'"):
+        weights.load_variables(distilled, num_classes=10)
+    before = weights.open_model(distilled).variables["params"]
+    found = weights.load_variables(distilled, num_classes=10, head="drop")
+    assert found.notes == ("heads dropped: 3 -> 10 classes",)
+    params = found.variables["params"]
+    for head in ("head", "head_dist"):
+        assert params[head]["kernel"].shape == (192, 10)
+        assert np.std(params[head]["kernel"]) == pytest.approx(0.02, rel=0.1)
+        assert not params[head]["bias"].any()
+    rest = before.keys() - {"head", "head_dist"}
+    assert_same({k: params[k] for k in rest}, {k: before[k] for k in rest})
+    assert found.classes == [f"class {i}" for i in range(10)]
+    logits(found.model, found.variables)
+
+
+def test_class_head_alone_is_kept_in_a_plain_model(distilled):
+    with pytest.raises(ValueError, match=r"distilled weights, plain model: head='cls'"):
+        weights.load_variables(distilled, plain_config())
+    for model in (None, plain_config()):
+        found = weights.load_variables(distilled, model, head="cls")
+        assert (found.name, found.model.distilled) == (PLAIN, False)
+        assert found.notes == ("distillation token and head dropped",)
+        assert found.classes == ["cat", "dog", "owl"]
+        before = weights.open_model(distilled).variables["params"]
+        params = found.variables["params"]
+        assert_same(params["head"], before["head"])
+        np.testing.assert_array_equal(params["pos_embed"], before["pos_embed"][:, [0, 2, 3, 4, 5]])
+        assert not {"dist_token", "head_dist"} & params.keys()
+        logits(found.model, found.variables)
+
+
+def plain_config(name=PLAIN):
+    c = make_tiny_config().model
+    c.name, c.patch_size, c.width, c.image_size, c.depth = name, None, None, 32, 2
+    return c
+
+
+def test_plain_weights_get_a_distillation_token_only_if_asked(plain):
+    with pytest.raises(ValueError, match=r"plain weights, distilled model: head='cls'"):
+        weights.load_variables(plain, plain_config(DISTILLED))
+    found = weights.load_variables(plain, plain_config(DISTILLED), head="cls", seed=1)
+    assert found.notes == ("distillation token and head start anew",)
+    before, params = weights.open_model(plain).variables["params"], found.variables["params"]
+    np.testing.assert_array_equal(params["pos_embed"][:, [0, 2, 3, 4, 5]], before["pos_embed"])
+    assert_same(params["head"], before["head"])
+    assert 0 < np.std(params["dist_token"]) < 0.05
+    other = weights.load_variables(plain, plain_config(DISTILLED), head="cls", seed=2)
+    assert np.any(other.variables["params"]["dist_token"] != params["dist_token"])
+    logits(found.model, found.variables)
+
+
+def test_image_size_resizes_positions_and_says_so(distilled):
+    same = weights.open_model(distilled)
+    found = weights.load_variables(distilled, image_size=64)
+    assert found.notes == ("position embedding resized from 2x2 to 4x4",)
+    assert (found.image_size, found.model.image_size) == (64, 64)
+    params = found.variables["params"]
+    np.testing.assert_array_equal(
+        params["pos_embed"][:, :2], same.variables["params"]["pos_embed"][:, :2]
+    )
+    logits(found.model, found.variables, 64)
+
+
+def test_the_model_is_told_from_names_and_shapes_and_resolution(tmp_path):
+    for name in (PLAIN, DISTILLED, "regnety_002", "regnety_004", "efficientnet_lite0"):
+        flat = tensors_of(name)
+        assert weights.dialects.candidates(flat) == [name]
+    base = tensors_of("deit_base_patch16_224")
+    assert weights.dialects.candidates(base) == ["deit_base_patch16_224"]
+    base["pos_embed"] = np.broadcast_to(np.float32(0), (1, 577, 768))
+    assert weights.dialects.candidates(base) == ["deit_base_patch16_384"]
+    base["pos_embed"] = np.broadcast_to(np.float32(0), (1, 257, 768))
+    both = ["deit_base_patch16_224", "deit_base_patch16_384"]
+    assert weights.dialects.candidates(base) == both
+
+
+def tensors_of(name):
+    """Return tensors of a model that take no memory."""
+    shapes = weights.dialects.shapes(create_model(name))
+    return weights.to_torch(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes))
+
+
+def test_misfits_name_the_file_the_tensor_and_the_shapes(tmp_path):
+    from safetensors.numpy import save_file
+
+    flat = weights.to_torch(opened(PLAIN, {"image_size": 32}).variables)
+    path = tmp_path / "broken.safetensors"
+    flat["blocks.3.mlp.fc1.bias"] = np.zeros(5, np.float32)
+    del flat["norm.weight"]
+    save_file(flat | {"extra": np.zeros(2, np.float32)}, path)
+    with pytest.raises(UserError, match="weights do not fit") as caught:
+        weights.open_model(path, PLAIN)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "missing norm.weight (192,)" in message
+    assert "unexpected extra (2,)" in message
+    assert "blocks.3.mlp.fc1.bias (5,) should be (768,)" in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match=r"may be deit_small|weights do not fit"):
+        weights.open_model(path, "deit_small_patch16_224")
+
+
+def test_shapes_of_no_registered_model_ask_for_a_name(tmp_path):
+    from safetensors.numpy import save_file
+
+    flat = weights.to_torch(opened(PLAIN, SMALL).variables)
+    save_file(flat, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"no registered model .*depth=2.*width=192"):
+        weights.open_model(tmp_path / "w.safetensors")
+    found = weights.open_model(tmp_path / "w.safetensors", default=plain_config())
+    assert found.model.depth == 2
+
+
+def test_one_headed_deit_of_transformers_keeps_its_class_head(tmp_path):
+    transformers = import_transformers()
+    import torch
+
+    config = transformers.DeiTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=96,
+        image_size=32,
+        num_labels=4,
+        layer_norm_eps=1e-6,
+    )
+    theirs = transformers.DeiTForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"missing head_dist.weight \(4, 24\)"):
+        weights.open_model(tmp_path)
+    found = weights.load_variables(tmp_path, DISTILLED, head="cls")
+    assert found.notes == ("distillation head starts anew",)
+    images, heads = logits(found.model, found.variables)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).logits.numpy()
+    np.testing.assert_allclose(heads.cls, expected, atol=1e-4)
+
+
+def test_hub_ids_are_downloaded(tmp_path, monkeypatch):
+    first = opened("efficientnet_lite0", {})
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    convert.convert(first, folder / "model.safetensors")
+    timm_config = {
+        "architecture": "tf_efficientnet_lite0",
+        "num_classes": 3,
+        "pretrained_cfg": {
+            "input_size": [3, 240, 240],
+            "mean": [0.1] * 3,
+            "std": [0.5] * 3,
+            "crop_pct": 0.8,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(timm_config))
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision))
+        if repository == "timm/none":
+            raise OSError("404: not found\nfor url")
+        return str(folder)
+
+    fake = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", fake)
+    found = weights.open_model("hf-hub:timm/lite@v2")
+    assert asked == [("timm/lite", "v2")]
+    assert (found.format, found.name, found.image_size) == (
+        "timm folder",
+        "efficientnet_lite0",
+        240,
+    )
+    assert (found.mean, found.std, found.crop_ratio) == ((0.1,) * 3, (0.5,) * 3, 0.8)
+    assert_same(found.variables, first.variables)
+    with pytest.raises(UserError, match=r"cannot be downloaded \(404: not found for url\)"):
+        weights.open_model("hf-hub:timm/none")
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def run(capsys, *argv):
+    code = __main__.main(list(map(str, argv)))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_convert_goes_round_all_formats(distilled, tmp_path, capsys):
+    steps = [("run", "--to=deit_jax"), ("hf", "--to=huggingface"), ("back.safetensors", "")]
+    source = distilled
+    for name, flag in steps:
+        code, out, err = run(capsys, "convert", source, tmp_path / name, *filter(None, [flag]))
+        assert (code, err) == (0, "")
+        assert DISTILLED in out
+        source = tmp_path / name
+    assert_same(weights.open_model(source).variables, weights.open_model(distilled).variables)
+    code, out, err = run(
+        capsys, "convert", source, tmp_path / "p.pth", "--head=cls", "--image_size=48"
+    )
+    assert code == 0
+    assert "position embedding resized from 2x2 to 3x3" in out
+    assert "distillation token and head dropped" in out
+
+
+def test_convert_overwrites_nothing_unasked(distilled, tmp_path, capsys):
+    target = tmp_path / "out.pth"
+    target.write_text("precious")
+    code, _, err = run(capsys, "convert", distilled, target)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "exists" in err
+    assert target.read_text() == "precious"
+    assert run(capsys, "convert", distilled, target, "--force")[0] == 0
+    assert run(capsys, "convert", distilled, tmp_path / "run", "--to=deit_jax")[0] == 0
+    assert run(capsys, "convert", distilled, tmp_path / "run", "--force")[0] == 1
+
+
+@pytest.mark.parametrize("argv", [("only_one",), ("a", "b", "--to=npz"), ("a", "b", "--nonsense")])
+def test_convert_explains_wrong_usage(argv, capsys):
+    code, _, err = run(capsys, "convert", *argv)
+    assert code == 2
+    assert err.count("\n") == 1
+
+
+def test_convert_refuses_code_in_a_pickle_in_one_line(tmp_path, capsys):
+    import pickle
+
+    path, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    as_zip(path, pickle.dumps({"model": Attack(f"touch {trace}")}, protocol=2))
+    code, _, err = run(capsys, "convert", path, tmp_path / "out.safetensors")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "refused to load" in err
+    assert not trace.exists()
+    assert not (tmp_path / "out.safetensors").exists()
+    code, _, err = run(capsys, "convert", tmp_path / "nowhere.pth", tmp_path / "out.safetensors")
+    assert (code, err.count("\n")) == (1, 1)
+
+
+def test_predict_evaluate_and_teacher_take_any_weights(tmp_path, tiny_config):
+    from PIL import Image
+
+    c = tiny_config
+    first = opened("regnety_002", FAMILIES[3][1], [str(i) for i in range(10)])
+    file, workdir = tmp_path / "w.safetensors", tmp_path / "run"
+    convert.convert(first, file)
+    convert.convert(first, workdir, "deit_jax")
+    convert.convert(first, tmp_path / "w.pth")
+    picture = str(tmp_path / "x.png")
+    Image.fromarray(np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3)).save(picture)
+    answers = [predict.predict(str(path), [picture]) for path in (file, workdir)]
+    assert answers[0] == answers[1]
+    c.data.eval_crop_ratio, c.train.eval_batch_size = 1.0, 1024
+    results = [evaluate.evaluate_run(c, str(path)) for path in (file, workdir)]
+    assert results[0] == results[1]
+    assert set(results[0]) == {"examples", "cls", "fused"}
+    for path in (file, workdir, tmp_path / "w.pth"):
+        found, params = teacher.load_teacher(c, str(path), first.classes)
+        told = path.suffix != ".pth"
+        assert found.mean == ((0.1, 0.2, 0.3) if told else (0.485, 0.456, 0.406))
+        assert found.model.folded
+        heads = jax.jit(found.model.apply)(
+            {"params": params}, logits(first.model, first.variables)[0]
+        )
+        expected = logits(first.model, first.variables)[1]
+        np.testing.assert_allclose(heads.cls, expected.cls, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="knows 10 classes"):
+        teacher.load_teacher(c, str(file), ["one"])

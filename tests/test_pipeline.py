@@ -1,0 +1,328 @@
+"""Check that batches are a pure function of (seed, step), whoever loads them."""
+
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+from sklearn.datasets import load_sample_images
+
+from configs import base
+from deit_jax.data import decode, pipeline
+from deit_jax.data.pipeline import EpochOrder, EvalBatches, TrainBatches, local_rows
+from deit_jax.data.sources import ArraySource, open_dataset
+from deit_jax.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RANDAUGMENT = "rand-m9-mstd0.5-inc1"
+
+
+class CountingSource(ArraySource):
+    """Note which examples are read."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """Fifty small images of which every crop is unlike every other."""
+    images = np.random.default_rng(0).integers(256, size=(50, 24, 30, 3)).astype(np.uint8)
+    return CountingSource("noise", images, np.arange(50))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Photographs of several sizes and shapes in a folder, one of them grey."""
+    root = tmp_path_factory.mktemp("photos")
+    china, flower = load_sample_images().images
+    pictures = {
+        "place": [china, data.coffee(), data.rocket(), data.camera()],
+        "being": [flower, data.chelsea(), data.astronaut(), data.cat()],
+    }
+    for name, images in pictures.items():
+        (root / name).mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(root / name / f"{number}.jpg")
+    config = base.get_config().data
+    config.source, config.eval_fraction = f"folder:{root}", 0.5
+    return open_dataset(config)
+
+
+def augmentation(**changes):
+    config = base.get_config().augment
+    config.update(changes)
+    return config
+
+
+def train_batches(source, batch=16, repeats=3, seed=0, size=16, rows=None, **changes):
+    order = EpochOrder(len(source), batch, repeats, seed)
+    return TrainBatches(source, order, augmentation(**changes), size, rows or range(batch))
+
+
+def images_of(order, positions):
+    indices = order.shuffled()
+    return [int(indices[order.slot(p)]) for p in positions]
+
+
+def epoch_of(order, epoch):
+    length = order.steps_per_epoch * order.batch_size
+    return images_of(order, range(epoch * length, (epoch + 1) * length))
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(100, 10, 10), (109, 10, 10), (10, 10, 1), (9, 10, 1), (1, 8, 1)]
+)
+def test_an_epoch_is_the_whole_batches_of_the_data_set(images, batch, steps):
+    assert EpochOrder(images, batch, 3, 0).steps_per_epoch == steps
+
+
+def test_an_epoch_without_copies_visits_different_images():
+    order = EpochOrder(103, 10, 1, 0)
+    epochs = [epoch_of(order, e) for e in range(20)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == 100
+        assert set(epoch) <= set(range(103))
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+    # The three left out are others each time: 45 +- 5 in twenty epochs.
+    assert len(set.union(*(set(range(103)) - set(epoch) for epoch in epochs))) > 20
+
+
+@pytest.mark.parametrize(("images", "batch", "distinct"), [(99, 9, 33), (100, 10, 34), (64, 8, 22)])
+def test_three_copies_visit_a_third_of_the_images_side_by_side(images, batch, distinct):
+    order = EpochOrder(images, batch, 3, 0)
+    epochs = [epoch_of(order, e) for e in range(12)]
+    for epoch in epochs:
+        assert len(set(epoch)) == distinct
+        assert all(len(set(epoch[i : i + 3])) == 1 for i in range(0, len(epoch), 3))
+        assert max(Counter(epoch).values()) == 3
+    assert len({tuple(epoch) for epoch in epochs}) == 12
+    # Each epoch draws its third from all images: twelve of them leave out (2/3)^12 < 1 %.
+    assert len(set.union(*map(set, epochs))) > 0.95 * images
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+@pytest.mark.parametrize(("images", "batch"), [(5, 32), (1, 8), (3, 4)])
+def test_a_data_set_smaller_than_a_batch_repeats_evenly(images, batch, repeats):
+    order = EpochOrder(images, batch, repeats, 0)
+    epochs = [epoch_of(order, e) for e in range(4)]
+    for epoch in epochs:
+        assert len(epoch) == batch
+        counts = Counter(epoch)
+        if batch >= images * repeats:
+            assert set(counts) == set(range(images))
+        assert max(counts.values()) - min(counts[i] for i in range(images)) <= repeats
+    # Nor does an epoch go on with what the one before has already used of the shuffled images.
+    slots = [{order.slot(p) for p in range(e * batch, (e + 1) * batch)} for e in range(4)]
+    assert len(set.union(*slots)) == sum(map(len, slots))
+
+
+def test_every_image_is_as_likely_in_every_place():
+    """Chi-squared with 19 degrees of freedom: below 44 in 999 of 1000."""
+    order = EpochOrder(20, 20, 1, 0)
+    for place in (0, 7, 19):
+        drawn = images_of(order, range(place, 20 * 400, 20))
+        assert ((np.bincount(drawn, minlength=20) - 20) ** 2 / 20).sum() < 44
+
+
+def test_another_seed_is_another_order():
+    orders = [epoch_of(EpochOrder(40, 10, 1, seed), 0) for seed in (*range(20), 2**40)]
+    assert len({tuple(order) for order in orders}) == 21
+    # Nor is it the same one an epoch later.
+    assert epoch_of(EpochOrder(40, 10, 1, 0), 1) not in orders
+
+
+def test_positions_have_random_numbers_of_their_own():
+    draws = {
+        tuple(pipeline.example_rng(seed, position).integers(2**63, size=2))
+        for seed in (0, 1, 2**40)
+        for position in (0, 1, 2, 2**32, 2**50)
+    }
+    assert len(draws) == 15
+
+
+def test_any_start_and_number_of_threads_gives_the_same_bytes(noise):
+    batches = train_batches(noise)
+    alone = [batches(step) for step in range(8)]
+    for start in (0, 3, 7):
+        for threads in (1, 4):
+            loaded = list(pipeline.load(train_batches(noise), start, 8, threads, prefetch=4))
+            assert len(loaded) == 8 - start
+            assert all(equal(a, b) for a, b in zip(loaded, alone[start:], strict=True))
+    assert list(pipeline.load(batches, 8, 8, 1, 4)) == []
+    assert not equal(alone[0], alone[1])
+    assert not equal(alone[0], train_batches(noise, seed=1)(0))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 16])
+def test_any_number_of_processes_gives_the_same_bytes(noise, processes):
+    for step in (0, 5):
+        whole = train_batches(noise)(step)
+        parts = [
+            train_batches(noise, rows=local_rows(16, process, processes))(step)
+            for process in range(processes)
+        ]
+        assert equal(whole, {k: np.concatenate([p[k] for p in parts]) for k in whole})
+
+
+def test_batches_hold_uint8_images_with_the_labels_of_the_order(noise):
+    batches, order = train_batches(noise), EpochOrder(50, 16, 3, 0)
+    for step in (0, 2, 3, 40):
+        batch = batches(step)
+        assert batch["image"].shape == (16, 16, 16, 3)
+        assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.int32)
+        expected = images_of(order, range(16 * step, 16 * (step + 1)))
+        assert batch["label"].tolist() == expected  # here the label is the index
+
+
+def test_copies_of_an_image_are_decoded_once_and_cropped_differently(noise):
+    batches, noise.read = train_batches(noise, auto="", color_jitter=0.0), []
+    batch = batches(0)
+    assert len(noise.read) == 6  # 16 = 5 x 3 + 1
+    for start in range(0, 15, 3):
+        assert len(set(batch["label"][start : start + 3].tolist())) == 1
+        assert len({image.tobytes() for image in batch["image"][start : start + 3]}) == 3
+
+
+def test_decoding_once_is_decoding_each(photos):
+    """Nothing that happens to one copy shows in the next."""
+    for auto in (RANDAUGMENT, "3aug"):
+        whole = train_batches(photos.train, batch=12, size=48, auto=auto)(1)
+        for row in range(12):
+            one = train_batches(photos.train, 12, size=48, auto=auto, rows=range(row, row + 1))(1)
+            assert np.array_equal(one["image"][0], whole["image"][row])
+
+
+def test_a_view_is_crop_then_flip(noise):
+    plain = {"auto": "", "color_jitter": 0.0}
+    never = train_batches(noise, flip_prob=0.0, **plain)(0)["image"]
+    always = train_batches(noise, flip_prob=1.0, **plain)(0)["image"]
+    assert np.array_equal(always, never[:, :, ::-1])
+    some = train_batches(noise, batch=48, flip_prob=0.5, **plain)(0)["image"]
+    never = train_batches(noise, batch=48, flip_prob=0.0, **plain)(0)["image"]
+    flipped = sum(not np.array_equal(a, b) for a, b in zip(some, never, strict=True))
+    assert 12 <= flipped <= 36  # 24 +- 3.5
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.25, 1.25), "flip_prob": 0.0}
+    batch = train_batches(noise, size=24, **plain, **whole)(0)
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        original = Image.fromarray(noise[int(label)]["image"])
+        assert np.array_equal(image, original.resize((24, 24), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("auto", [RANDAUGMENT, "3aug", ""])
+def test_photographs_go_through_every_augmentation(photos, auto):
+    batches = train_batches(photos.train, batch=24, size=64, auto=auto)
+    for batch in pipeline.load(batches, 0, 2, 2, 2):
+        assert batch["image"].shape == (24, 64, 64, 3)
+        assert set(batch["label"].tolist()) == {0, 1}
+        assert len({image.tobytes() for image in batch["image"]}) == 24
+        # Photographs, not noise: neighbours resemble each other. Solarised ones less so.
+        steps = np.abs(np.diff(batch["image"].astype(int), axis=2)).mean(axis=(1, 2, 3))
+        assert np.median(steps) < 20
+        assert batch["image"].std() > 30
+
+
+@pytest.mark.parametrize(("examples", "batch"), [(50, 16), (48, 16), (5, 16), (17, 16)])
+def test_evaluation_meets_every_example_once_and_masks_the_rest(noise, examples, batch):
+    source = ArraySource("part", noise._images[:examples], noise.labels[:examples])
+    batches = EvalBatches(source, batch, 16, 1.0, range(batch))
+    assert len(batches) == -(-examples // batch)
+    loaded = list(pipeline.load(batches, 0, len(batches), 2, 2))
+    valid = np.concatenate([b["valid"] for b in loaded])
+    assert valid.dtype == bool
+    assert valid.tolist() == [True] * examples + [False] * (batch * len(batches) - examples)
+    assert np.concatenate([b["label"] for b in loaded])[valid].tolist() == list(range(examples))
+    images = np.concatenate([b["image"] for b in loaded])
+    assert not images[~valid].any()
+    for index in range(examples):
+        original = decode.decode(source[index]["image"], "")
+        assert np.array_equal(images[index], decode.centre_crop(original, 16, 1.0))
+    for processes in (2, 4):
+        parts = [
+            EvalBatches(source, batch, 16, 1.0, local_rows(batch, p, processes))(len(batches) - 1)
+            for p in range(processes)
+        ]
+        assert equal(loaded[-1], {k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_unreadable_file_stops_the_loader_with_its_name(tmp_path, threads):
+    for number in range(8):
+        path = tmp_path / f"class{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(data.chelsea()).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    config = base.get_config().data
+    config.source, config.eval_fraction = f"folder:{tmp_path}", 0.01
+    parts = open_dataset(config)
+    held = parts.eval.describe(0), parts.eval.describe(1)
+    source = parts.eval if str(path) in held else parts.train
+    batches = train_batches(source, batch=2, repeats=1)
+    with pytest.raises(UserError, match=r"class1/7\.jpg: not a readable image") as error:
+        for _ in pipeline.load(batches, 0, 100, threads, 4):
+            pass
+    assert type(error.value) is UserError
+    assert "\n" not in str(error.value)
+
+
+class Slow:
+    """Take a tenth of a second per batch."""
+
+    def __call__(self, step):
+        time.sleep(0.1)
+        return {"step": np.array(step)}
+
+
+def test_batches_are_loaded_ahead_in_parallel_and_in_order():
+    began = time.perf_counter()
+    steps = [int(batch["step"]) for batch in pipeline.load(Slow(), 2, 18, 8, 8)]
+    assert steps == list(range(2, 18))
+    assert time.perf_counter() - began < 1.0  # 1.6 one after the other, 0.2 at best
+
+
+def test_a_loader_can_be_left_without_holding_up_the_process():
+    """Were what is queued still loaded at exit, it would take half a minute."""
+    script = """
+        import time, numpy as np
+        from deit_jax.data import pipeline
+
+        def slow(step):
+            time.sleep(0.01 if step < 2 else 0.3)
+            if step == 2:
+                raise ValueError
+            return {"step": np.array(step)}
+
+        def leave():
+            for batch in pipeline.load(slow, 0, 1000, 2, 200):
+                if batch["step"] == 1:
+                    return
+
+        leave()
+        loader = pipeline.load(slow, 0, 1000, 2, 200)
+        next(loader)
+        loader.close()
+        try:
+            list(pipeline.load(slow, 0, 1000, 2, 200))
+        except ValueError:
+            pass
+        raise SystemExit(7)
+    """
+    began = time.perf_counter()
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    assert subprocess.run(command, cwd=REPOSITORY, timeout=60, check=False).returncode == 7
+    assert time.perf_counter() - began < 12
