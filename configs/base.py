@@ -42,6 +42,11 @@ def get_config() -> ConfigDict:
     c.model.drop_path = 0.1
     c.dtype = "auto"  # compute: bfloat16, float32, or auto = bfloat16 on TPU and GPU
 
+    c.init = ConfigDict()
+    c.init.weights = ""  # start from a run's workdir, a weight file or folder, hf-hub:ORG/NAME
+    c.init.head = "error"  # where classes differ: error, drop = new heads, cls, add-dist (see docs)
+    c.init.required = False  # whether this config makes sense without weights to start from
+
     c.data = ConfigDict()
     c.data.source = "tfds:imagenet2012"  # tfds:NAME, folder:PATH, or digits (embedded)
     c.data.dir = ""  # where TFDS keeps its data sets; "" = TFDS's default
@@ -55,6 +60,7 @@ def get_config() -> ConfigDict:
     c.data.prefetch_batches = 8
 
     c.augment = ConfigDict()
+    c.augment.crop = "random_resized"  # or simple: shorter side resized, padded by 4, random square
     c.augment.crop_scale = (0.08, 1.0)  # share of the image's area
     c.augment.crop_ratio = (3 / 4, 4 / 3)  # width / height
     c.augment.flip_prob = 0.5  # left-right
@@ -71,6 +77,7 @@ def get_config() -> ConfigDict:
     c.mixing.group_size = 64  # consecutive examples that share one draw and mix among themselves
 
     c.loss = ConfigDict()
+    c.loss.kind = "softmax"  # or binary: one sigmoid a class, targets 1 for every class in the mix
     c.loss.smoothing = 0.1  # of the labels, not of a teacher's
 
     c.distill = ConfigDict()
@@ -86,11 +93,12 @@ def get_config() -> ConfigDict:
     c.teacher = ConfigDict()
     c.teacher.weights = ""  # workdir of a finished `deit train`
     c.teacher.epochs = 0.0  # without weights: first train teacher.model so long, in WORKDIR/teacher
+    c.teacher.image_size = placeholder(int)  # resize its images on device; None = the student's
     c.teacher.lr = c.get_ref("batch_size").to_float() * 5e-4 / 512
     c.teacher.model = get_model_config("regnety_160")
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"  # adamw or sgd
+    c.optim.name = "adamw"  # adamw, sgd or lamb
     c.optim.lr = (
         c.get_ref("batch_size").to_float() * 5e-4 / 512
     )  # peak; follows --config.batch_size

@@ -28,6 +28,7 @@ class Claims:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     crop_ratio: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_claims(path: Path) -> Claims:
@@ -65,6 +66,11 @@ def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Claims:
         "patch_size": config.get("patch_size", 16),
         "image_size": config.get("image_size", 224),
     }
+    epsilon = config.get("layer_norm_eps", 1e-12)
+    if epsilon > 1e-5:
+        raise ValueError(f"layer_norm_eps={epsilon} in config.json; deit_jax has only 1e-6")
+    # transformers' copies of DeiT say 1e-12, but the weights were trained with 1e-6.
+    note = f"layer_norm_eps is 1e-6 here, {epsilon:g} in config.json"
     mlp_ratio = config.get("intermediate_size", 3072) / fields["width"]
     distilled = config["model_type"] == "deit"
     names = registry.list_models("deit_*_distilled_*" if distilled else "deit_*_patch*")
@@ -86,6 +92,7 @@ def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Claims:
         mean=tuple(inputs["image_mean"]) if "image_mean" in inputs else None,
         std=tuple(inputs["image_std"]) if "image_std" in inputs else None,
         crop_ratio=_crop_ratio(inputs),
+        notes=() if epsilon == 1e-6 else (note,),
     )
 
 

@@ -27,9 +27,12 @@ HARMLESS = (
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
+    "augment.crop": ("random_resized", "simple"),
+    "init.head": ("error", "drop", "cls", "add-dist"),
+    "loss.kind": ("softmax", "binary"),
     "distill.kind": ("none", "soft", "hard"),
     "distill.reduction": ("batchmean", "numel"),
-    "optim.name": ("adamw", "sgd"),
+    "optim.name": ("adamw", "sgd", "lamb"),
 }
 POSITIVE = (
     "epochs",
@@ -98,29 +101,64 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         check(0 <= flat[key] <= 1, key, "must be between 0 and 1")
     for key in NOT_NEGATIVE:
         check(flat[key] >= 0, key, "must not be negative")
-    check(flat["augment.crop_scale"][0] > 0, "augment.crop_scale", "must be greater than 0")
-    check(len(config.data.mean) == 3, "data.mean", "must have three numbers, one per channel")
-    check(len(config.data.std) == 3 and min(config.data.std) > 0, "data.std", "must be positive")
+    _check_images(config, check)
+    _check_batches(config, num_devices, check)
+    check(
+        config.loss.kind == "softmax" or config.loss.smoothing == 0,
+        "loss.smoothing",
+        "must be 0 with loss.kind=binary, where it would make every class a target",
+    )
+    check(
+        bool(config.init.weights) or not config.init.required,
+        "init.weights",
+        "this config starts from trained weights: give a run's workdir or a weight file",
+    )
+    check(
+        config.distill.kind == "none" or bool(config.teacher.weights) or config.teacher.epochs > 0,
+        "teacher.weights",
+        "distillation needs a teacher: give the workdir of one trained by `deit train`, or train "
+        "one first with --config.teacher.epochs=N",
+    )
 
+
+def _check_images(config: ConfigDict, check) -> None:
+    for key in ("crop_scale", "crop_ratio"):
+        values = config.augment[key]
+        ordered = len(values) == 2 and 0 < values[0] <= values[1]
+        check(ordered, f"augment.{key}", "must be two positive numbers, the smaller first")
+    check(config.augment.crop_scale[1] <= 1, "augment.crop_scale", "must not exceed 1")
+    check(len(config.data.mean) == 3, "data.mean", "must have three numbers, one per channel")
+    check(
+        len(config.data.std) == 3 and min(config.data.std) > 0,
+        "data.std",
+        "must have three positive numbers, one per channel",
+    )
+    check(0 < config.data.eval_crop_ratio <= 1, "data.eval_crop_ratio", "must be in (0, 1]")
+    try:
+        make_augment(config.augment.auto, config.augment.color_jitter)
+    except ValueError as error:
+        raise UserError(f"config.augment.auto={config.augment.auto!r}: {error}") from error
+
+
+def _check_batches(config: ConfigDict, num_devices: int, check) -> None:
+    batch, accum, group = config.batch_size, config.optim.accum_steps, config.mixing.group_size
     fsdp = config.mesh.fsdp
     check(
         fsdp > 0 and num_devices % fsdp == 0,
         "mesh.fsdp",
         f"must divide the number of devices, {num_devices}",
     )
-    try:
-        make_augment(config.augment.auto, config.augment.color_jitter)
-    except ValueError as error:
-        raise UserError(f"config.augment.auto={config.augment.auto!r}: {error}") from error
-
-    batch, accum, group = config.batch_size, config.optim.accum_steps, config.mixing.group_size
-    mixes = config.mixing.prob > 0 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha)
     check(
         batch % (num_devices * accum) == 0,
         "batch_size",
         f"must be a multiple of {num_devices} devices x optim.accum_steps={accum}",
     )
-    if mixes:
+    check(
+        config.train.eval_batch_size % num_devices == 0,
+        "train.eval_batch_size",
+        f"must be a multiple of the number of devices, {num_devices}",
+    )
+    if config.mixing.prob > 0 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha):
         check(batch % group == 0, "mixing.group_size", f"must divide batch_size={batch}")
         least = 2 * config.augment.repeats
         check(
@@ -128,18 +166,6 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             "mixing.group_size",
             f"must be even and at least 2 x augment.repeats = {least}, so that no image meets its "
             "own copy",
-        )
-    check(
-        config.train.eval_batch_size % num_devices == 0,
-        "train.eval_batch_size",
-        f"must be a multiple of the number of devices, {num_devices}",
-    )
-    if config.distill.kind != "none":
-        check(
-            bool(config.teacher.weights) or config.teacher.epochs > 0,
-            "teacher.weights",
-            "distillation needs a teacher: give the workdir of one trained by `deit train`, or "
-            "train one first with --config.teacher.epochs=N",
         )
 
 

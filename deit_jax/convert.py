@@ -38,8 +38,7 @@ def convert(
         remedy = "choose another name" if force else "--force overwrites a file or a folder"
         raise UserError(f"{path} exists; {remedy}")
     try:
-        if path.suffix:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         WRITERS[to](opened, path)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

@@ -1,12 +1,14 @@
 """Random erasing on the device, after normalisation: a rectangle of noise per chosen image."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 TRIES = 10
 AREA = (0.02, 1 / 3)  # share of the image
-LOG_ASPECT = (jnp.log(0.3).item(), jnp.log(1 / 0.3).item())  # height / width
+LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # height / width
 
 
 def random_erase(

@@ -14,7 +14,7 @@ from deit_jax.data import pipeline
 from deit_jax.data.sources import open_dataset
 from deit_jax.errors import UserError
 
-EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W) [--model=NAME] [--json]
+EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W [--model=NAME])
 
 Evaluate a trained model on the config's evaluation data, every example once. W is the workdir of a
 run, a .pth or .safetensors file, a Hugging Face or timm folder, or hf-hub:ORG/NAME.

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from deit_jax.models.heads import Heads
@@ -18,6 +19,20 @@ def smooth_one_hot(
 def cross_entropy(logits: Float[Array, "B K"], targets: Float[Array, "B K"]) -> Float[Array, ""]:
     """Return the mean cross-entropy with target distributions (SoftTargetCrossEntropy in timm)."""
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "B K"], targets: Float[Array, "B K"]
+) -> Float[Array, ""]:
+    """Return the mean over examples and classes of a sigmoid's loss, as DeiT III trains.
+
+    Every class with a share in the (mixed) target is fully one: the reference's `targets.gt(0.0)`.
+    """
+    present = (targets > 0.0).astype(logits.dtype)
+    return jnp.mean(optax.losses.sigmoid_binary_cross_entropy(logits, present))
+
+
+LABEL_LOSSES = {"softmax": cross_entropy, "binary": binary_cross_entropy}
 
 
 def hard_distillation(
@@ -49,14 +64,16 @@ def distillation(
     targets: Float[Array, "B K"],
     teacher_signal: Float[Array, "B K"] | Int[Array, "B"] | None,
     distill,
+    label_loss: str = "softmax",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return (1 - alpha) CE(class head, targets) + alpha * teacher's term, and both terms.
+    """Return (1 - alpha) label loss of the class head + alpha * teacher's term, and both terms.
 
     The teacher's term acts on the distillation head or, in a model without one, on the class head
     (rows "usual" and "hard" of DeiT's Table 3). `distill` is the config of that name;
-    `teacher_signal` the teacher's labels for hard, its logits for soft, None without distillation.
+    `teacher_signal` the teacher's labels for hard, its logits for soft, None without distillation;
+    `label_loss` is "softmax" or "binary".
     """
-    label_term = cross_entropy(heads.cls, targets)
+    label_term = LABEL_LOSSES[label_loss](heads.cls, targets)
     if distill.kind == "none":
         return label_term, {"loss_label": label_term}
     logits = heads.cls if heads.dist is None else heads.dist

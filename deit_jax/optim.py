@@ -47,7 +47,7 @@ def decay_mask(params):
 
 
 def make_optimizer(optim, schedule) -> optax.GradientTransformation:
-    """Return clipping, then AdamW or SGD with momentum; `optim` is the config of that name."""
+    """Return clipping, then AdamW, LAMB or SGD with momentum; `optim` is the config."""
     chain = []
     if optim.clip_norm > 0:
         chain.append(optax.clip_by_global_norm(optim.clip_norm))
@@ -62,6 +62,12 @@ def make_optimizer(optim, schedule) -> optax.GradientTransformation:
                 mask=decay_mask,
             )
         )
+    elif optim.name == "lamb":
+        # As apex's FusedLAMB and timm's Lamb; optax.lamb would scale the undecayed parameters too.
+        chain.append(optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps))
+        chain.append(optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
+        chain.append(optax.masked(optax.scale_by_trust_ratio(), decay_mask))
+        chain.append(optax.scale_by_learning_rate(schedule))
     else:  # torch's SGD: decay is added to the gradient, before the momentum
         chain.append(optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
         chain.append(optax.sgd(schedule, momentum=optim.b1))

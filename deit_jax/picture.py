@@ -19,13 +19,17 @@ ROWS, COLUMNS = 4, 8
 
 
 def draw(trainer, results: dict[str, Any], path: Path) -> None:
-    """Write the picture of a finished Trainer's run as a PNG."""
+    """Write the picture of a finished Trainer's run as a PNG.
+
+    Every process of the run must call this, since all of them compute the answers; one writes.
+    """
     figure = plt.figure(figsize=(16, 7.5), layout="constrained")
     curves, grid = figure.subfigures(1, 2, width_ratios=(1, 1.6))
     _draw_curves(curves.subplots(2, 1, sharex=True), trainer.workdir, results)
     _draw_grid(grid, trainer)
     figure.suptitle(f"{trainer.config.model.name} on {trainer.config.data.source}")
-    figure.savefig(path, dpi=100)
+    if jax.process_index() == 0:
+        figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

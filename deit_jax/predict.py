@@ -28,9 +28,9 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Return for each file {"image", "predictions": [{"class", "index", "probability"}, …]}.
 
-    The probability is the softmax of the fused logits. `model` names weights of a model that they
-    do not tell. Raise UserError naming a file that cannot
-    be read before any result is computed.
+    The probability is the softmax of the fused logits. `model` is the name of the weights' model if
+    they do not say it. Raise UserError naming a file that cannot be read before any result is
+    computed.
     """
     opened = weights.open_model(source, model)
     images = np.stack([_read(path, opened.image_size, opened.crop_ratio) for path in paths])

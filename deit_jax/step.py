@@ -44,6 +44,7 @@ class Recipe:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     erase_prob: float
+    label_loss: str
     smoothing: float
     mixing: Any
     distill: Any
@@ -59,6 +60,7 @@ class Recipe:
             mean=config.data.mean,
             std=config.data.std,
             erase_prob=config.augment.erase_prob,
+            label_loss=config.loss.kind,
             smoothing=config.loss.smoothing,
             mixing=config.mixing,
             distill=config.distill,
@@ -105,7 +107,7 @@ def train_step(
 
         def objective(params):
             heads, new_stats = apply_train(model, params, stats, images, key)
-            loss, terms = distillation(heads, targets, signal, recipe.distill)
+            loss, terms = distillation(heads, targets, signal, recipe.distill, recipe.label_loss)
             return loss, ({"loss": loss, **terms}, new_stats)
 
         (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.params)

@@ -18,7 +18,8 @@ class Teacher:
     """A frozen network, and how the student's normalised images become its own.
 
     `mean` and `std` are the teacher's normalisation, `student_mean` and `student_std` that of the
-    images it is handed. Its parameters travel apart, as an argument of the compiled step.
+    images it is handed; `image_size` its resolution, None for theirs. Its parameters travel apart,
+    as an argument of the compiled step.
     """
 
     model: Any
@@ -26,12 +27,16 @@ class Teacher:
     std: tuple[float, float, float]
     student_mean: tuple[float, float, float]
     student_std: tuple[float, float, float]
+    image_size: int | None = None
 
     def logits(self, params, images: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
         """Return the fused logits of the student's images."""
         if (self.mean, self.std) != (self.student_mean, self.student_std):
             pixels = images * jnp.array(self.student_std) + jnp.array(self.student_mean)
             images = (pixels - jnp.array(self.mean)) / jnp.array(self.std)
+        if self.image_size not in (None, images.shape[1]):
+            shape = (images.shape[0], self.image_size, self.image_size, images.shape[3])
+            images = jax.image.resize(images, shape, "cubic")
         return self.model.apply({"params": params}, images, train=False).fused()
 
     def signal(
@@ -61,13 +66,14 @@ def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any
             f"config.teacher.weights={weights}: the teacher knows {len(opened.classes)} classes, "
             f"{config.data.source} has {len(classes)}; train a teacher on this data set"
         )
-    size = config_lib.image_size(config.model)
+    size = config.teacher.image_size or config_lib.image_size(config.model)
     if getattr(opened.model, "image_size", size) != size:
         raise UserError(
             f"config.teacher.weights={weights}: the teacher takes {opened.image_size} px images, "
-            f"the student {size} px; set --config.model.image_size={opened.image_size}"
+            f"not {size}; resize them for it with --config.teacher.image_size={opened.image_size}"
         )
     model, params = weights_lib.folded(opened.model, opened.variables)
     dtype = config_lib.compute_dtype(config.dtype)
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    return Teacher(model, opened.mean, opened.std, config.data.mean, config.data.std), params
+    data = config.data
+    return Teacher(model, opened.mean, opened.std, data.mean, data.std, size), params

@@ -20,6 +20,7 @@ from deit_jax.data.sources import Dataset, open_dataset
 from deit_jax.errors import UserError
 from deit_jax.step import Recipe, init_state, train_step
 from deit_jax.teacher import load_teacher, weights_path
+from deit_jax.weights import load_variables
 
 log = logging.getLogger("deit_jax")
 
@@ -39,16 +40,20 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     c.epochs, c.optim.lr = c.teacher.epochs, c.teacher.lr
     c.optim.ema_decay = 0.0
     c.distill.kind = "none"
+    c.init.weights, c.init.required = "", False
     return c
 
 
 class Trainer:
     """A run: its data, its compiled step and its state, restored from the workdir if it began.
 
-    `teacher` is what load_teacher returns, None without distillation.
+    `teacher` is what load_teacher returns, None without distillation; `start` the variables that a
+    new run begins with, None for random ones.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, dataset: Dataset, teacher=None):
+    def __init__(
+        self, config: ConfigDict, workdir: Path, dataset: Dataset, teacher=None, start=None
+    ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.mesh = sharding.make_mesh(config.mesh.fsdp)
         size = config_lib.image_size(config.model)
@@ -63,10 +68,10 @@ class Trainer:
         self.tx = optim.make_optimizer(config.optim, self.schedule)
         self.evaluator = evaluate.Evaluator(config, dataset.eval, size, self.mesh)
         self.checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
-        self.state = self._restore_or_init(size)
+        self.state = self._restore_or_init(size, start)
         self._step = self._compile_step()
 
-    def _restore_or_init(self, size: int):
+    def _restore_or_init(self, size: int, start):
         init = functools.partial(
             init_state,
             model=self.model,
@@ -79,13 +84,24 @@ class Trainer:
         # Built under jit with these shardings, no device ever holds more than its share.
         self.state_shardings = sharding.state_shardings(self.mesh, abstract)
         if self.checkpointer.latest_step is None:
-            return jax.jit(init, out_shardings=self.state_shardings)(key)
+            state = jax.jit(init, out_shardings=self.state_shardings)(key)
+            return state if start is None else self._begin_with(state, start)
         placed = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             abstract,
             self.state_shardings,
         )
         return self.checkpointer.restore(placed)
+
+    def _begin_with(self, state, start):
+        params, stats = start["params"], start.get("batch_stats", {})
+        ema = {"params": params, "batch_stats": stats} if state.ema is not None else None
+        places = self.state_shardings
+        return state.replace(
+            params=jax.device_put(params, places.params),
+            batch_stats=jax.device_put(stats, places.batch_stats),
+            ema=jax.device_put(ema, places.ema),
+        )
 
     def _compile_step(self):
         step = functools.partial(
@@ -205,21 +221,39 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     weights, teacher = weights_path(config, workdir), None
     if config.teacher.weights and weights:
         teacher = load_teacher(config, weights, dataset.classes)
+    start = _starting_weights(config, workdir, len(dataset.classes))
     _claim(workdir, config, dataset.classes)
     if weights and not teacher:
         train(teacher_config(config), weights)
         teacher = load_teacher(config, weights, dataset.classes)
-    trainer = Trainer(config, workdir, dataset, teacher)
+    trainer = Trainer(config, workdir, dataset, teacher, start)
     if (results := _finished(workdir, trainer.total_steps)) is None:
         log.info(_summary(trainer))
         trainer.run()
         results = {"step": trainer.total_steps, **trainer.evaluate()}
         if trainer.teacher:
             results["teacher"] = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
+        _draw(trainer, results)
         if jax.process_index() == 0:
             metrics.write_json(workdir / "results.json", results)
-            _draw(trainer, results)
     return results
+
+
+def _starting_weights(config: ConfigDict, workdir: Path, num_classes: int):
+    """Load what `config.init` names and say how it was fitted; None for a run that goes on."""
+    if not config.init.weights or any((workdir / "checkpoints").glob("[0-9]*")):
+        return None
+    opened = load_variables(
+        config.init.weights,
+        config.model,
+        num_classes,
+        config_lib.image_size(config.model),
+        config.init.head,
+        seed=config.seed,
+    )
+    for note in [f"starting from {config.init.weights} ({opened.format})", *opened.notes]:
+        log.info(note)
+    return opened.variables
 
 
 def _claim(workdir: Path, config: ConfigDict, classes: list[str]) -> None:
@@ -265,6 +299,24 @@ def _draw(trainer: Trainer, results: dict[str, Any]) -> None:
     log.info("picture of the run: %s", trainer.workdir / "picture.png")
 
 
+def _join(options) -> None:
+    """Connect the processes of a run; only the first one logs."""
+    try:
+        jax.distributed.initialize(
+            coordinator_address=options.coordinator,
+            num_processes=options.num_processes,
+            process_id=options.process_id,
+        )
+    except (ValueError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"--multihost: {first_line}; give --coordinator=HOST:PORT, --num_processes=N and "
+            "--process_id=I"
+        ) from error
+    if jax.process_index() != 0:
+        log.setLevel(logging.WARNING)
+
+
 def main(argv: list[str]) -> None:
     """Run `deit train`."""
     from absl import flags
@@ -274,10 +326,20 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string(
         "workdir", "", "where the run is kept; a run found there goes on", flag_values=command.flags
     )
-    flags.DEFINE_boolean("json", False, "print the results as JSON", flag_values=command.flags)
+    own = {"flag_values": command.flags}
+    flags.DEFINE_boolean("json", False, "print the results as JSON", **own)
+    flags.DEFINE_boolean("multihost", False, "this is one of several processes of the run", **own)
+    found = "where TPU, Slurm or Open MPI do not tell"
+    flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0, {found}", **own)
+    flags.DEFINE_integer("num_processes", None, f"how many there are, {found}", **own)
+    flags.DEFINE_integer("process_id", None, f"which one this is, {found}", **own)
     cli.no_words(command.parse(argv, required=("config", "workdir")))
     workdir = Path(command.flags.workdir)
+    if command.flags.multihost:
+        _join(command.flags)
     results = train(command.config, workdir)
+    if jax.process_index() != 0:
+        return
     if command.flags.json:
         json.dump(results, sys.stdout)
         print()

@@ -173,10 +173,14 @@ def _open(source: str, model, default, head: str, dtype: str) -> Opened:
         mean=claims.mean or spec.mean,
         std=claims.std or spec.std,
         crop_ratio=claims.crop_ratio or spec.crop_ratio,
+        notes=claims.notes,
     )
 
 
 def _open_run(source: str, path: Path, model, dtype: str) -> Opened:
+    if not (path / "classes.json").is_file():
+        files = " or ".join(_IN_FOLDER)
+        raise ValueError(f"neither the workdir of a `deit train` run nor a folder with {files}")
     run = checkpoint.load_run(path, dtype)
     name, data = run.config.model.name, run.config.data
     if isinstance(model, str) and model != name:
@@ -245,6 +249,9 @@ def _identify(flat, claims: Claims, model, default) -> tuple[str, dict[str, Any]
     fields = dialects.transformer_fields(flat)
     if fields and "grid" in fields:
         own = registry.create_model(name, **overrides)
+        heads = claims.overrides.get("num_heads", getattr(own, "num_heads", None))
+        if heads != getattr(own, "num_heads", None):
+            raise ValueError(f"has {heads} heads of attention, {name} has {own.num_heads}")
         if hasattr(own, "distilled"):
             overrides["distilled"] = fields["distilled"]
             if own.grid_size != fields["grid"]:
@@ -310,7 +317,7 @@ def _fit(found: Opened, model, head: str, seed: int) -> Opened:
     if model == found.model and head == "error":
         return found
     old, count = found.model, len(found.classes)
-    params, notes, fresh = dict(found.variables["params"]), [], set()
+    params, notes, fresh = dict(found.variables["params"]), list(found.notes), set()
     if model.num_classes != count and head != "drop":
         raise ValueError(
             f"the weights know {count} classes, the model {model.num_classes}; head='drop' starts "

@@ -21,6 +21,13 @@ CONFIGS = [
     ("deit", "variant=base,distilled=True,epochs=1000"),
     ("deit", "variant=base,kind=soft"),
     ("teacher", "variant=160"),
+    ("deit_finetune384", ""),
+    ("deit_finetune384", "variant=small,distilled=False"),
+    *(("deit_transfer", f"dataset={d}") for d in ("cifar10", "cifar100", "flowers102", "cars")),
+    *(("deit_transfer", f"dataset={d},distilled=True") for d in ("inat18", "inat19")),
+    *(("deit3", f"size={s}") for s in ("small", "medium", "base", "large", "huge")),
+    ("deit3", "size=large,stage=finetune224"),
+    ("deit3", "size=base,stage=finetune384"),
 ]
 
 
@@ -35,6 +42,7 @@ def test_config_is_valid_and_its_step_traces_at_full_size(name, text):
     config_lib.build_model(config.model, 1000)
     if config.distill.kind != "none":
         config.teacher.weights = "somewhere"
+    config.init.weights = "somewhere" if config.init.required else ""
     config_lib.validate(config, num_devices=8)
     model = config_lib.build_model(config.model, 1000, "bfloat16")
     size = config_lib.image_size(config.model)

@@ -108,3 +108,12 @@ def test_fused_is_the_mean_of_the_logits():
     fused = Heads(jnp.array(LOGITS), jnp.array(OTHER)).fused()
     np.testing.assert_allclose(fused, (LOGITS + OTHER) / 2, rtol=1e-6)
     np.testing.assert_array_equal(Heads(jnp.array(LOGITS)).fused(), LOGITS)
+
+
+def test_binary_cross_entropy_is_deit3s(torch):
+    targets = np.where(RNG.random((B, K)) < 0.3, RNG.random((B, K)), 0.0).astype(np.float32)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.tensor(LOGITS), torch.tensor(targets).gt(0.0).float()
+    )
+    got = ours(losses.binary_cross_entropy, LOGITS, targets)
+    np.testing.assert_allclose(got, expected.item(), rtol=1e-5)

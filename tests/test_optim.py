@@ -143,3 +143,32 @@ def test_clipping_bounds_the_global_norm():
 @pytest.mark.parametrize(("epochs", "steps"), [(2.0, 20), (0.25, 3), (0.001, 1)])
 def test_whole_steps(epochs, steps):
     assert optim.whole_steps(epochs, STEPS) == steps
+
+
+def test_lamb_is_timms(timm, torch):
+    from timm.optim import Lamb
+
+    c = base.get_config()
+    c.optim.name, c.optim.lr, c.optim.weight_decay, c.optim.clip_norm = "lamb", 0.1, 0.3, 1.0
+    p = params()
+    rng = np.random.default_rng(1)
+    grads = [jax.tree.map(lambda x: rng.normal(size=x.shape), p) for _ in range(4)]
+    ours, lrs = run(c, p, grads)
+    theirs = jax.tree.map(lambda x: torch.nn.Parameter(torch.tensor(x, dtype=torch.float32)), p)
+    decayed = jax.tree.leaves(optim.decay_mask(p))
+    groups = [
+        {
+            "params": [x for x, d in zip(jax.tree.leaves(theirs), decayed, strict=True) if d == on],
+            "weight_decay": 0.3 * on,
+        }
+        for on in (True, False)
+    ]
+    opt = Lamb(groups, lr=0.1, eps=c.optim.eps, max_grad_norm=1.0)
+    for g, lr in zip(grads, lrs, strict=True):
+        for group in opt.param_groups:
+            group["lr"] = lr
+        for x, value in zip(jax.tree.leaves(theirs), jax.tree.leaves(g), strict=True):
+            x.grad = torch.tensor(value, dtype=torch.float32)
+        opt.step()
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-4, atol=1e-5)

@@ -62,17 +62,33 @@ def random_resized_crop(
     return crop.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def centre_crop(image: Image.Image, size: int, crop_ratio: float) -> Image.Image:
-    """Return the centre at size x size after resizing the shorter side to size / crop_ratio.
+def simple_random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """Return a random size x size square after resizing the shorter side to `size`.
 
-    Bicubic with antialias: torchvision's Resize and CenterCrop, as the reference evaluates.
+    The resized image is first padded by its reflection, four pixels on each side (DeiT III's
+    simple random crop).
     """
-    short = int(size / crop_ratio)
+    image = resize_shorter(image, size)
+    padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    top, left = (int(rng.integers(side - size + 1)) for side in padded.shape[:2])
+    return Image.fromarray(padded[top : top + size, left : left + size])
+
+
+def resize_shorter(image: Image.Image, short: int) -> Image.Image:
+    """Return the image with its shorter side at `short` pixels; bicubic with antialias."""
     width, height = image.size
     if width <= height:
         resized = (short, int(short * height / width))
     else:
         resized = (int(short * width / height), short)
-    image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
+    return image.resize(resized, Image.Resampling.BICUBIC)
+
+
+def centre_crop(image: Image.Image, size: int, crop_ratio: float) -> Image.Image:
+    """Return the centre at size x size after resizing the shorter side to size / crop_ratio.
+
+    Bicubic with antialias: torchvision's Resize and CenterCrop, as the reference evaluates.
+    """
+    image = resize_shorter(image, int(size / crop_ratio))
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))

@@ -82,7 +82,12 @@ class TrainBatches:
 
     def _view(self, image, rng: np.random.Generator) -> np.ndarray:
         c = self._config
-        crop = decode.random_resized_crop(image, self._image_size, rng, c.crop_scale, c.crop_ratio)
+        if c.crop == "simple":
+            crop = decode.simple_random_crop(image, self._image_size, rng)
+        else:
+            crop = decode.random_resized_crop(
+                image, self._image_size, rng, c.crop_scale, c.crop_ratio
+            )
         pixels = np.asarray(crop)
         if rng.random() < c.flip_prob:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
