@@ -246,3 +246,21 @@ def test_the_crop_of_a_drawing_shows_its_middle():
         ImageDraw.Draw(image).ellipse((x - 30, y - 30, x + 30, y + 30), fill=0)
         dark = pixels(decode.centre_crop(image.convert("RGB"), 64, 0.875))[:, :, 0] < 128
         assert np.abs(np.argwhere(dark).mean(axis=0) - 31.5).max() < 1
+
+
+def test_simple_random_crop_is_a_window_of_the_reflected_resized_image(photo):
+    """Pad with Pillow's own reflection, then find the crop in it."""
+    size = 48
+    resized = decode.resize_shorter(photo, size)
+    assert min(resized.size) == size
+    array = np.asarray(resized)
+    padded = np.concatenate([array[4:0:-1], array, array[-2:-6:-1]], axis=0)
+    padded = np.concatenate([padded[:, 4:0:-1], padded, padded[:, -2:-6:-1]], axis=1)
+    places = set()
+    for seed in range(20):
+        crop = np.asarray(decode.simple_random_crop(photo, size, np.random.default_rng(seed)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, crop.shape)[:, :, 0]
+        found = np.argwhere((windows == crop).all((2, 3, 4)))
+        assert len(found) >= 1
+        places.add(tuple(found[0]))
+    assert len(places) > 10

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from deit_jax import config as config_lib
 from deit_jax import losses, optim, sharding, step
@@ -173,6 +174,26 @@ def test_teacher_sees_its_own_normalisation():
     own = teacher.model.apply({"params": params}, jnp.float32(batch / 255.0 * 2 - 1)).cls
     handed = other.logits(params, step.normalise(jnp.asarray(batch), MEAN, STD))
     np.testing.assert_allclose(handed, own, atol=1e-4)
+
+
+def test_teacher_sees_its_own_resolution():
+    teacher, params = make_teacher()
+    images = step.normalise(jnp.asarray(make_batch(4)["image"]), MEAN, STD)
+    at_32 = Teacher(teacher.model, MEAN, STD, MEAN, STD, image_size=32)
+    resized = np.stack(
+        [
+            np.stack(
+                [
+                    np.asarray(Image.fromarray(channel).resize((32, 32), Image.Resampling.BICUBIC))
+                    for channel in np.moveaxis(np.asarray(image), -1, 0)
+                ],
+                axis=-1,
+            )
+            for image in images
+        ]
+    )
+    expected = teacher.logits(params, jnp.asarray(resized))
+    np.testing.assert_allclose(at_32.logits(params, images), expected, atol=1e-4)
 
 
 def test_ema_averages_parameters(tiny_config):

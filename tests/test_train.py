@@ -184,3 +184,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
     tiny_config.distill.kind = "none"
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step"):
         train_lib.train(tiny_config, tmp_path / "run")
+
+
+def test_distilled_fine_tuning_at_another_resolution(finished, tmp_path, caplog, torch):
+    """What the reference refuses: the student resized, the teacher at the target resolution."""
+    interpolate = torch.nn.functional.interpolate
+    config, workdir, _ = finished
+    c = config.copy_and_resolve_references()
+    c.init.weights, c.teacher.weights = str(workdir), str(workdir / "teacher")
+    c.model.image_size, c.epochs = 24, 1.0
+    c.optim.lr = c.optim.warmup_lr = c.optim.min_lr = 0.0  # the weights stay: look at the start
+    with caplog.at_level("INFO", "deit_jax"):
+        results = train_lib.train(c, tmp_path / "fine")
+    assert "4x4" in caplog.text
+    assert "6x6" in caplog.text
+    assert results["dist"]["top5"] > 0
+    old, new = (checkpoint.load_run(d).variables["params"] for d in (workdir, tmp_path / "fine"))
+    np.testing.assert_array_equal(old["head_dist"]["kernel"], new["head_dist"]["kernel"])
+    grid = old["pos_embed"][:, 2:].reshape(1, 4, 4, -1).transpose(0, 3, 1, 2)
+    resized = interpolate(torch.tensor(grid), (6, 6), mode="bicubic", align_corners=False).numpy()
+    expected = resized.transpose(0, 2, 3, 1).reshape(1, 36, -1)
+    np.testing.assert_allclose(new["pos_embed"][:, 2:], expected, atol=1e-5)
+
+
+def test_a_config_that_fine_tunes_asks_for_weights(tiny_config, tmp_path):
+    tiny_config.init.required = True
+    with pytest.raises(UserError, match=r"config.init.weights=''.*starts from trained weights"):
+        train_lib.train(tiny_config, tmp_path / "run")
+    tiny_config.init.weights = "/nowhere"
+    with pytest.raises(UserError, match="/nowhere"):
+        train_lib.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,27 @@
+"""The quickstart keeps its promise: a student of at least 97% on the held-out digits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_quickstart_student_reads_97_percent_of_the_digits(tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device, as on a stranger's machine
+    command = [sys.executable, "-m", "deit_jax", "train", "--config=configs/quickstart.py"]
+    run = subprocess.run(
+        [*command, f"--workdir={tmp_path}/run", "--json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout)
+    assert results["examples"] == 359
+    assert results["fused"]["top1"] >= 97
+    assert results["teacher"]["top1"] >= 97
+    assert "picture of the run" in run.stderr
