@@ -23,6 +23,7 @@ def get_model_config(name: str) -> ConfigDict:
     m.depth = placeholder(int)
     m.num_heads = placeholder(int)
     m.layer_scale = placeholder(float)
+    m.dist_head = placeholder(bool)  # False: a distillation token without a head of its own
     # RegNetY:
     m.widths = placeholder(tuple)  # per stage
     m.depths = placeholder(tuple)  # per stage
@@ -44,7 +45,7 @@ def get_config() -> ConfigDict:
 
     c.init = ConfigDict()
     c.init.weights = ""  # start from a run's workdir, a weight file or folder, hf-hub:ORG/NAME
-    c.init.head = "error"  # where classes differ: error, drop = new heads, cls, add-dist (see docs)
+    c.init.head = "error"  # where heads differ: error, drop = all anew, cls = keep the class head
     c.init.required = False  # whether this config makes sense without weights to start from
 
     c.data = ConfigDict()

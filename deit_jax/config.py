@@ -28,7 +28,7 @@ HARMLESS = (
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "augment.crop": ("random_resized", "simple"),
-    "init.head": ("error", "drop", "cls", "add-dist"),
+    "init.head": ("error", "drop", "cls"),
     "loss.kind": ("softmax", "binary"),
     "distill.kind": ("none", "soft", "hard"),
     "distill.reduction": ("batchmean", "numel"),

@@ -122,6 +122,8 @@ def transformer_fields(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "distilled": "dist_token" in shape or "head_dist.weight" in shape,
         "layer_scale": "blocks.0.ls1.gamma" in shape,
     }
+    if fields["distilled"] and "head.weight" in shape and "head_dist.weight" not in shape:
+        fields["dist_head"] = False  # Hugging Face's DeiTForImageClassification
     if "patch_embed.proj.weight" in shape:
         fields["width"], *_, fields["patch_size"] = shape["patch_embed.proj.weight"]
     for prefix in (0, 1 + fields["distilled"]) if len(shape.get("pos_embed", ())) == 3 else ():
@@ -151,7 +153,9 @@ def _agrees(fields: dict[str, Any], spec: ModelSpec) -> bool:
     defaults = {"class_position": True, "distilled": False, "layer_scale": None}
     known = defaults | spec.kwargs
     known["layer_scale"] = known["layer_scale"] is not None
-    same = all(known.get(key) == value for key, value in fields.items() if key != "grid")
+    same = all(
+        known.get(key) == value for key, value in fields.items() if key not in ("grid", "dist_head")
+    )
     return spec.cls is VisionTransformer and same
 
 
@@ -295,7 +299,7 @@ def _to_hugging_face(flat: Flat) -> Flat:
         else:
             split[name] = value
     # Only a model with a second head calls the first one cls_classifier.
-    head = "cls_classifier" if model == "deit" else "classifier"
+    head = "cls_classifier" if "head_dist.weight" in flat else "classifier"
     table = tuple((row[1], row[0]) for row in _HUGGING_FACE if row[0] != "head")
     renamed = {}
     for name, value in split.items():

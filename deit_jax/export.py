@@ -23,7 +23,6 @@ from deit_jax.step import TrainState
 from deit_jax.weights import Opened, architecture, default_classes
 
 _STORAGES = {"float32": "FloatStorage", "int64": "LongStorage"}
-_ARCHITECTURES = {True: "DeiTForImageClassificationWithTeacher", False: "ViTForImageClassification"}
 _BICUBIC = 3  # Pillow's number
 
 
@@ -97,10 +96,16 @@ def write_hugging_face(opened: Opened, folder: Path) -> None:
     metrics.write_json(folder / "preprocessor_config.json", _preprocessor_config(opened))
 
 
+def _hugging_face_class(model) -> str:
+    if not model.distilled:
+        return "ViTForImageClassification"
+    return f"DeiTForImageClassification{'WithTeacher' if model.dist_head else ''}"
+
+
 def _hugging_face_config(opened: Opened) -> dict[str, Any]:
     model, classes = opened.model, opened.classes
     return {
-        "architectures": [_ARCHITECTURES[model.distilled]],
+        "architectures": [_hugging_face_class(model)],
         "model_type": "deit" if model.distilled else "vit",
         "attention_probs_dropout_prob": 0.0,
         "hidden_act": "gelu",

@@ -155,8 +155,6 @@ def _open(source: str, model, default, head: str, dtype: str) -> Opened:
         return _open_run(source, path, model, dtype)
     claims, flat = read_claims(path), weight_files.read(path)
     name, overrides = _identify(flat, claims, model, default)
-    if head != "error":
-        flat = _with_second_head(flat, name)
     variables = from_torch(flat, name, **overrides)
     classes = _num_classes(variables)
     model = registry.create_model(name, classes, dtype=config_lib.compute_dtype(dtype), **overrides)
@@ -253,7 +251,7 @@ def _identify(flat, claims: Claims, model, default) -> tuple[str, dict[str, Any]
         if heads != getattr(own, "num_heads", None):
             raise ValueError(f"has {heads} heads of attention, {name} has {own.num_heads}")
         if hasattr(own, "distilled"):
-            overrides["distilled"] = fields["distilled"]
+            overrides |= {k: fields[k] for k in ("distilled", "dist_head") if k in fields}
             if own.grid_size != fields["grid"]:
                 overrides["image_size"] = fields["grid"] * own.patch_size
     return name, overrides
@@ -267,20 +265,6 @@ def _described(model) -> tuple[str | None, dict[str, Any]]:
     return model.name, architecture(built, model.name)
 
 
-def _with_second_head(flat, name: str):
-    """Give Hugging Face's DeiTForImageClassification the head that its second token lacks.
-
-    The policies that come here start that head anew, or drop it.
-    """
-    sources = dialects.canonical_names(flat, registry.create_model(name))
-    if "dist_token" not in sources or "head_dist.weight" in sources or "head.weight" not in sources:
-        return flat
-    heads = {
-        f"head_dist.{k}": np.zeros_like(flat[sources[f"head.{k}"]]) for k in ("weight", "bias")
-    }
-    return flat | heads
-
-
 def _num_classes(variables: dict[str, Any]) -> int:
     (head,) = (variables["params"][k] for k in ("head", "classifier") if k in variables["params"])
     return head.get("fc", head)["kernel"].shape[-1]
@@ -289,10 +273,12 @@ def _num_classes(variables: dict[str, Any]) -> int:
 def _target(found: Opened, model, num_classes, image_size, head: str, dtype: str):
     """Return the model that weights shall fit."""
     classes = len(found.classes) if num_classes is None else num_classes
+    found_head = getattr(found.model, "dist_head", True)
     if model is None or isinstance(model, str):
         target = found.model.clone(num_classes=classes)
         if hasattr(target, "distilled") and isinstance(model, str):
-            target = target.clone(distilled=registry.create_model(model).distilled)
+            distilled = registry.create_model(model).distilled
+            target = target.clone(distilled=distilled, dist_head=head != "error" or found_head)
         elif hasattr(target, "distilled") and head == "cls":
             target = target.clone(distilled=False)
     else:
@@ -329,9 +315,14 @@ def _fit(found: Opened, model, head: str, seed: int) -> Opened:
     if head == "drop":
         fresh |= {name for name in _HEADS if name in params}
         notes.append(f"heads dropped: {count} -> {model.num_classes} classes")
-    elif head == "cls" and getattr(old, "distilled", False) and "head_dist" in params:
+    elif head == "cls" and "dist_token" in params and old.distilled:
         fresh.add("head_dist")
         notes.append("distillation head starts anew")
+    if "dist_token" in params and not model.dist_head:
+        params.pop("head_dist", None)
+        fresh.discard("head_dist")
+    elif "dist_token" in params and "head_dist" not in params and head != "error":
+        fresh.add("head_dist")
     if fresh:
         params |= _init(model, seed, only=tuple(sorted(fresh)))["params"]
     variables = found.variables | {"params": params}

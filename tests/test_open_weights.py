@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from deit_jax import convert, predict, weights
+from deit_jax import convert, export, predict, weights
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
 from tests.conftest import make_tiny_config
@@ -159,14 +159,29 @@ def test_one_headed_deit_of_transformers_keeps_its_class_head(tmp_path):
     )
     theirs = transformers.DeiTForImageClassification(config).eval()
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"missing head_dist.weight \(4, 24\)"):
-        weights.open_model(tmp_path)
-    found = weights.load_variables(tmp_path, DISTILLED, head="cls")
-    assert found.notes == ("distillation head starts anew",)
-    images, heads = logits(found.model, found.variables)
+    opened = weights.open_model(tmp_path)
+    images, heads = logits(opened.model, opened.variables)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).logits.numpy()
     np.testing.assert_allclose(heads.cls, expected, atol=1e-4)
+    assert heads.dist is None
+    export.write_hugging_face(opened, tmp_path / "again")
+    again, report = transformers.DeiTForImageClassification.from_pretrained(
+        tmp_path / "again", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    theirs_again = again.state_dict()
+    assert all(torch.equal(v, theirs_again[k]) for k, v in theirs.state_dict().items())
+
+    two_headed = plain_config(DISTILLED)
+    two_headed.width = 24
+    with pytest.raises(UserError, match=r"missing params/head_dist/kernel \(24, 4\)"):
+        weights.load_variables(tmp_path, two_headed)
+    found = weights.load_variables(tmp_path, DISTILLED, head="cls")
+    assert found.notes == ("distillation head starts anew",)
+    images, heads = logits(found.model, found.variables)
+    np.testing.assert_allclose(heads.cls, expected, atol=1e-4)
+    assert heads.dist is not None
     change_config(tmp_path, layer_norm_eps=1e-12)
     found = weights.load_variables(tmp_path, DISTILLED, head="cls")
     assert "layer_norm_eps is 1e-6 here, 1e-12 in config.json" in found.notes

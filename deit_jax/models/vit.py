@@ -142,7 +142,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """A DeiT: patches and learned tokens through `depth` blocks, then one linear head per token.
 
-    `distilled` adds the distillation token and its head. `class_position=False` gives the position
+    `distilled` adds the distillation token and its head (`dist_head=False`: the token alone, as in
+    Hugging Face's DeiTForImageClassification). `class_position=False` gives the position
     embedding to the patches alone (DeiT III). `drop_path` grows linearly from 0 over the depth
     (DeiT) or, with `constant_drop_path`, is the same everywhere (DeiT III).
     """
@@ -155,6 +156,7 @@ class VisionTransformer(nn.Module):
     num_heads: int
     mlp_ratio: float = 4.0
     distilled: bool = False
+    dist_head: bool = True
     class_position: bool = True
     layer_scale: float | None = None
     drop_path: float = 0.0
@@ -212,8 +214,9 @@ class VisionTransformer(nn.Module):
             )(x, train)
         x = x[:, : self.num_prefix_tokens]  # the norm acts per token: patches are no longer needed
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-        cls = self._head("head", x[:, 0])
-        return Heads(cls, self._head("head_dist", x[:, 1]) if self.distilled else None)
+        two_heads = self.distilled and self.dist_head
+        dist = self._head("head_dist", x[:, 1]) if two_heads else None
+        return Heads(self._head("head", x[:, 0]), dist)
 
     def _head(self, name: str, token: Float[Array, "B D"]) -> Float[Array, "B K"]:
         # Logits leave in float32: a bfloat16 cross-entropy loses the tail of the softmax.
