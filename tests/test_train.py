@@ -61,7 +61,7 @@ def test_checkpoint_holds_nothing_of_the_teacher(finished):
     assert student < 20_000
 
 
-@pytest.mark.parametrize("stop", [1, 4, 5, 9])
+@pytest.mark.parametrize("stop", [1, 4, 9])
 def test_stopped_and_resumed_run_ends_with_the_same_bits(finished, tmp_path, stop):
     config, whole, _ = finished
     resumed = tmp_path / "resumed"
