@@ -46,7 +46,7 @@ class Command:
             print(f"{self._doc}\n\nFlags:\n{self.flags.get_help()}")
             raise SystemExit(0)
         try:
-            rest = self.flags([self._name, *argv])[1:]
+            rest = self.flags([self._name, *map(_underscored, argv)])[1:]
         except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
             raise UsageError(_one_line(error)) from error
         config = self.flags["config"].value if "config" in self.flags else None
@@ -73,6 +73,14 @@ def no_words(words: list[str]) -> None:
     """Raise UsageError if the command line holds words that the command does not take."""
     if words:
         raise UsageError(f"unexpected argument {words[0]!r}; flags are written --name=value")
+
+
+def _underscored(word: str) -> str:
+    """Return `--input-only=x` as `--input_only=x`: both are understood."""
+    flag, equals, value = word.partition("=")
+    if not flag.startswith("--") or flag.startswith("--config."):
+        return word
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def _one_line(error: Exception) -> str:

@@ -212,3 +212,10 @@ def test_training_imports_no_tensorflow(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "top-1 %" in run.stdout
     assert str(tmp_path / "run" / "results.json") in run.stdout
+
+
+def test_flags_may_be_written_with_dashes(capsys, tmp_path):
+    words = [QUICKSTART, f"--workdir={tmp_path}/a-b", "--num-processes=x"]
+    code, _, err = deit(capsys, "train", *words)
+    assert code == 2
+    assert "num_processes" in err
