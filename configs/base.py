@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     c.init.required = False  # whether this config makes sense without weights to start from
 
     c.data = ConfigDict()
-    c.data.source = "tfds:imagenet2012"  # tfds:NAME, folder:PATH, or digits (embedded)
+    c.data.source = "tfds:imagenet2012"  # or folder:PATH, wds:PATH, fashion_mnist, mnist, digits
     c.data.dir = ""  # where TFDS keeps its data sets; "" = TFDS's default
     c.data.train_split = "train"
     c.data.eval_split = "validation"
@@ -57,6 +57,11 @@ def get_config() -> ConfigDict:
     c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     c.data.std = (0.229, 0.224, 0.225)
     c.data.eval_crop_ratio = 0.875  # resize the shorter side to image_size / ratio, crop the centre
+    # How training images become pixels. Decoders differ by rounding, so a run keeps the one that it
+    # began with: auto is replaced by the fastest one installed, fast (pip install deit_jax[fast]),
+    # portable or pillow (the reference). See deit_jax/data/resize.py.
+    c.data.decoder = "auto"
+    c.data.skip_unreadable = False  # in training, put the next image in the place of a broken one
     c.data.threads = 0  # decoding threads per process; 0 = one per core
     c.data.prefetch_batches = 8
 

@@ -8,6 +8,9 @@ COMMANDS = {
     "eval": "top-1 and top-5 of each head on a data set",
     "predict": "classify image files",
     "convert": "bring weights from one format into another",
+    "prepare": "turn images into a TFDS data set, without TensorFlow",
+    "inspect": "draw training images as the model is given them",
+    "bench": "measure the training step, or the input pipeline",
 }
 USAGE = f"""DeiT in JAX: train, evaluate and use data-efficient image transformers.
 
@@ -18,7 +21,7 @@ usage: deit COMMAND [--flag=value …]
 
 An error is one line; --debug adds its traceback. Exit codes: 0 success, 1 failure, 2 usage.
 """
-MODULES = {"eval": "evaluate"}
+MODULES = {"eval": "evaluate", "inspect": "inspect_data"}
 
 
 def main(argv: list[str] | None = None) -> int:

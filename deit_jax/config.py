@@ -27,6 +27,7 @@ HARMLESS = (
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
+    "data.decoder": ("auto", "fast", "portable", "pillow"),
     "augment.crop": ("random_resized", "simple"),
     "init.head": ("error", "drop", "cls"),
     "loss.kind": ("softmax", "binary"),

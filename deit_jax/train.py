@@ -1,5 +1,6 @@
 """The training loop: build, restore, step, log, evaluate, save. The command `deit train`."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -16,6 +17,7 @@ from deit_jax import cli, evaluate, metrics, optim, sharding
 from deit_jax import config as config_lib
 from deit_jax.checkpoint import Checkpointer
 from deit_jax.data import pipeline
+from deit_jax.data.resize import choose
 from deit_jax.data.sources import Dataset, open_dataset
 from deit_jax.errors import UserError
 from deit_jax.step import Recipe, init_state, train_step
@@ -133,7 +135,7 @@ class Trainer:
 
     def _loop(self, start: int, writer: metrics.MetricWriter) -> None:
         data, meter, in_flight = self.config.data, metrics.Meter(), None
-        batches = self._train_batches()
+        self._batches = batches = self._train_batches()
         loader = pipeline.load(
             batches, start, self.total_steps, data.threads, data.prefetch_batches
         )
@@ -155,9 +157,15 @@ class Trainer:
 
     def _train_batches(self) -> pipeline.TrainBatches:
         rows = pipeline.local_rows(self.config.batch_size, jax.process_index(), jax.process_count())
-        size = config_lib.image_size(self.config.model)
+        size, data = config_lib.image_size(self.config.model), self.config.data
         return pipeline.TrainBatches(
-            self.dataset.train, self.order, self.config.augment, size, rows
+            self.dataset.train,
+            self.order,
+            self.config.augment,
+            size,
+            rows,
+            data.decoder,
+            data.skip_unreadable,
         )
 
     def _due(self, step: int, what: str) -> bool:
@@ -176,6 +184,8 @@ class Trainer:
         text = None
         if step % self.config.train.log_every_steps == 0 or step == self.total_steps:
             rates, lr = meter.read(), float(self.schedule(step - 1))
+            if self.config.data.skip_unreadable:  # images met so far that could not be read
+                rates["skipped"] = len(self._batches.unreadable)
             writer.write(step, {**values, "lr": lr})
             writer.write(step, rates, kind="timing")
             text = (
@@ -217,6 +227,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     config_lib.validate(config, jax.device_count())
     config_lib.build_model(config.model, num_classes=2)  # a mistake in it should stop us here
+    config = config.copy_and_resolve_references()
+    config.data.decoder = _decoder(config, workdir)
     dataset = open_dataset(config.data)
     weights, teacher = weights_path(config, workdir), None
     if config.teacher.weights and weights:
@@ -256,6 +268,15 @@ def _starting_weights(config: ConfigDict, workdir: Path, num_classes: int):
     return opened.variables
 
 
+def _decoder(config: ConfigDict, workdir: Path) -> str:
+    """Return what `data.decoder` means: auto is the run's own if it began, else the fastest."""
+    name, began = config.data.decoder, workdir / "config.json"
+    if name == "auto" and began.exists():
+        with contextlib.suppress(json.JSONDecodeError, KeyError):  # which are told of later
+            name = json.loads(began.read_text())["data"]["decoder"]
+    return choose(name).name
+
+
 def _claim(workdir: Path, config: ConfigDict, classes: list[str]) -> None:
     """Make the workdir this config's own, or check that it is."""
     if (workdir / "config.json").exists():
@@ -285,7 +306,8 @@ def _summary(trainer: Trainer) -> str:
         f"{len(dataset.eval)} evaluation images in {len(dataset.classes)} classes; "
         f"{trainer.total_steps} steps of {config.batch_size}, {trainer.order.steps_per_epoch} an "
         f"epoch; {trainer.mesh.size} {jax.devices()[0].device_kind} device(s), "
-        f"{config_lib.compute_dtype(config.dtype).name} compute"
+        f"{config_lib.compute_dtype(config.dtype).name} compute; images decoded by "
+        f"{choose(config.data.decoder)}"
     )
 
 

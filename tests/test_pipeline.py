@@ -1,5 +1,6 @@
 """Check that batches are a pure function of (seed, step), whoever loads them."""
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -7,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,12 +16,13 @@ from skimage import data
 from sklearn.datasets import load_sample_images
 
 from configs import base
-from deit_jax.data import decode, pipeline
+from deit_jax.data import decode, pipeline, resize
 from deit_jax.data.pipeline import EpochOrder, EvalBatches, TrainBatches, local_rows
-from deit_jax.data.sources import ArraySource, open_dataset
+from deit_jax.data.sources import ArraySource, FolderSource, open_dataset
 from deit_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DECODERS = resize.available()
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"
 
 
@@ -66,9 +69,11 @@ def augmentation(**changes):
     return config
 
 
-def train_batches(source, batch=16, repeats=3, seed=0, size=16, rows=None, **changes):
-    order = EpochOrder(len(source), batch, repeats, seed)
-    return TrainBatches(source, order, augmentation(**changes), size, rows or range(batch))
+def train_batches(
+    source, batch=16, repeats=3, seed=0, size=16, rows=None, decoder="auto", skip=False, **changes
+):
+    order, rows = EpochOrder(len(source), batch, repeats, seed), rows or range(batch)
+    return TrainBatches(source, order, augmentation(**changes), size, rows, decoder, skip)
 
 
 def images_of(order, positions):
@@ -79,6 +84,11 @@ def images_of(order, positions):
 def epoch_of(order, epoch):
     length = order.steps_per_epoch * order.batch_size
     return images_of(order, range(epoch * length, (epoch + 1) * length))
+
+
+def copies(loader):
+    """Return all batches of a loader, each in memory of its own."""
+    return [{k: v.copy() for k, v in batch.items()} for batch in loader]
 
 
 def equal(left, right):
@@ -156,12 +166,22 @@ def test_positions_have_random_numbers_of_their_own():
     assert len(draws) == 15
 
 
+def test_a_generator_used_again_draws_what_a_new_one_does():
+    for seed in (0, 7, 2**40):
+        at = pipeline.example_rngs(seed)
+        for position in (3, 2**50, 0, 3, 1):
+            ours, fresh = at(position), pipeline.example_rng(seed, position)
+            for _ in range(3):  # an odd number of 32-bit draws leaves half a word behind
+                assert ours.integers(2**31, dtype=np.int32) == fresh.integers(2**31, dtype=np.int32)
+                assert ours.normal() == fresh.normal()
+
+
 def test_any_start_and_number_of_threads_gives_the_same_bytes(noise):
     batches = train_batches(noise)
     alone = [batches(step) for step in range(8)]
     for start in (0, 3, 7):
         for threads in (1, 4):
-            loaded = list(pipeline.load(train_batches(noise), start, 8, threads, prefetch=4))
+            loaded = copies(pipeline.load(train_batches(noise), start, 8, threads, prefetch=4))
             assert len(loaded) == 8 - start
             assert all(equal(a, b) for a, b in zip(loaded, alone[start:], strict=True))
     assert list(pipeline.load(batches, 8, 8, 1, 4)) == []
@@ -178,6 +198,70 @@ def test_any_number_of_processes_gives_the_same_bytes(noise, processes):
             for process in range(processes)
         ]
         assert equal(whole, {k: np.concatenate([p[k] for p in parts]) for k in whole})
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_photographs_give_the_same_bytes_however_they_are_loaded(photos, decoder, monkeypatch):
+    """Threads, processes, blocks, where a run goes on, and decoding once or for each copy."""
+    monkeypatch.setattr(pipeline, "BLOCK", 5)
+    made = {"batch": 28, "size": 48, "decoder": decoder}
+    whole = [train_batches(photos.train, **made)(step) for step in range(3)]
+    for start, threads in ((0, 1), (0, 4), (1, 4), (2, 1)):
+        loaded = copies(pipeline.load(train_batches(photos.train, **made), start, 3, threads, 2))
+        assert all(equal(a, b) for a, b in zip(loaded, whole[start:], strict=True))
+    for processes in (2, 4, 28):  # with 28, each row decodes for itself
+        for step in (0, 2):
+            parts = [
+                train_batches(photos.train, rows=local_rows(28, process, processes), **made)(step)
+                for process in range(processes)
+            ]
+            joined = {k: np.concatenate([p[k] for p in parts]) for k in whole[step]}
+            assert equal(whole[step], joined)
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch", [16, 64, 100])
+def test_blocks_share_out_the_rows_and_keep_copies_together(noise, batch, repeats, monkeypatch):
+    monkeypatch.setattr(pipeline, "BLOCK", 5)
+    for rows in (range(batch), range(batch // 4, batch // 2)):
+        batches = train_batches(noise, batch, repeats, rows=rows, size=8)
+        order = EpochOrder(50, batch, repeats, 0)
+        for step in range(4):
+            noise.read, loaded = [], batches.empty()
+            loaded["label"][:] = -1
+            for block in reversed(range(batches.blocks)):
+                batches.fill(step, block, loaded)
+            expected = images_of(order, range(step * batch + rows.start, step * batch + rows.stop))
+            assert loaded["label"].tolist() == expected
+            slots = {order.slot(step * batch + row) for row in rows}
+            assert len(noise.read) == len(slots)
+
+
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if d != "pillow"])
+def test_decoders_differ_by_rounding(photos, decoder):
+    plain = {"batch": 24, "size": 96, "auto": "", "color_jitter": 0.0}
+    ours = train_batches(photos.train, decoder=decoder, **plain)(0)["image"].astype(int)
+    reference = train_batches(photos.train, decoder="pillow", **plain)(0)["image"]
+    assert np.abs(ours - reference).mean(axis=(1, 2, 3)).max() <= 0.3
+
+
+def test_memory_is_used_again_once_nobody_refers_to_it(noise):
+    batches = train_batches(noise)
+    used, kept = set(), []
+    for step, batch in enumerate(pipeline.load(batches, 0, 40, 2, 2)):
+        if step < 3:
+            kept.append((step, batch["image"][4:8]))  # a view is a reference
+        used.add(batch["image"].ctypes.data)
+    assert len(used) <= 3 + 4  # those kept, and two ahead, one in use and one just left
+    for step, view in kept:
+        assert np.array_equal(view, batches(step)["image"][4:8])
+
+
+def test_arrays_of_jax_keep_the_batch_they_share(noise):
+    batches = train_batches(noise, batch=64, size=32)
+    kept = [jax.device_put(batch["image"]) for batch in pipeline.load(batches, 0, 12, 2, 2)]
+    for step, array in enumerate(kept):
+        assert np.array_equal(array, batches(step)["image"])
 
 
 def test_batches_hold_uint8_images_with_the_labels_of_the_order(noise):
@@ -260,6 +344,65 @@ def test_evaluation_meets_every_example_once_and_masks_the_rest(noise, examples,
         assert equal(loaded[-1], {k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
 
 
+@pytest.fixture
+def broken(tmp_path):
+    """Eight photographs in a folder, three of them cut short, and the paths of those."""
+    for number in range(8):
+        path = tmp_path / f"class{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(data.chelsea()[:, 20 * number :]).save(path)
+    paths = [str(tmp_path / "class1" / f"{number}.jpg") for number in (1, 3, 7)]
+    for path in paths:
+        Path(path).write_bytes(Path(path).read_bytes()[:2000])
+    files = sorted(str(path) for path in tmp_path.rglob("*.jpg"))
+    return FolderSource(files, np.arange(8)), paths
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_next_readable_image_stands_in_for_a_broken_one(broken, decoder, caplog):
+    source, paths = broken
+    batches = train_batches(source, decoder=decoder, skip=True)
+    order = EpochOrder(8, 16, 3, 0)
+    indices = order.shuffled()
+    for step in range(3):
+        expected = []
+        for slot in (order.slot(position) for position in range(16 * step, 16 * step + 16)):
+            while source.describe(int(indices[slot])) in paths:
+                slot += 1
+            expected.append(int(indices[slot]))
+        assert batches(step)["label"].tolist() == expected
+    assert sorted(name.split(" (")[0] for name in batches.unreadable) == paths
+    assert [record.message.count("not a readable image") for record in caplog.records] == [1, 1, 1]
+    for start, threads in ((0, 4), (2, 1)):
+        again = train_batches(source, decoder=decoder, skip=True)
+        loaded = copies(pipeline.load(again, start, 3, threads, 2))
+        assert all(equal(a, batches(start + i)) for i, a in enumerate(loaded))
+
+
+def test_only_broken_images_stop_a_run_that_skips_them(broken):
+    source = FolderSource(broken[1], np.arange(3))
+    with pytest.raises(UserError, match=r"jpg \(example \d\): not readable, nor are the 999 "):
+        train_batches(source, skip=True)(0)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_any_failure_of_a_worker_names_its_example(noise, threads, monkeypatch):
+    """Even a mistake of ours, in augmentation or in a source."""
+
+    def fail(*args):
+        raise ZeroDivisionError("by zero")
+
+    batches = train_batches(noise)
+    monkeypatch.setattr(batches, "_augment", fail)
+    named = r"^noise example (\d+) \(example \1\): ZeroDivisionError: by zero"
+    with pytest.raises(UserError, match=named):
+        list(pipeline.load(batches, 0, 4, threads, 2))
+    batches = train_batches(noise)
+    monkeypatch.setattr(CountingSource, "__getitem__", fail)
+    with pytest.raises(UserError, match=named):
+        list(pipeline.load(batches, 0, 4, threads, 2))
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_an_unreadable_file_stops_the_loader_with_its_name(tmp_path, threads):
     for number in range(8):
@@ -273,7 +416,7 @@ def test_an_unreadable_file_stops_the_loader_with_its_name(tmp_path, threads):
     held = parts.eval.describe(0), parts.eval.describe(1)
     source = parts.eval if str(path) in held else parts.train
     batches = train_batches(source, batch=2, repeats=1)
-    with pytest.raises(UserError, match=r"class1/7\.jpg: not a readable image") as error:
+    with pytest.raises(UserError, match=r"class1/7\.jpg \(example \d\): not a readable") as error:
         for _ in pipeline.load(batches, 0, 100, threads, 4):
             pass
     assert type(error.value) is UserError
@@ -281,18 +424,35 @@ def test_an_unreadable_file_stops_the_loader_with_its_name(tmp_path, threads):
 
 
 class Slow:
-    """Take a tenth of a second per batch."""
+    """Take a tenth of a second per block, two blocks a batch."""
 
-    def __call__(self, step):
+    blocks = 2
+
+    def empty(self):
+        return {"step": np.empty(2)}
+
+    def fill(self, step, block, batch):
         time.sleep(0.1)
-        return {"step": np.array(step)}
+        batch["step"][block] = step
 
 
 def test_batches_are_loaded_ahead_in_parallel_and_in_order():
     began = time.perf_counter()
-    steps = [int(batch["step"]) for batch in pipeline.load(Slow(), 2, 18, 8, 8)]
-    assert steps == list(range(2, 18))
-    assert time.perf_counter() - began < 1.0  # 1.6 one after the other, 0.2 at best
+    steps = [batch["step"].tolist() for batch in pipeline.load(Slow(), 2, 18, 8, prefetch=4)]
+    assert steps == [[step, step] for step in range(2, 18)]
+    assert time.perf_counter() - began < 1.5  # 3.2 one after the other, 0.4 at best
+
+
+def test_the_first_batch_is_loaded_by_all_threads():
+    class Wide(Slow):
+        blocks = 8
+
+        def empty(self):
+            return {"step": np.empty(8)}
+
+    began = time.perf_counter()
+    next(pipeline.load(Wide(), 0, 1, 8, prefetch=1))
+    assert time.perf_counter() - began < 0.5  # 0.8 by one thread
 
 
 def test_a_loader_can_be_left_without_holding_up_the_process():
@@ -301,11 +461,19 @@ def test_a_loader_can_be_left_without_holding_up_the_process():
         import time, numpy as np
         from deit_jax.data import pipeline
 
-        def slow(step):
-            time.sleep(0.01 if step < 2 else 0.3)
-            if step == 2:
-                raise ValueError
-            return {"step": np.array(step)}
+        class Slow:
+            blocks = 1
+
+            def empty(self):
+                return {"step": np.empty(1)}
+
+            def fill(self, step, block, batch):
+                time.sleep(0.01 if step < 2 else 0.3)
+                batch["step"][:] = step
+                if step == 2:
+                    raise ValueError
+
+        slow = Slow()
 
         def leave():
             for batch in pipeline.load(slow, 0, 1000, 2, 200):
@@ -326,3 +494,34 @@ def test_a_loader_can_be_left_without_holding_up_the_process():
     command = [sys.executable, "-c", textwrap.dedent(script)]
     assert subprocess.run(command, cwd=REPOSITORY, timeout=60, check=False).returncode == 7
     assert time.perf_counter() - began < 12
+
+
+def test_ctrl_c_ends_a_loader_in_the_middle_of_its_work(tmp_path):
+    """While photographs are decoded by several threads and the main one waits for a batch."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.fromarray(data.astronaut()).save(tmp_path / name / f"{number}.jpg")
+    script = f"""
+        from configs import base
+        from deit_jax.data import pipeline
+        from deit_jax.data.sources import open_dataset
+
+        c = base.get_config()
+        c.data.source = "folder:{tmp_path}"
+        source = open_dataset(c.data).train
+        order = pipeline.EpochOrder(len(source), 256, 3, 0)
+        batches = pipeline.TrainBatches(source, order, c.augment, 224, range(256))
+        for batch in pipeline.load(batches, 0, 10**6, 4, 8):
+            print("batch", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as process:
+        assert process.stdout.readline() == "batch\n"
+        began = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert time.perf_counter() - began < 5
+    assert process.returncode == -signal.SIGINT
+    assert errors.rstrip().endswith("KeyboardInterrupt")

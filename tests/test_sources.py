@@ -1,11 +1,7 @@
 """Check where images come from: embedded digits, folders, and TFDS without TensorFlow."""
 
-import json
-import shutil
-import subprocess
-import sys
-import textwrap
-from concurrent.futures import ThreadPoolExecutor
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -211,157 +207,31 @@ def test_a_file_that_went_away_is_named(folder):
 
 @pytest.mark.parametrize("source", ["", "digit", "folder", "folder:", "tfds:", "imagenet", "a:b"])
 def test_a_source_of_no_known_kind_lists_the_kinds(source):
-    assert "give digits, folder:PATH or tfds:NAME" in error_of(source)
+    assert "give digits, folder:PATH, tfds:NAME, wds:PATH" in error_of(source)
 
 
-# TFDS. Prepared in a process of its own: TFDS registers each builder class for good, and prints.
-PREPARE = """
-    import io, sys
-    from sklearn.datasets import load_digits
-    import numpy as np
-    import tensorflow_datasets as tfds
-    from PIL import Image
-
-    class Digits(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        label = tfds.features.ClassLabel(num_classes=10)
-        names = tfds.features.ClassLabel(names=[f"digit {i}" for i in range(10)])
-
-        def _info(self):
-            features = tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(None, None, 1)), "label": self.label})
-            return tfds.core.DatasetInfo(
-                builder=self, features=features, supervised_keys=("image", "label"))
-
-        def _split_generators(self, manager):
-            return {"train": self._generate_examples(0, 20),
-                    "validation": self._generate_examples(20, 30)}
-
-        def _generate_examples(self, start, stop):
-            digits = load_digits()
-            for i in range(start, stop):
-                png = io.BytesIO()
-                Image.fromarray((digits.images[i] * 15).astype(np.uint8)).save(png, "png")
-                png.seek(0)  # TFDS keeps a file's bytes; it would need TensorFlow to encode
-                yield i, {"image": png, "label": digits.target[i]}
-
-    class NamedDigits(Digits):
-        label = Digits.names
-
-    class Numbers(Digits):
-        label = tfds.features.Scalar(np.int64)
-
-    for builder in (Digits, NamedDigits, Numbers):
-        builder(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
-    assert "tensorflow" not in sys.modules
-"""
+def test_parquet_says_how_to_convert_it():
+    line = error_of("parquet:/data/imagenet-1k")
+    assert "no cheap random access" in line
+    assert "deit prepare /data/imagenet-1k DST" in line
 
 
-def run_python(script, *args):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def test_packed_strings_are_the_strings(folder):
+    strings = ["", "a", "/data/ü/鳥.png", os.fsdecode(b"/not/\xffutf8"), "", "z" * 1000]
+    packed = sources.PackedStrings(strings)
+    assert len(packed) == 6
+    assert list(packed) == strings
+    assert packed[-1] == strings[-1]
+    with pytest.raises(IndexError):
+        packed[6]
+    assert list(sources.PackedStrings.unpack(packed.block, packed.ends)) == strings
 
 
-@pytest.fixture(scope="module")
-def tfds_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    run_python(PREPARE, folder)
-    return folder
-
-
-def test_tfds_gives_the_images_and_labels_that_were_put_in(tfds_dir):
-    dataset = open_data("tfds:digits", dir=str(tfds_dir))
-    assert dataset.classes == [str(i) for i in range(10)]  # no names were given
-    assert (len(dataset.train), len(dataset.eval)) == (20, 10)
-    digits = load_digits()
-    expected = {  # TFDS shuffles
-        ((x * 15).astype(np.uint8).tobytes(), y)
-        for x, y in zip(digits.images[:30], digits.target[:30], strict=True)
-    }
-    for source, part in ((dataset.train, slice(0, 20)), (dataset.eval, slice(20, 30))):
-        labels = [source[i]["label"] for i in range(len(source))]
-        assert sorted(labels) == sorted(digits.target[part])
-        images = [x[:, :, 0].tobytes() for x in pixels(source)]
-        assert set(zip(images, labels, strict=True)) <= expected
-        assert len(set(images)) == len(source)
-    assert dataset.eval.describe(7) == "tfds:digits validation[7]"
-
-
-def test_tfds_class_names_versions_and_parts_of_splits(tfds_dir):
-    dataset = open_data(
-        "tfds:named_digits:1.0.0",
-        dir=str(tfds_dir),
-        train_split="train[5:15]",
-        eval_split="train[:25%]",
-    )
-    assert dataset.classes[3] == "digit 3"
-    assert (len(dataset.train), len(dataset.eval)) == (10, 5)
-
-
-def test_tfds_reads_the_same_in_many_threads(tfds_dir):
-    source = open_data("tfds:digits", dir=str(tfds_dir)).train
-    order = np.random.default_rng(0).integers(20, size=400).tolist()
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(source.__getitem__, order)) == [source[i] for i in order]
-
-
-def test_tfds_needs_no_tensorflow_and_prints_nothing(tfds_dir):
-    """In a process of its own, as other tests may have imported TensorFlow."""
-    done = run_python(
-        """
-        import sys
-        from configs import base
-        from deit_jax.data import decode, sources
-        from deit_jax.errors import UserError
-
-        config = base.get_config().data
-        config.source, config.dir = "tfds:digits", sys.argv[1]
-        dataset = sources.open_dataset(config)
-        decode.decode(dataset.train[0]["image"], "example")
-        config.source = "tfds:mnist"
-        try:
-            sources.open_dataset(config)
-        except UserError as error:
-            assert "not prepared" in str(error), error
-        else:
-            raise AssertionError
-        assert not {"tensorflow", "torch"} & set(sys.modules)
-        """,
-        tfds_dir,
-    )
-    assert done.stdout + done.stderr == ""
-
-
-def test_each_mistake_in_a_tfds_name_is_one_line(tfds_dir):
-    where = {"dir": str(tfds_dir)}
-    assert "mnist: not prepared in" in error_of("tfds:mnist", **where)
-    assert "array_record" in error_of("tfds:mnist", **where)
-    assert "Dataset digitz not found" in error_of("tfds:digitz", **where)
-    assert "'/nowhere'" in error_of("tfds:digits", dir="/nowhere")
-    assert "version 99.0.0" in error_of("tfds:mnist:99.0.0", **where)
-    assert "2.0.0" in error_of("tfds:digits:2.0.0", **where)
-    assert "tfds:a b" in error_of("tfds:a b", **where)
-    known = "no split 'trian' (it has train, validation)"
-    assert known in error_of("tfds:digits", train_split="trian", **where)
-    assert "no split 'test'" in error_of("tfds:digits", eval_split="test", **where)
-    assert "no split 'train[:x]'" in error_of("tfds:digits", eval_split="train[:x]", **where)
-    assert "not image classification" in error_of("tfds:numbers", **where)
-
-
-def test_a_tfrecord_copy_says_how_to_convert_it(tfds_dir, tmp_path):
-    copy = tmp_path / "digits" / "1.0.0"
-    shutil.copytree(tfds_dir / "digits" / "1.0.0", copy)
-    for file in copy.glob("*array_record*"):
-        file.rename(copy / file.name.replace("array_record", "tfrecord"))
-    info = json.loads((copy / "dataset_info.json").read_text())
-    (copy / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
-    line = error_of("tfds:digits", dir=str(tmp_path))
-    assert str(copy) in line
-    assert "tfds convert_format" in line
+def test_many_names_take_the_memory_of_their_characters():
+    names = (f"/data/imagenet/train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(10**5))
+    tracemalloc.start()
+    packed = sources.PackedStrings(names)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 7.5e6  # about 55 characters and an end each; a list of them takes 11.8 MB
+    assert packed[10**5 - 1].endswith("_99999.JPEG")

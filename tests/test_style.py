@@ -7,7 +7,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "deit_jax").rglob("*.py"))
-COMMANDS = {"train", "evaluate", "predict", "convert", "picture", "__main__"}
+COMMANDS = {
+    "train",
+    "evaluate",
+    "predict",
+    "convert",
+    "prepare",
+    "inspect_data",
+    "bench",
+    "picture",
+    "__main__",
+}
 
 
 def imported(path):

@@ -1,12 +1,20 @@
-"""From an example's bytes or array to an RGB crop in uint8, with Pillow's pixels."""
+"""From an example's bytes or array to an RGB crop in uint8, with Pillow's pixels.
+
+The orientation that a camera notes in EXIF is left alone: torchvision's and timm's loaders, and so
+the published models, see photographs as they are stored.
+"""
 
 import io
 import math
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from deit_jax.data.resize import Decoder, Pixels, Resize, Resized, resize_pillow
 from deit_jax.errors import UserError
+
+Box = tuple[int, int, int, int]  # left, top, width, height
 
 
 def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
@@ -31,57 +39,83 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def random_resized_crop(
-    image: Image.Image,
-    size: int,
+def read(
+    image: bytes | np.ndarray, name: str, decoder: Decoder, scratch: np.ndarray | None = None
+) -> Pixels:
+    """Return the pixels of an example; raise UserError with its name if it cannot be read.
+
+    They may lie in `scratch`, bytes to be used again and again, if it is large enough. Ordinary
+    JPEG files are read by libjpeg-turbo itself if the decoder says so, with the pixels of Pillow's
+    own copy of it; all the rest, and what is not flawless, by Pillow.
+    """
+    if decoder.jpeg and isinstance(image, bytes) and image[:2] == b"\xff\xd8":
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
+            enormous = height * width > (Image.MAX_IMAGE_PIXELS or math.inf)
+            if colours in ("YCbCr", "Gray") and not enormous:
+                fits = scratch is not None and scratch.nbytes >= height * width * 3
+                return simplejpeg.decode_jpeg(image, "RGB", buffer=scratch if fits else None)
+        except ValueError:
+            pass  # Pillow decides whether the flaw matters, and puts it into words
+    return np.asarray(decode(image, name))
+
+
+def random_box(
+    width: int,
+    height: int,
     rng: np.random.Generator,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-) -> Image.Image:
-    """Return a random part of the image, `scale` of its area and `ratio` wide, at size x size.
+) -> Box:
+    """Return a random part of an image, `scale` of its area and `ratio` wide.
 
     Ten tries to fit, then the largest central part of an allowed ratio (torchvision's
-    RandomResizedCrop, bicubic with antialias).
+    RandomResizedCrop).
     """
-    width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            break
-    else:
-        w, h = width, height
-        if width / height < ratio[0]:
-            h = round(width / ratio[0])
-        elif width / height > ratio[1]:
-            w = round(height * ratio[1])
-        left, top = (width - w) // 2, (height - h) // 2
-    crop = image.crop((left, top, left + w, top + h))
-    return crop.resize((size, size), Image.Resampling.BICUBIC)
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
-def simple_random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+def resized_crop(pixels: Pixels, box: Box, size: int, resize: Resize = resize_pillow) -> Resized:
+    """Return a part of an image at size x size; nothing from outside the part enters it."""
+    left, top, width, height = box
+    return resize(pixels[top : top + height, left : left + width], size, size)
+
+
+def simple_random_crop(
+    pixels: Pixels, size: int, rng: np.random.Generator, resize: Resize = resize_pillow
+) -> Resized:
     """Return a random size x size square after resizing the shorter side to `size`.
 
     The resized image is first padded by its reflection, four pixels on each side (DeiT III's
     simple random crop).
     """
-    image = resize_shorter(image, size)
-    padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    height, width, _ = pixels.shape
+    resized = resize(pixels, *_shorter_at(width, height, size))
+    padded = np.pad(resized, ((4, 4), (4, 4), (0, 0)), mode="reflect")
     top, left = (int(rng.integers(side - size + 1)) for side in padded.shape[:2])
-    return Image.fromarray(padded[top : top + size, left : left + size])
+    return padded[top : top + size, left : left + size]
+
+
+def _shorter_at(width: int, height: int, short: int) -> tuple[int, int]:
+    if width <= height:
+        return short, int(short * height / width)
+    return int(short * width / height), short
 
 
 def resize_shorter(image: Image.Image, short: int) -> Image.Image:
     """Return the image with its shorter side at `short` pixels; bicubic with antialias."""
-    width, height = image.size
-    if width <= height:
-        resized = (short, int(short * height / width))
-    else:
-        resized = (int(short * width / height), short)
-    return image.resize(resized, Image.Resampling.BICUBIC)
+    return image.resize(_shorter_at(*image.size, short), Image.Resampling.BICUBIC)
 
 
 def centre_crop(image: Image.Image, size: int, crop_ratio: float) -> Image.Image:

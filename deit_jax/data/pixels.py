@@ -54,8 +54,7 @@ def solarize_add(image: Image, amount: int) -> Image:
 
 def autocontrast(image: Image) -> Image:
     """Stretch each channel's range to [0, 255]."""
-    low = image.min(axis=0).min(axis=0).astype(np.float64)
-    high = image.max(axis=0).max(axis=0).astype(np.float64)
+    low, high = np.array([cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]).T
     flat = high <= low
     scale = 255.0 / np.where(flat, 1.0, high - low)
     values = np.arange(256)[:, None]
@@ -184,13 +183,13 @@ def shear_x(image: Image, factor: float) -> Image:
     padded = cv2.copyMakeBorder(image, 0, 0, margin, margin, cv2.BORDER_REPLICATE)
     runs = np.lib.stride_tricks.sliding_window_view(padded.reshape(-1), 3 * (width + 3))
     starts = np.arange(height) * (width + 2 * margin) + margin + whole - 1
-    sheared = np.empty((height, 3 * width), np.uint8)
-    for block in _blocks(height):
-        rows = runs[3 * starts[block]].astype(np.float32)
-        total = rows[:, : 3 * width] * taps[block, :1]
-        for k in (1, 2, 3):
-            total += rows[:, 3 * k : 3 * (k + width)] * taps[block, k : k + 1]
-        sheared[block] = cv2.add(total, _TRUNCATE, dtype=cv2.CV_8U)
+    rows = runs[3 * starts].astype(np.float32)
+    step, item = rows.strides
+    taken = np.lib.stride_tricks.as_strided(
+        rows, (height, 4, 3 * width), (step, 3 * item, item), writeable=False
+    )
+    total = np.einsum("hk,hkc->hc", taps, taken)
+    sheared = cv2.add(total, _TRUNCATE, dtype=cv2.CV_8U)
     source = np.arange(width) + 0.5 + shift[:, None]
     inside = (source >= 0) & (source < width)
     return cv2.copyTo(sheared.reshape(image.shape), inside.view(np.uint8), _filled(height, width))
@@ -213,17 +212,24 @@ def rotate(image: Image, degrees: float) -> Image:
     cos, sin = math.cos(angle), math.sin(angle)
     x = np.arange(width) + 0.5 - width / 2
     y = (np.arange(height) + 0.5 - height / 2)[:, None]
+    # The part of a position that is the column's and the part that is the row's.
+    columns = (cos * x + (width / 2 - 0.5), sin * x + (height / 2 - 0.5))
+    rows = (-sin * y, cos * y)
+    columns, rows = np.array(columns, np.float32), np.array(rows, np.float32)
     pixels, out = image.astype(np.float32), _filled(height, width)
     for block in _blocks(height):
-        map_x = (cos * x - sin * y[block] + (width / 2 - 0.5)).astype(np.float32)
-        map_y = (sin * x + cos * y[block] + (height / 2 - 0.5)).astype(np.float32)
+        map_x, map_y = columns[0] + rows[0, block], columns[1] + rows[1, block]
         inside = (map_x >= -0.5) & (map_x < width - 0.5) & (map_y >= -0.5) & (map_y < height - 0.5)
         # The kernel is linear in a, so a = -1 is (4 K(-3/4) - K(0)) / 3, up to a negligible cross
         # term in two dimensions; and K(0) is linear interpolation of a smoothstepped fraction.
         cubic = cv2.remap(pixels, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
         for position in (map_x, map_y):
             fraction = position - np.floor(position)
-            position += fraction * fraction * (3 - 2 * fraction) - fraction
+            bend = 3 - 2 * fraction
+            bend *= fraction
+            bend -= 1
+            bend *= fraction
+            position += bend
         linear = cv2.remap(pixels, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         # Truncate; the excess is larger, as OpenCV's sums of 16 products err by more.
         rotated = cv2.addWeighted(cubic, 4 / 3, linear, -1 / 3, -0.499, dtype=cv2.CV_8U)

@@ -1,19 +1,19 @@
 """Where images come from: random access behind one small interface, without TensorFlow."""
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from absl import logging
 
 from deit_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 EVAL_FOLDERS = ("val", "validation", "test")
+KINDS = "digits, folder:PATH, tfds:NAME, wds:PATH, fashion_mnist or mnist"
 
 
 @runtime_checkable
@@ -33,6 +33,13 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Labelled(Source, Protocol):
+    """A source that knows its labels without reading its images."""
+
+    labels: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """Examples to train on, examples held out for evaluation, and the classes' names by label."""
@@ -47,11 +54,26 @@ def open_dataset(data) -> Dataset:
     kind, _, rest = data.source.partition(":")
     if data.source == "digits":
         return _open_digits(data.eval_fraction)
+    if data.source in ("fashion_mnist", "mnist"):
+        from deit_jax.data import idx_source
+
+        return idx_source.open_idx(data.source, data.dir)
     if kind == "folder" and rest:
-        return _open_folder(Path(rest).expanduser(), data.eval_fraction)
+        return open_folder(Path(rest).expanduser(), data.eval_fraction)
     if kind == "tfds" and rest:
-        return _open_tfds(rest, data)
-    raise UserError(f"config.data.source={data.source!r}: give digits, folder:PATH or tfds:NAME")
+        from deit_jax.data import tfds_source
+
+        return tfds_source.open_tfds(rest, data)
+    if kind == "wds" and rest:
+        from deit_jax.data import wds_source
+
+        return wds_source.open_wds(Path(rest).expanduser(), data.eval_fraction)
+    if kind == "parquet" and rest:
+        raise UserError(
+            f"config.data.source={data.source}: parquet has no cheap random access (one image "
+            f"costs its whole row group); convert once with `deit prepare {rest} DST`"
+        )
+    raise UserError(f"config.data.source={data.source!r}: give {KINDS}")
 
 
 class ArraySource:
@@ -71,49 +93,60 @@ class ArraySource:
         return f"{self._name} example {index}"
 
 
+class PackedStrings(Sequence):
+    """Many strings in one block of bytes, each up to one of `ends`: little memory, no copies."""
+
+    def __init__(self, strings: Iterable[str] = ()):
+        block, ends = bytearray(), array("q")
+        for string in strings:
+            block += os.fsencode(string)
+            ends.append(len(block))
+        self.block, self.ends = bytes(block), np.array(ends, np.int64)
+
+    @classmethod
+    def unpack(cls, block: bytes, ends: np.ndarray) -> "PackedStrings":
+        """Return the strings that once had this block and these ends."""
+        strings = cls()
+        strings.block, strings.ends = block, ends
+        return strings
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        start = int(self.ends[index - 1]) if index else 0
+        return os.fsdecode(self.block[start : int(self.ends[index])])
+
+
 class FolderSource:
     """Image files."""
 
     def __init__(self, paths: Sequence[str], labels: np.ndarray):
         self.labels = labels
-        self._paths = paths
+        self._paths = PackedStrings(paths)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> dict:
+        path = self._paths[index]
         try:
-            image = Path(self._paths[index]).read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                image = file.read()
         except OSError as error:
-            raise UserError(f"{self._paths[index]}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         return {"image": image, "label": int(self.labels[index])}
 
     def describe(self, index: int) -> str:
         return self._paths[index]
 
 
-class TfdsSource:
-    """A TFDS split in ArrayRecord files, its images left encoded."""
-
-    def __init__(self, name: str, split: str, data_source, keys: tuple[str, str]):
-        self._name, self._split, self._data_source, self._keys = name, split, data_source, keys
-
-    def __len__(self) -> int:
-        return len(self._data_source)
-
-    def __getitem__(self, index: int) -> dict:
-        example = self._data_source[index]
-        image, label = self._keys
-        return {"image": example[image], "label": int(example[label])}
-
-    def describe(self, index: int) -> str:
-        return f"{self._name} {self._split}[{index}]"
-
-
 class Subset:
     """Some examples of another source."""
 
-    def __init__(self, source: Source, indices: np.ndarray):
+    def __init__(self, source: Labelled, indices: np.ndarray):
+        self.labels = source.labels[indices]
         self._source, self._indices = source, indices
 
     def __len__(self) -> int:
@@ -126,7 +159,7 @@ class Subset:
         return self._source.describe(int(self._indices[index]))
 
 
-def hold_out(source: ArraySource | FolderSource, fraction: float) -> tuple[Subset, Subset]:
+def hold_out(source: Labelled, fraction: float) -> tuple[Subset, Subset]:
     """Split off `fraction` of each class (at least one example) for evaluation, always the same.
 
     Raise UserError if a class has a single example or the fraction leaves nothing on a side.
@@ -157,7 +190,8 @@ def _open_digits(eval_fraction: float) -> Dataset:
     return Dataset(train, held, [str(name) for name in digits.target_names])
 
 
-def _open_folder(root: Path, eval_fraction: float) -> Dataset:
+def open_folder(root: Path, eval_fraction: float) -> Dataset:
+    """Open ROOT/{train,val}/CLASS/…, or hold out a part of ROOT/CLASS/…; raise UserError."""
     if not root.is_dir():
         raise UserError(f"config.data.source=folder:{root}: no such folder")
     train_root = root / "train"
@@ -196,58 +230,3 @@ def _scan(root: Path, classes: list[str]) -> FolderSource:
         if len(paths) == found:
             raise UserError(f"{root / name}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
     return FolderSource(paths, np.array(labels, np.int32))
-
-
-def _open_tfds(name: str, data) -> Dataset:
-    import tensorflow_datasets as tfds
-
-    try:
-        with _errors_only():
-            builder = tfds.builder(name, data_dir=data.dir or None, try_gcs=False)
-            prepared = builder.is_prepared()
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"config.data.source=tfds:{name}: {first_line} (config.data.dir={data.dir!r})"
-        ) from error
-    if not prepared:
-        raise UserError(
-            f"config.data.source=tfds:{name}: not prepared in {data.dir or builder.data_dir}; set "
-            "--config.data.dir, or prepare it with "
-            "tfds.builder(NAME, file_format='array_record').download_and_prepare()"
-        )
-    if builder.info.file_format.value != "array_record":
-        raise UserError(
-            f"{builder.data_path}: TFDS files in {builder.info.file_format.value}, which has no "
-            "random access; convert with `tfds convert_format --out_file_format=array_record`"
-        )
-    keys = (builder.info.supervised_keys or ("image", "label"))[:2]
-    features = builder.info.features
-    kinds = zip(keys, (tfds.features.Image, tfds.features.ClassLabel), strict=True)
-    if not all(key in features and isinstance(features[key], kind) for key, kind in kinds):
-        raise UserError(
-            f"config.data.source=tfds:{name}: not image classification; it takes an Image and a "
-            f"ClassLabel, its {keys[0]!r} and {keys[1]!r} are others"
-        )
-    splits = []
-    for split in (data.train_split, data.eval_split):
-        try:
-            data_source = builder.as_data_source(
-                split, decoders={keys[0]: tfds.decode.SkipDecoding()}
-            )
-        except (ValueError, KeyError) as error:
-            known = ", ".join(builder.info.splits)
-            raise UserError(f"tfds:{name}: no split {split!r} (it has {known})") from error
-        splits.append(TfdsSource(f"tfds:{name}", split, data_source, keys))
-    return Dataset(*splits, list(features[keys[1]].names))
-
-
-@contextlib.contextmanager
-def _errors_only():
-    """Keep TFDS, which logs through absl, from warning of what ends in one clear error."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

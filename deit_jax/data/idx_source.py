@@ -1,0 +1,76 @@
+"""MNIST and its successors, read from a local copy of their four idx files."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from deit_jax.data.sources import ArraySource, Dataset
+from deit_jax.errors import UserError
+
+CLASSES = {
+    "mnist": [str(i) for i in range(10)],
+    "fashion_mnist": [
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ],
+}
+# Where Debian's packages of the same names put them.
+DEFAULT_DIRS = {
+    "mnist": "/usr/share/datasets/mnist",
+    "fashion_mnist": "/usr/share/datasets/fashion-mnist",
+}
+
+
+def open_idx(name: str, folder: str) -> Dataset:
+    """Open {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz] in a folder; raise UserError."""
+    root = Path(folder or DEFAULT_DIRS[name]).expanduser()
+    parts = []
+    for part in ("train", "t10k"):
+        images = read_idx(_find(name, root, f"{part}-images-idx3-ubyte"), dimensions=3)
+        path = _find(name, root, f"{part}-labels-idx1-ubyte")
+        labels = read_idx(path, dimensions=1)
+        classes = CLASSES[name]
+        if len(images) != len(labels) or not len(labels):
+            raise UserError(f"{path}: {len(labels)} labels for {len(images)} images")
+        if labels.max() >= len(classes):
+            raise UserError(f"{path}: label {labels.max()}; {name} has {len(classes)} classes")
+        parts.append(ArraySource(f"{name} {part}", images, labels.astype(np.int32)))
+    return Dataset(*parts, list(classes))
+
+
+def _find(name: str, root: Path, file: str) -> Path:
+    for path in (root / file, root / f"{file}.gz"):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"config.data.source={name}: no {file}[.gz] in {root}; set --config.data.dir to the folder "
+        "with its four idx files"
+    )
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Return the unsigned bytes of an idx file, gzipped or not; raise UserError if damaged."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    # Magic number: two zeros, 8 = unsigned byte, the number of dimensions; then their sizes.
+    start = 4 + 4 * dimensions
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < start:
+        raise UserError(f"{path}: not an idx file of bytes in {dimensions} dimension(s)")
+    shape = np.frombuffer(data, ">u4", dimensions, offset=4).tolist()
+    if len(data) != start + math.prod(shape):
+        raise UserError(f"{path}: {len(data)} bytes where {shape} need {start + math.prod(shape)}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

@@ -1,0 +1,287 @@
+"""What `deit prepare` reads: image folders, the official ILSVRC tars, Hugging Face's parquet.
+
+Each becomes a Plan: for every split a list of shards, each of which can be read by itself.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from deit_jax.data import sources, tars
+from deit_jax.data.wds_source import split_by_name
+from deit_jax.errors import UserError
+
+SHARD_BYTES = 128 << 20  # as TFDS: about 1024 shards for ImageNet
+TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12"
+IMAGENET = "imagenet2012"  # TFDS's name for it
+
+
+class Example(NamedTuple):
+    """An image's name and label, and its file's bytes."""
+
+    name: str
+    label: int
+    image: bytes
+
+
+class Entry(NamedTuple):
+    """Where the bytes of an image are; its name and label."""
+
+    path: str
+    offset: int
+    size: int
+    name: str
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileShard:
+    """Images in files or inside of tars."""
+
+    entries: tuple[Entry, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all images."""
+        return sum(e.size for e in self.entries)
+
+    def facts(self) -> list:
+        """Return what tells these images from others."""
+        return [(e.name, e.label, e.size) for e in self.entries]
+
+    def read(self) -> Iterator[Example]:
+        """Iterate over the examples."""
+        for e in self.entries:
+            yield Example(e.name, e.label, tars.read(e.path, e.offset, e.size))
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetShard:
+    """Consecutive row groups of a parquet file with the columns image {bytes, path} and label."""
+
+    path: str
+    groups: tuple[int, ...]
+    rows: int
+    bytes: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def facts(self) -> list:
+        """Return what tells these images from others."""
+        return [(os.path.basename(self.path), self.groups, self.rows, self.bytes)]
+
+    def read(self) -> Iterator[Example]:
+        """Iterate over the examples, one row group in memory at a time."""
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                for group in self.groups:
+                    table = file.read_row_group(group, columns=["image", "label"])
+                    for row, value in enumerate(table.to_pylist()):
+                        image, label = value["image"], value["label"]
+                        name = image["path"] or f"{os.path.basename(self.path)}:{group}:{row}"
+                        yield Example(name, label, image["bytes"])
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{self.path}: cannot be read ({_line(error)})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A data set to write: its name in TFDS, its classes' names by label, its splits."""
+
+    name: str
+    version: str
+    classes: list[str]
+    splits: dict[str, list[FileShard] | list[ParquetShard]]
+
+
+def make_plan(root: Path, eval_fraction: float) -> Plan:
+    """Find out what a folder holds and where; raise UserError if it is nothing known."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    if (root / TRAIN_TAR).exists() or (root / VAL_TAR).exists():
+        return _plan_ilsvrc(root)
+    if any(root.rglob("*.parquet")):
+        return _plan_parquet(root)
+    return _plan_folder(root, eval_fraction)
+
+
+def _name(root: Path) -> str:
+    name = re.sub(r"[^a-z0-9]+", "_", root.resolve().name.lower()).strip("_")
+    return name if name[:1].isalpha() else f"images_{name}".rstrip("_")
+
+
+def _plan(name: str, classes: list[str], splits: dict[str, list[Entry]]) -> Plan:
+    """Shuffle each split once and for all, so that slices such as train[:10%] are fair samples."""
+    shards = {}
+    for split, entries in splits.items():
+        order = np.random.default_rng(0).permutation(len(entries))
+        count = max(1, -(-sum(e.size for e in entries) // SHARD_BYTES))
+        parts = np.array_split(order, min(count, len(entries)))
+        shards[split] = [FileShard(tuple(entries[i] for i in part)) for part in parts]
+    version = "5.1.0" if name == IMAGENET else "1.0.0"
+    return Plan(name, version, classes, shards)
+
+
+def _plan_folder(root: Path, eval_fraction: float) -> Plan:
+    dataset = sources.open_folder(root, eval_fraction)
+
+    def entries(source) -> list[Entry]:
+        found = []
+        for i in range(len(source)):
+            path = source.describe(i)
+            try:
+                size = os.stat(path).st_size
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+            found.append(Entry(path, 0, size, os.path.relpath(path, root), int(source.labels[i])))
+        return found
+
+    name = IMAGENET if dataset.classes == imagenet_list("labels") else _name(root)
+    splits = {"train": entries(dataset.train), "validation": entries(dataset.eval)}
+    return _plan(name, dataset.classes, splits)
+
+
+def imagenet_list(name: str) -> list[str]:
+    """Return one of the two lists of WordNet ids that TFDS carries: labels, validation_labels."""
+    import tensorflow_datasets as tfds
+
+    path = tfds.core.tfds_path(f"datasets/imagenet2012/{name}.txt")
+    return path.read_text().split()
+
+
+def _plan_ilsvrc(root: Path) -> Plan:
+    for name in (TRAIN_TAR, VAL_TAR):
+        if not (root / name).exists():
+            raise UserError(f"{root / name}: missing; put both ILSVRC2012 image tars into {root}")
+    classes = imagenet_list("labels")
+    number = {wnid: i for i, wnid in enumerate(classes)}
+    train = []
+    outer = list(tars.members(root / TRAIN_TAR))
+    for tar in tqdm(outer, desc="indexing", unit="class", leave=False, disable=None):
+        wnid = Path(tar.name).stem
+        if wnid not in number:
+            raise UserError(f"{root / TRAIN_TAR}:{tar.name}: no class of ImageNet-1k")
+        path = str(root / TRAIN_TAR)
+        for m in tars.members(path, tar.offset, tar.offset + tar.size):
+            train.append(Entry(path, m.offset, m.size, m.name, number[wnid]))
+    path = str(root / VAL_TAR)
+    truth = _validation_wnids(root)
+    held = []
+    for m in tars.members(path):
+        match = re.search(r"_val_(\d+)\.", m.name)
+        position = int(match[1]) if match else 0
+        if not 0 < position <= len(truth):
+            raise UserError(f"{path}:{m.name}: no label; there are {len(truth)}, for _val_00000001")
+        wnid = truth[position - 1]
+        held.append(Entry(path, m.offset, m.size, os.path.basename(m.name), number[wnid]))
+    for name, entries in ((TRAIN_TAR, train), (VAL_TAR, held)):
+        if not entries:
+            raise UserError(f"{root / name}: no images in it")
+    return _plan(IMAGENET, classes, {"train": train, "validation": held})
+
+
+def _validation_wnids(root: Path) -> list[str]:
+    """Return the classes of ILSVRC2012_val_00000001, …: the devkit's, or else TFDS's copy."""
+    files = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
+    opened = [_devkit_file(root, name) for name in files]
+    if not all(opened):
+        return imagenet_list("validation_labels")
+    import io
+
+    import scipy.io
+
+    try:
+        synsets = scipy.io.loadmat(io.BytesIO(opened[1]), squeeze_me=True)["synsets"]
+        # Leaves are the classes; ILSVRC2012_ID is the number that the ground truth uses.
+        wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if not s["num_children"]}
+        truth = [wnids[int(line)] for line in opened[0].split()]
+    except (KeyError, ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{root / DEVKIT}: not as published ({_line(error)})") from error
+    unknown = set(truth) - set(imagenet_list("labels"))
+    if unknown:
+        raise UserError(f"{root / DEVKIT}: {min(unknown)} is no class of ImageNet-1k")
+    return truth
+
+
+def _devkit_file(root: Path, name: str) -> bytes | None:
+    extracted = root / DEVKIT / "data" / name
+    archive = root / f"{DEVKIT}.tar.gz"
+    try:
+        if extracted.exists():
+            return extracted.read_bytes()
+        if archive.exists():
+            with tarfile.open(archive) as tar:
+                return tar.extractfile(f"{DEVKIT}/data/{name}").read()
+    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
+        raise UserError(f"{archive}: cannot be read ({_line(error)})") from error
+    return None
+
+
+def _plan_parquet(root: Path) -> Plan:
+    train, held = split_by_name(sorted(root.rglob("*.parquet")), root)
+    splits, labels, classes = {}, 0, None
+    for split, paths in (("train", train), ("validation", held)):
+        shards = []
+        for path in tqdm(paths, desc="indexing", unit="file", leave=False, disable=None):
+            found, names, most = _parquet_shards(path)
+            shards += found
+            classes, labels = classes or names, max(labels, most + 1)
+        if shards:
+            splits[split] = shards
+    return Plan(_name(root), "1.0.0", classes or [str(i) for i in range(labels)], splits)
+
+
+def _parquet_shards(path: Path) -> tuple[list[ParquetShard], list[str] | None, int]:
+    """Return a file's shards, the names of its classes if it says them, and its largest label."""
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            labels = file.read(columns=["label"])["label"]
+            described = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+            features = described.get("info", {}).get("features", {})
+            names = features.get("label", {}).get("names")
+            sizes = [
+                (file.metadata.row_group(i).num_rows, file.metadata.row_group(i).total_byte_size)
+                for i in range(file.num_row_groups)
+            ]
+            least, most = pyarrow.compute.min_max(labels).as_py().values()
+            if "image" not in file.schema_arrow.names:
+                raise KeyError("image")
+    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{path}: not a parquet file with the columns image and label ({_line(error)})"
+        ) from error
+    if labels.null_count or least is None or least < 0:
+        raise UserError(f"{path}: examples without a label; move this file elsewhere")
+    shards, groups = [], []
+    for i in range(len(sizes)):
+        groups.append(i)
+        total = sum(sizes[g][1] for g in groups)
+        if total >= SHARD_BYTES or i == len(sizes) - 1:
+            rows = sum(sizes[g][0] for g in groups)
+            shards.append(ParquetShard(str(path), tuple(groups), rows, total))
+            groups = []
+    return shards, names, most
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,177 @@
+"""WebDataset shards, tars of KEY.jpg and KEY.cls: random access through an index of offsets."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from deit_jax.data import tars
+from deit_jax.data.sources import (
+    EVAL_FOLDERS,
+    IMAGE_SUFFIXES,
+    Dataset,
+    PackedStrings,
+    Subset,
+    hold_out,
+)
+from deit_jax.errors import UserError
+
+INDEX_NAME = ".deit_index.npz"
+
+
+ROW = np.dtype([("tar", np.int32), ("offset", np.int64), ("size", np.int64), ("label", np.int32)])
+
+
+class Index(NamedTuple):
+    """All images of some tars: where they are (ROW records), and their names inside of them."""
+
+    rows: np.ndarray
+    names: PackedStrings
+
+
+class WdsSource:
+    """Images inside of tar files."""
+
+    def __init__(self, paths: list[str], index: Index):
+        self.labels = index.rows["label"]
+        self._index, self._paths = index, paths
+
+    def __len__(self) -> int:
+        return len(self._index.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        tar, offset, size, label = self._index.rows[index].item()
+        return {"image": tars.read(self._paths[tar], offset, size), "label": label}
+
+    def describe(self, index: int) -> str:
+        return f"{self._paths[self._index.rows['tar'][index]]}:{self._index.names[index]}"
+
+
+def open_wds(root: Path, eval_fraction: float) -> Dataset:
+    """Open the *.tar files below a folder, train and evaluation told apart by their names.
+
+    Without any for evaluation, hold out a part. The first opening reads every tar's headers and
+    keeps what it found in an index. Raise UserError if it cannot be read.
+    """
+    paths = sorted(root.rglob("*.tar"))
+    if not paths:
+        raise UserError(f"config.data.source=wds:{root}: no *.tar files in it")
+    train, held = split_by_name(paths, root)
+    paths = [*train, *held]
+    index = load_index(root, paths)
+    labels = index.rows["label"]
+    if not len(labels):
+        raise UserError(f"config.data.source=wds:{root}: no images in its tars")
+    source = WdsSource([str(p) for p in paths], index)
+    classes = _class_names(root, int(labels.max()) + 1)
+    if not held:
+        return Dataset(*hold_out(source, eval_fraction), classes)
+    is_train = index.rows["tar"] < len(train)
+    parts = (Subset(source, np.flatnonzero(mask)) for mask in (is_train, ~is_train))
+    return Dataset(*parts, classes)
+
+
+def split_by_name(paths: list[Path], root: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files to train on and those of the first kind for evaluation that there is."""
+
+    def named(word: str) -> list[Path]:
+        return [p for p in paths if word in str(p.relative_to(root)).lower()]
+
+    train = named("train")
+    held = next((found for word in EVAL_FOLDERS if (found := named(word))), [])
+    if not train:
+        return [p for p in paths if p not in held] or paths, held
+    return train, [p for p in held if p not in train]
+
+
+def _class_names(root: Path, count: int) -> list[str]:
+    path = root / "classes.txt"
+    if not path.exists():
+        return [str(i) for i in range(count)]
+    names = path.read_text().splitlines()
+    if len(names) < count:
+        raise UserError(f"{path}: {len(names)} names, but labels up to {count - 1}")
+    return names
+
+
+def load_index(root: Path, paths: list[Path]) -> Index:
+    """Return the index of some tars, from the file beside them if it fits them."""
+    facts = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    places = [root / INDEX_NAME, Path(cache, "deit_jax", f"wds-{key[:16]}.npz")]
+    for place in places:
+        try:
+            with place.open("rb") as file, np.load(file) as saved:
+                if str(saved["key"]) == key:
+                    block = saved["names"].tobytes()
+                    return Index(saved["rows"], PackedStrings.unpack(block, saved["ends"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            continue  # not there, or damaged: it is made anew
+    rows, names = [], []
+    bar = tqdm(paths, desc="indexing tars", unit="tar", leave=False, disable=None)
+    for number, path in enumerate(bar):
+        for image, label in images_of(path):
+            rows.append((number, image.offset, image.size, label))
+            names.append(image.name)
+    index = Index(np.array(rows, ROW), PackedStrings(names))
+    for place in places:  # the second where the tars' folder is read-only
+        try:
+            _save(place, key, index)
+            break
+        except OSError:
+            continue
+    return index
+
+
+def _save(place: Path, key: str, index: Index) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    names = np.frombuffer(index.names.block, np.uint8)
+    with temporary.open("wb") as file:
+        np.savez(file, key=key, rows=index.rows, names=names, ends=index.names.ends)
+    os.replace(temporary, place)
+
+
+class _Sample(NamedTuple):
+    image: tars.Member | None = None
+    label: int | None = None
+
+
+def images_of(path: Path) -> Iterator[tuple[tars.Member, int]]:
+    """Iterate over a tar's images and their labels; raise UserError naming one without."""
+    samples: dict[str, _Sample] = {}
+    for member in tars.members(path):
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")  # WebDataset: a key ends at the first dot
+        key, extension = f"{folder}/{stem}", extension.lower()
+        sample = samples.get(key, _Sample())
+        if f".{extension}" in IMAGE_SUFFIXES:
+            sample = sample._replace(image=member)
+        elif extension in ("cls", "json") and sample.label is None:
+            sample = sample._replace(label=_label(path, member, extension))
+        samples[key] = sample
+    for key, (image, label) in samples.items():
+        if image is None:
+            continue
+        if label is None or label < 0:
+            raise UserError(f"{path}:{image.name}: no label; expected {key.lstrip('/')}.cls by it")
+        yield image, label
+
+
+def _label(path: Path, member: tars.Member, extension: str) -> int | None:
+    text = tars.read(str(path), member.offset, member.size)
+    try:
+        if extension == "cls":
+            return int(text)
+        value = json.loads(text)
+        label = value.get("label") if isinstance(value, dict) else None
+        return None if label is None else int(label)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}:{member.name}: not a class number ({error})") from error

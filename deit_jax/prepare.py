@@ -1,0 +1,285 @@
+"""Turn images into a TFDS data set of ArrayRecord files, without TensorFlow: `deit prepare`."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from deit_jax import cli, metrics
+from deit_jax.data import originals
+from deit_jax.data.shards import Job, make_features, write_shard
+from deit_jax.errors import UserError
+
+log = logging.getLogger("deit_jax")
+
+PREPARE_DOC = """usage: deit prepare SRC DST [--max-side=N] [--workers=N] [--name=NAME] [--json]
+
+Write the images below SRC as a TFDS data set to DST/NAME, for training and for plain TFDS. SRC is
+
+  a folder of images     SRC/{train,val}/CLASS/… or SRC/CLASS/…, of which a part is held out
+  the ILSVRC2012 tars    ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, with or without
+                         the devkit; becomes imagenet2012
+  parquet files          as Hugging Face has them, columns image and label
+
+Files are stored byte for byte. --max-side=N changes pixels: larger images are scaled down and
+encoded anew, which costs some accuracy and makes reading faster. The same command goes on after an
+interruption; on a finished data set it checks every file against its checksum.
+
+  deit prepare /data/ILSVRC2012 /data/tfds
+  deit train --config=configs/deit.py --config.data.dir=/data/tfds --workdir=runs/deit"""
+JOURNAL = ".prepare.jsonl"  # the plan, then one line for each finished shard
+CHECKSUMS = "SHA256SUMS"
+
+
+def prepare(
+    source: Path,
+    destination: Path,
+    name: str = "",
+    max_side: int = 0,
+    workers: int = 0,
+    skip_unreadable: bool = False,
+    eval_fraction: float = 0.2,
+) -> dict[str, Any]:
+    """Write, finish or check a data set; return where it is, what is in it and its checksum.
+
+    Any number of `workers` (processes; 0 = one a core) writes the same bytes. Raise UserError.
+    """
+    plan = originals.make_plan(source, eval_fraction)
+    plan = dataclasses.replace(plan, name=name or plan.name)
+    if plan.name == originals.IMAGENET:
+        plan = dataclasses.replace(plan, version="5.1.0")
+    _check_name(plan)
+    folder = destination / plan.name / plan.version
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = _open_journal(folder, plan, [max_side, skip_unreadable])
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    jobs = _jobs(plan, folder, journal, max_side, skip_unreadable)
+    _check_space(folder, [job for job in jobs if not job.sha256])
+    results = _run(jobs, folder / JOURNAL, workers or _cores())
+    kept = [line["file"] for line in results if "kept" in line]
+    lines = {**journal, **{line["file"]: line for line in results if "kept" not in line}}
+    return _finish(plan, folder, [lines[job.path.name] for job in jobs], len(kept), jobs[0])
+
+
+def _cores() -> int:
+    from deit_jax.data import pipeline
+
+    return pipeline.usable_cores()
+
+
+def _check_name(plan: originals.Plan) -> None:
+    import tensorflow_datasets as tfds
+
+    if not tfds.core.naming.is_valid_dataset_name(plan.name) or plan.name != plan.name.lower():
+        raise UserError(f"--name={plan.name}: use small letters, digits and _, a letter first")
+    with contextlib.suppress(tfds.core.DatasetNotFoundError):
+        # TFDS would open such a folder with the features of its own data set.
+        own = tfds.builder_cls(plan.name) and plan.name != originals.IMAGENET
+        if own or plan.classes != originals.imagenet_list("labels"):
+            raise UserError(f"{plan.name} is another data set of TFDS's own; give --name=NAME")
+
+
+def _open_journal(folder: Path, plan: originals.Plan, options: list) -> dict[str, dict]:
+    """Return the lines of finished shards by file; raise UserError if they are of another plan."""
+    facts = {s: [shard.facts() for shard in shards] for s, shards in plan.splits.items()}
+    text = json.dumps([plan.classes, facts, options])
+    head = {"plan": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()}
+    path = folder / JOURNAL
+    lines = metrics.read_lines(path)
+    if (lines and lines[0] != head) or (not lines and (folder / "dataset_info.json").exists()):
+        raise UserError(
+            f"{folder} holds a data set of other images or options; delete it, or choose --name"
+        )
+    # Written anew, so that a line cut short by a crash does not spoil the next one.
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in [head, *lines[1:]]))
+    os.replace(temporary, path)
+    return {line["file"]: line for line in lines[1:]}
+
+
+def _jobs(plan, folder: Path, journal: dict, max_side: int, skip_unreadable: bool) -> list[Job]:
+    encoding = "jpeg" if plan.name == originals.IMAGENET else None
+    jobs = []
+    for split, shards in plan.splits.items():
+        for i, shard in enumerate(shards):
+            path = folder / f"{plan.name}-{split}.array_record-{i:05d}-of-{len(shards):05d}"
+            known = journal.get(path.name, {}).get("sha256")
+            count = len(plan.classes)
+            jobs.append(Job(shard, path, count, encoding, max_side, skip_unreadable, known))
+    return jobs
+
+
+def _check_space(folder: Path, jobs: list[Job]) -> None:
+    # With --max-side less is needed, but how much is not known beforehand.
+    need = 0 if any(job.max_side for job in jobs) else sum(job.shard.bytes for job in jobs)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(f"{folder}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+
+
+def _run(jobs: list[Job], journal: Path, workers: int) -> list[dict[str, Any]]:
+    """Return every job's line, noting each in the journal as soon as it is done."""
+    results, images = [], sum(len(job.shard) for job in jobs)
+    bar = tqdm(total=images, unit="image", dynamic_ncols=True, leave=False, disable=None)
+    try:
+        with bar, journal.open("a", buffering=1) as file:
+            for job, line in _results(jobs, min(workers, len(jobs))):
+                if "kept" not in line:
+                    file.write(json.dumps(line) + "\n")
+                results.append(line)
+                bar.update(len(job.shard))
+    finally:
+        if len(results) < len(jobs):
+            log.info("%d of %d shards are finished and kept", len(results), len(jobs))
+    return results
+
+
+def _results(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Iterate over (job, its line) as they finish, also over those in hand when one fails."""
+    if workers == 1:
+        for job in jobs:
+            yield job, write_shard(job)
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads may hang
+    waiting, failed = iter(jobs), None
+    with ProcessPoolExecutor(workers, context) as pool:
+        in_hand: dict[Future, Job] = {}
+        while True:
+            with _no_interrupts():  # inherited by the processes that this starts
+                while failed is None and len(in_hand) < workers and (job := next(waiting, None)):
+                    in_hand[pool.submit(write_shard, job)] = job
+            if not in_hand:
+                break
+            try:
+                done, _ = wait(in_hand, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt as error:
+                log.info("finishing the %d shards in hand", len(in_hand))
+                failed = failed or error
+                continue
+            for future in done:
+                job = in_hand.pop(future)
+                if error := future.exception():
+                    failed = failed or error
+                else:
+                    yield job, future.result()
+        if failed is not None:
+            raise failed
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Leave Ctrl-C, which the terminal sends to every process of the command, to the parent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted, and only it may set this
+        return
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def _finish(plan, folder: Path, lines: list[dict], kept: int, job: Job) -> dict[str, Any]:
+    """Write the checksums and what TFDS asks for, which makes the data set complete."""
+    import tensorflow_datasets as tfds
+
+    sums = "".join(f"{line['sha256']}  {line['file']}\n" for line in lines)
+    skipped = [name for line in lines for name in line["skipped"]]
+    infos, examples, start = [], {}, 0
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=plan.name, filetype_suffix="array_record"
+    )
+    for split, shards in plan.splits.items():
+        own = lines[start : start + len(shards)]
+        start += len(shards)
+        lengths = [line["examples"] for line in own]
+        examples[split] = sum(lengths)
+        info = tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            num_bytes=sum(line["bytes"] for line in own),
+            filename_template=template.replace(split=split),
+        )
+        infos.append(info)
+    try:
+        (folder / CHECKSUMS).write_text(sums)
+        if kept < len(lines) or not (folder / "dataset_info.json").exists():
+            tfds.folder_dataset.write_metadata(
+                data_dir=folder,
+                features=make_features(plan.classes, job.encoding),
+                split_infos=infos,
+                check_data=False,  # would need TensorFlow
+                supervised_keys=("image", "label"),
+                description=f"Written by deit prepare{' --max-side' if job.max_side else ''}.",
+            )
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    return {
+        "name": plan.name,
+        "path": str(folder),
+        "classes": len(plan.classes),
+        "examples": examples,
+        "shards": len(lines),
+        "shards_kept": kept,
+        "bytes": sum((folder / line["file"]).stat().st_size for line in lines),
+        "sha256": hashlib.sha256(sums.encode()).hexdigest(),
+        "skipped": skipped,
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Run `deit prepare`."""
+    from absl import flags
+
+    command = cli.Command("prepare", PREPARE_DOC)
+    own = {"flag_values": command.flags}
+    flags.DEFINE_string("name", "", "the data set's name; from SRC if not given", **own)
+    flags.DEFINE_integer(
+        "max_side", 0, "scale larger images down to N pixels; changes pixels", 0, **own
+    )
+    flags.DEFINE_integer("workers", 0, "processes; 0 = one a core", 0, **own)
+    flags.DEFINE_float("eval_fraction", 0.2, "of a folder without val, held out", **own)
+    flags.DEFINE_boolean("skip_unreadable", False, "leave broken images out and list them", **own)
+    flags.DEFINE_boolean("json", False, "print one JSON object", **own)
+    words = command.parse(argv)
+    if len(words) != 2:
+        raise cli.UsageError("give SRC and DST; see `deit prepare --help`")
+    v = command.flags
+    source, destination = (Path(word).expanduser() for word in words)
+    result = prepare(
+        source, destination, v.name, v.max_side, v.workers, v.skip_unreadable, v.eval_fraction
+    )
+    if v.json:
+        json.dump(result, sys.stdout)
+        print()
+    else:
+        print(report(result, destination))
+
+
+def report(result: dict[str, Any], destination: Path) -> str:
+    """Return what was written, in lines."""
+    counts = ", ".join(f"{n} {split}" for split, n in result["examples"].items())
+    lines = [f"skipped, unreadable: {name}" for name in result["skipped"]]
+    lines += [
+        f"{result['path']}: {counts} images in {result['classes']} classes, "
+        f"{result['bytes'] / 1e9:.3f} GB in {result['shards']} files "
+        f"({result['shards_kept']} of them were there and are sound)",
+        f"checksums: {Path(result['path']) / CHECKSUMS} (its own: {result['sha256'][:16]}…)",
+        f"use it: --config.data.source=tfds:{result['name']} --config.data.dir={destination}",
+    ]
+    return "\n".join(lines)
