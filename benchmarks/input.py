@@ -140,15 +140,15 @@ def tf_data(source: Memory):
     return run
 
 
-def ours(source: Memory, decoder: str, repeats: int, threads: int = 1):
+def ours(source: Memory, decoder: str, repeats: int, threads: int = 1, batch: int = BATCH):
     """Make batches as `deit train` gets them: through the loader and its threads."""
-    order = pipeline.EpochOrder(len(source), BATCH, repeats, 0)
+    order = pipeline.EpochOrder(len(source), batch, repeats, 0)
     config, state = base.get_config().augment, {"step": 0}
     config.auto = RANDAUGMENT
-    batches = pipeline.TrainBatches(source, order, config, SIZE, range(BATCH), decoder)
+    batches = pipeline.TrainBatches(source, order, config, SIZE, range(batch), decoder)
 
     def run(images: int) -> None:
-        start, state["step"] = state["step"], state["step"] + images // BATCH
+        start, state["step"] = state["step"], state["step"] + -(-images // batch)
         for _ in pipeline.load(batches, start, state["step"], threads, 2):
             pass
 
@@ -236,7 +236,7 @@ def two_threads(source: Memory, repeats: int, images: int) -> float:
     """Return how many times faster two threads on two cores are than one."""
     os.sched_setaffinity(0, range(2))
     decoder = resize.available()[-1]
-    variants = {str(n): ours(source, decoder, 3, n) for n in (1, 2)}
+    variants = {str(n): ours(source, decoder, 3, n, 2 * BATCH) for n in (1, 2)}
     times = measure(variants, repeats, 4 * images)
     return _ratio(times["1"], times["2"])
 

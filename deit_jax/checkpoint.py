@@ -90,7 +90,7 @@ def _restore_on_host(directory: Path) -> dict[str, Any]:
     """Read what inference needs as numpy arrays, whatever devices the state was saved from."""
     if not directory.is_dir():
         raise UserError(f"{directory.parent}: no checkpoint yet; let `deit train` save one first")
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     # Naming the handler lets the manager read the tree's metadata before it restores anything.
     with ocp.CheckpointManager(
         directory.absolute(), options=options, item_handlers=ocp.PyTreeCheckpointHandler()

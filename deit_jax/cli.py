@@ -1,5 +1,6 @@
 """What the commands share: flags with a config file, and help."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -48,11 +49,11 @@ class Command:
         try:
             rest = self.flags([self._name, *map(_underscored, argv)])[1:]
         except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
-            raise UsageError(_one_line(error)) from error
+            raise UsageError(_explain(error, argv)) from error
         config = self.flags["config"].value if "config" in self.flags else None
         if config is not None and not isinstance(config, ConfigDict):
             # ml_collections puts off reporting a file that is not there to the first use.
-            raise UsageError(f"--config={self._config_path(argv)}: no such file")
+            raise UsageError(f"--config={self._config_path(argv)}: no such file below {Path.cwd()}")
         for name in required:
             if getattr(self.flags, name) in (None, ""):
                 raise UsageError(f"--{name}=… is missing; see `deit {self._name} --help`")
@@ -83,6 +84,14 @@ def _underscored(word: str) -> str:
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _explain(error: Exception, argv: list[str]) -> str:
+    """Return what a flag's error says that helps, on one line."""
+    text = str(error).replace("\\n", "\n").replace("\\'", "'")
+    if typo := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
+        right, wrong = typo.groups()
+        flag = next((w.partition("=")[0] for w in argv if f".{wrong}" in w), f"--config.{wrong}")
+        return f"{flag}: no such field; did you mean {right!r}? configs/base.py lists them all"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "Traceback (most recent call last):" in lines:  # raised by the config file itself
+        return f"{lines[0].split(': Error')[0]}: {lines[-1].partition(': ')[2] or lines[-1]}"
     return " ".join(lines) or type(error).__name__

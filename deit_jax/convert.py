@@ -32,7 +32,10 @@ def convert(
 ) -> str:
     """Write opened weights and return the format; raise UserError where something is in the way."""
     path = Path(destination)
-    to = to or SUFFIXES.get(path.suffix, "huggingface")
+    asked, to = to, to or SUFFIXES.get(path.suffix, "huggingface")
+    if to == "huggingface" and path.suffix[1:].isalpha() and not asked:
+        known = ", ".join(SUFFIXES)
+        raise UserError(f"{path}: files end in {known}; for such a folder, --to=huggingface")
     # A checkpoint is never replaced: a workdir may hold a run that took days.
     if path.exists() and (not force or to == "deit_jax" or (path / "checkpoints").exists()):
         remedy = "choose another name" if force else "--force overwrites a file or a folder"

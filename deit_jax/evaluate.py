@@ -92,7 +92,7 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
     if len(opened.classes) != len(dataset.classes):
         raise UserError(
             f"{source}: the model knows {len(opened.classes)} classes, {config.data.source} has "
-            f"{len(dataset.classes)}"
+            f"{len(dataset.classes)}; give the --config.data options that it was trained with"
         )
     config = config.copy_and_resolve_references()
     config.data.mean, config.data.std = opened.mean, opened.std

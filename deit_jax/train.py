@@ -230,6 +230,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     config = config.copy_and_resolve_references()
     config.data.decoder = _decoder(config, workdir)
     dataset = open_dataset(config.data)
+    if len(dataset.classes) < 2:
+        raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
     weights, teacher = weights_path(config, workdir), None
     if config.teacher.weights and weights:
         teacher = load_teacher(config, weights, dataset.classes)
@@ -239,8 +241,16 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         train(teacher_config(config), weights)
         teacher = load_teacher(config, weights, dataset.classes)
     trainer = Trainer(config, workdir, dataset, teacher, start)
-    if (results := _finished(workdir, trainer.total_steps)) is None:
+    if results := _finished(workdir, trainer.total_steps):
+        log.info("%s: already finished", workdir)
+    else:
         log.info(_summary(trainer))
+        if len(dataset.train) < config.batch_size:
+            log.warning(
+                "a batch repeats images: there are %d, config.batch_size=%d; a lower one would not",
+                len(dataset.train),
+                config.batch_size,
+            )
         trainer.run()
         results = {"step": trainer.total_steps, **trainer.evaluate()}
         if trainer.teacher:
@@ -330,7 +340,7 @@ def _join(options) -> None:
             process_id=options.process_id,
         )
     except (ValueError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0]
+        first_line = str(error).splitlines()[0].rstrip(".")
         raise UserError(
             f"--multihost: {first_line}; give --coordinator=HOST:PORT, --num_processes=N and "
             "--process_id=I"

@@ -69,10 +69,13 @@ def load(
 ) -> tuple[Any, dict[str, Any]]:
     """Return (model, params) for `model.apply({"params": params}, images, train=False)`.
 
-    Without weights the params are random (seed 0). Without a name the model is the weights' own;
-    so are the number of classes and the image size that are not given. A convnet comes with its
-    batch norm folded into the convolutions. `head` is one of HEAD_POLICIES.
+    Without weights the params are random (seed 0). Without a name, as in `load("runs/mine")`, the
+    model is the weights' own; so are the number of classes and the image size that are not given.
+    A convnet comes with its batch norm folded into the convolutions. `head` is one of
+    HEAD_POLICIES.
     """
+    if weights is None and name not in registry.SPECS and Path(str(name)).exists():
+        name, weights = None, name  # load("runs/mine")
     if weights is not None:
         opened = load_variables(weights, name, num_classes, image_size, head)
         return folded(opened.model, opened.variables)

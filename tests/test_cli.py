@@ -219,3 +219,31 @@ def test_flags_may_be_written_with_dashes(capsys, tmp_path):
     code, _, err = deit(capsys, "train", *words)
     assert code == 2
     assert "num_processes" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            [QUICKSTART, "--config.optim.lrr=1"],
+            "--config.optim.lrr: no such field; did you mean 'lr'? configs/base.py lists them all",
+        ),
+        (
+            [f"--config={ROOT}/configs/deit.py:variant=smal"],
+            f"flag --config={ROOT}/configs/deit.py:variant=smal: "
+            "variant=smal: choose tiny, small or base",
+        ),
+        (["--config=nowhere.py"], f"--config=nowhere.py: no such file below {Path.cwd()}"),
+    ],
+)
+def test_mistakes_in_a_config_are_told_without_their_traceback(capsys, tmp_path, words, line):
+    code, _, err = deit(capsys, "train", f"--workdir={tmp_path}/x", *words)
+    assert (code, err) == (2, f"deit train: {line}")
+
+
+def test_one_class_is_no_task(capsys, tmp_path):
+    root = folder(tmp_path / "images", classes=("cat",))
+    code, _, err = deit(capsys, *tiny_words(tmp_path / "run", root))
+    assert code == 1
+    assert "only one class" in err
+    assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ microseconds for one to 224 x 224 on one core (benchmarks/NOTES.md):
 | decoder | JPEG files by | crops by | worst | mean | us |
 |---|---|---|---|---|---|
 | pillow | Pillow | Pillow | 0 | 0 | 860 |
-| portable | libjpeg-turbo (simplejpeg) | kornia-rs | 0.13 | 0.02 | 350 |
+| portable | libjpeg-turbo (simplejpeg) | kornia-rs | 0.14 | 0.02 | 350 |
 | fast | libjpeg-turbo (simplejpeg) | cykooz-resizer | 0.01 | 0.003 | 170 |
 
 All let other threads run meanwhile. Shapes: H W pixels, h w those of the result.

@@ -176,10 +176,15 @@ class VisionTransformer(nn.Module):
                 f"model.image_size={self.image_size} is smaller than one patch "
                 f"(model.patch_size={self.patch_size})"
             )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size={self.image_size} is not a multiple of "
+                f"model.patch_size={self.patch_size}"
+            )
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side; pixels past the last whole patch are ignored (DeiT III)."""
+        """Patches along one side."""
         return self.image_size // self.patch_size
 
     @property
