@@ -301,7 +301,7 @@ def load(batches: Batches, start: int, stop: int, threads: int, prefetch: int) -
     The arrays of a batch may be used for a later one once nothing refers to them.
     """
     cv2.setNumThreads(0)  # these threads are the parallelism; OpenCV's own would fight them
-    # A thread back from decoding waits so long for the interpreter; the default, 5 ms, is six images.
+    # A thread back from decoding waits so long for the interpreter; by default 5 ms, six images.
     sys.setswitchinterval(1e-4)
     memory, under_way, lock = _Memory(batches.empty), {}, threading.Lock()
 
