@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from deit_jax import cli, evaluate, metrics, optim, sharding
+from deit_jax import cli, distributed, evaluate, metrics, optim, sharding
 from deit_jax import config as config_lib
 from deit_jax.checkpoint import Checkpointer
 from deit_jax.data import pipeline
@@ -331,24 +331,6 @@ def _draw(trainer: Trainer, results: dict[str, Any]) -> None:
     log.info("picture of the run: %s", trainer.workdir / "picture.png")
 
 
-def _join(options) -> None:
-    """Connect the processes of a run; only the first one logs."""
-    try:
-        jax.distributed.initialize(
-            coordinator_address=options.coordinator,
-            num_processes=options.num_processes,
-            process_id=options.process_id,
-        )
-    except (ValueError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"--multihost: {first_line}; give --coordinator=HOST:PORT, --num_processes=N and "
-            "--process_id=I"
-        ) from error
-    if jax.process_index() != 0:
-        log.setLevel(logging.WARNING)
-
-
 def main(argv: list[str]) -> None:
     """Run `deit train`."""
     from absl import flags
@@ -360,15 +342,10 @@ def main(argv: list[str]) -> None:
     )
     own = {"flag_values": command.flags}
     flags.DEFINE_boolean("json", False, "print the results as JSON", **own)
-    flags.DEFINE_boolean("multihost", False, "this is one of several processes of the run", **own)
-    found = "where TPU, Slurm or Open MPI do not tell"
-    flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0, {found}", **own)
-    flags.DEFINE_integer("num_processes", None, f"how many there are, {found}", **own)
-    flags.DEFINE_integer("process_id", None, f"which one this is, {found}", **own)
+    distributed.add_flags(command)
     cli.no_words(command.parse(argv, required=("config", "workdir")))
     workdir = Path(command.flags.workdir)
-    if command.flags.multihost:
-        _join(command.flags)
+    distributed.join(command.flags)
     results = train(command.config, workdir)
     if jax.process_index() != 0:
         return
