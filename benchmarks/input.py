@@ -14,6 +14,7 @@ import argparse
 import datetime
 import io
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -232,13 +233,37 @@ def overhead(source: Memory, repeats: int) -> float:
     return statistics.median(a - b for a, b in zip(times["loader"], times["plain"], strict=True))
 
 
-def two_threads(source: Memory, repeats: int, images: int) -> float:
-    """Return how many times faster two threads on two cores are than one."""
+def two_cores(source: Memory, repeats: int, images: int) -> dict[str, float]:
+    """Return how many times faster than one thread are two, and two processes of one thread.
+
+    Processes share nothing, so theirs is what the machine itself grants.
+    """
     os.sched_setaffinity(0, range(2))
     decoder = resize.available()[-1]
-    variants = {str(n): ours(source, decoder, 3, n, 2 * BATCH) for n in (1, 2)}
-    times = measure(variants, repeats, 4 * images)
-    return _ratio(times["1"], times["2"])
+    one, two = (ours(source, decoder, 3, n, 2 * BATCH) for n in (1, 2))
+    pipes = []
+    for _ in range(2):
+        here, there = multiprocessing.Pipe()
+        run = ours(source, decoder, 3, 1, 2 * BATCH)
+        multiprocessing.get_context("fork").Process(
+            target=_serve, args=(run, there), daemon=True
+        ).start()
+        pipes.append(here)
+
+    def processes(number: int) -> None:
+        for pipe in pipes:
+            pipe.send(number // 2)
+        for pipe in pipes:
+            pipe.recv()
+
+    times = measure({"one": one, "two": two, "processes": processes}, repeats, 4 * images)
+    return {name: _ratio(times["one"], times[name]) for name in ("two", "processes")}
+
+
+def _serve(run, pipe) -> None:
+    while True:
+        run(pipe.recv())
+        pipe.send(None)
 
 
 def _installed(package: str) -> bool:
@@ -277,6 +302,7 @@ def show(result: dict) -> None:
     print(f"loader beyond a plain loop: {result['loader_us']:.0f} us an image (target 60)")
     if result["two_threads"]:
         print(f"two threads against one: {result['two_threads']:.2f} x (target 1.8)")
+        print(f"two processes against one thread: {result['two_processes']:.2f} x")
 
 
 def main() -> None:
@@ -289,7 +315,7 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
     source = Memory(args.folder)
-    two = two_threads(source, args.repeats, args.images) if args.threads else None
+    two = two_cores(source, args.repeats, args.images) if args.threads else {}
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
     result = {
         "machine": _machine(),
@@ -297,7 +323,8 @@ def main() -> None:
         "mean_bytes": statistics.mean(map(len, source.files)),
         "one_core": one_core(source, args.repeats, args.images),
         "loader_us": overhead(source, args.repeats),
-        "two_threads": two,
+        "two_threads": two.get("two"),
+        "two_processes": two.get("processes"),
     }
     show(result)
     if args.json:

@@ -1,12 +1,14 @@
 """Whole runs: resume to the same bits, files, refusals."""
 
 import json
+import logging
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from deit_jax import checkpoint, evaluate, metrics, predict
 from deit_jax import train as train_lib
@@ -215,3 +217,28 @@ def test_a_config_that_fine_tunes_asks_for_weights(tiny_config, tmp_path):
     with pytest.raises(UserError, match="/nowhere"):
         train_lib.train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_images_are_skipped_and_counted(tiny_config, tmp_path, caplog):
+    """One of 24 files is no image: the metrics count it, and the log names it once."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 4)):
+        for i in range(count):
+            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+    (tmp_path / "images" / "train" / "a" / "6.png").write_bytes(b"not an image")
+    c = tiny_config
+    c.data.source, c.data.skip_unreadable = f"folder:{tmp_path / 'images'}", True
+    c.data.train_split, c.data.eval_split = "train", "val"
+    c.distill.kind, c.epochs, c.batch_size, c.train.eval_batch_size = "none", 4.0, 24, 8
+    with caplog.at_level(logging.WARNING, logger="deit_jax"):
+        train_lib.train(c, tmp_path / "run")
+    rates = metrics.read_lines(tmp_path / "run" / "timing.jsonl")
+    assert rates[-1]["skipped"] == 1
+    named = [r.message for r in caplog.records if "another image stands in" in r.message]
+    assert len(named) == 1
+    assert "6.png" in named[0]
+    c.data.skip_unreadable = False
+    with pytest.raises(UserError, match=r"6\.png"):
+        train_lib.train(c, tmp_path / "other")
