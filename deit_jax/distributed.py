@@ -1,13 +1,25 @@
-"""The processes of one run: how they find each other, and who speaks."""
+"""The processes of one run: how they find each other, who speaks, and how they end together."""
 
+import contextlib
 import logging
+import os
+import sys
+import threading
+import time
+import traceback
 
 import jax
 from absl import flags
+from jax._src import distributed as jax_distributed  # Orbax, too, reaches the store through it
 
 from deit_jax.errors import UserError
 
 log = logging.getLogger("deit_jax")
+
+FAILURE = "deit_jax/failure"  # the key under which a process tells the others why it ends
+HEARTBEAT_S = 60  # without a sign of life for so long, a process is given up, and the run with it
+WATCH_S = 1
+GRACE_S = 3  # the first process keeps the store, so it goes last
 
 
 def add_flags(command) -> None:
@@ -19,15 +31,28 @@ def add_flags(command) -> None:
     flags.DEFINE_integer("process_id", None, f"which one this is, {found}", **own)
 
 
-def join(options) -> None:
-    """Connect the processes of a run, if it has several; only the first one logs."""
+@contextlib.contextmanager
+def joined(options):
+    """Connect the processes of a run, if it has several; only the first one logs.
+
+    What is not given comes from TPU's, Slurm's or Open MPI's environment; from Kubernetes the
+    number of the process, of an Indexed Job's pod (JOB_COMPLETION_INDEX).
+    """
     if not options.multihost:
+        yield
         return
+    process = options.process_id
+    if process is None and options.coordinator and "JOB_COMPLETION_INDEX" in os.environ:
+        process = int(os.environ["JOB_COMPLETION_INDEX"])
+    # With all three given, nothing is looked for: JAX would ask Kubernetes for permissions.
+    given = None not in (options.coordinator, options.num_processes, process)
     try:
         jax.distributed.initialize(
             coordinator_address=options.coordinator,
             num_processes=options.num_processes,
-            process_id=options.process_id,
+            process_id=process,
+            cluster_detection_method="deactivate" if given else None,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
         )
     except (ValueError, RuntimeError) as error:
         first_line = str(error).splitlines()[0].rstrip(".")
@@ -37,3 +62,58 @@ def join(options) -> None:
         ) from error
     if jax.process_index() != 0:
         log.setLevel(logging.WARNING)
+    done = threading.Event()
+    watch = threading.Thread(target=_end_with_others, args=(done,), name="other-processes")
+    watch.start()
+    try:
+        with ending_all():
+            yield
+    finally:
+        done.set()
+        watch.join()
+
+
+@contextlib.contextmanager
+def ending_all():
+    """End every process of the run if this one fails: the others would wait for it for ever.
+
+    Around code whose own clean-up waits for the others, this must be inside of that clean-up.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (client := jax_distributed.global_state.client) is None:
+            raise
+        known = isinstance(error, UserError)
+        message = str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"deit train: {message}", file=sys.stderr)
+        if not known:
+            traceback.print_exception(error)
+        with contextlib.suppress(Exception):  # another process was first, or the store is gone
+            client.key_value_set(FAILURE, f"{jax.process_index()} {message}")
+        _leave()
+
+
+def _end_with_others(done: threading.Event) -> None:
+    """Watch for another process's failure until `done`; then say why and end this one."""
+    client = jax_distributed.global_state.client
+    # Asked for again and again: a call that waits could not be ended before the interpreter is.
+    while not done.wait(WATCH_S):
+        try:
+            process, _, message = client.key_value_try_get(FAILURE).partition(" ")
+        except Exception as error:
+            if "NOT_FOUND" in str(error):
+                continue
+            return  # the store is gone, and JAX itself ends this process
+        if int(process) != jax.process_index():
+            print(f"deit train: process {process} ended the run: {message}", file=sys.stderr)
+            _leave()
+
+
+def _leave() -> None:
+    """Exit at once: the usual way would wait for processes that do not answer any more."""
+    if jax.process_index() == 0:
+        time.sleep(GRACE_S)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

@@ -128,7 +128,8 @@ class Trainer:
             self.workdir, start, self.total_steps, active=jax.process_index() == 0
         )
         try:
-            self._loop(start, writer)
+            with distributed.ending_all():
+                self._loop(start, writer)
         finally:
             self.checkpointer.close()
             writer.close()
@@ -345,8 +346,8 @@ def main(argv: list[str]) -> None:
     distributed.add_flags(command)
     cli.no_words(command.parse(argv, required=("config", "workdir")))
     workdir = Path(command.flags.workdir)
-    distributed.join(command.flags)
-    results = train(command.config, workdir)
+    with distributed.joined(command.flags):
+        results = train(command.config, workdir)
     if jax.process_index() != 0:
         return
     if command.flags.json:

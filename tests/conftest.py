@@ -10,32 +10,13 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import pytest
 
-from configs import base
+from tests.tiny import make_tiny_config
 
 
 @pytest.fixture
 def tiny_config():
     """Return the full recipe around a student and a teacher that compile in seconds."""
     return make_tiny_config()
-
-
-def make_tiny_config():
-    c = base.get_config()
-    c.batch_size, c.epochs = 32, 2.0
-    c.data.source, c.data.eval_crop_ratio = "digits", 1.0
-    c.data.eval_fraction = 0.9  # leaves 180 images to train on: five steps an epoch
-    c.data.threads = 2
-    c.model.name = "deit_tiny_distilled_patch16_224"
-    c.model.image_size, c.model.patch_size, c.model.width, c.model.depth = 16, 4, 24, 2
-    c.teacher.model.name = "regnety_002"
-    c.teacher.model.widths, c.teacher.model.depths = (8, 16), (1, 1)
-    c.teacher.model.stem_width = 8
-    c.teacher.epochs = 1.0
-    c.distill.kind = "hard"
-    c.mixing.group_size = 8
-    c.optim.warmup_epochs, c.optim.lr, c.optim.ema_decay = 1.0, 1e-3, 0.9
-    c.train.log_every_steps, c.train.eval_batch_size = 1, 256
-    return c
 
 
 @pytest.fixture

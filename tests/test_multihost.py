@@ -1,34 +1,61 @@
-"""Two real processes over loopback train what one process trains."""
+"""Real processes over loopback: any number of them trains the same run, and they end together."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from deit_jax import checkpoint, metrics
+from deit_jax import train as train_lib
+from deit_jax.data.pipeline import EpochOrder
+from deit_jax.data.sources import open_dataset
+from tests.tiny import make_tiny_config
 
 ROOT = Path(__file__).parent.parent
-WORDS = [
-    f"--config={ROOT}/configs/quickstart.py",
-    "--config.epochs=0.3",
-    "--config.teacher.epochs=0.3",
-    "--config.train.log_every_steps=1",
-    "--config.model.depth=2",
-    "--config.model.width=24",
-    "--config.optim.eps=1e-4",  # Adam's first steps are signs: tame rounding around 0
-]
+TINY = """
+from tests.tiny import make_tiny_config
+
+def get_config():
+    c = make_tiny_config()
+    c.model.depth = 1
+    c.train.save_every_epochs = 0.2  # every step
+    c.optim.eps = 1e-4  # Adam's first steps are signs: tame rounding around 0
+    return c
+"""
 
 
-def start(workdir, devices, *more):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "deit_jax", "train", *WORDS, f"--workdir={workdir}", *more]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+@pytest.fixture
+def words(tmp_path):
+    """Return the flag of a small config's file."""
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return [f"--config={path}"]
+
+
+def start_all(count, workdir, words):
+    """Start the processes of one run, two devices each."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    flags = ["--multihost", f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+    # Unoptimised programs: compiling them is what the processes mostly do.
+    flags_of_xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags_of_xla}
+    command = [sys.executable, "-m", "deit_jax", "train", *words, f"--workdir={workdir}", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([*command, f"--process_id={i}"], cwd=ROOT, env=environment, **pipes)
+        for i in range(count)
+    ]
 
 
 def finish(*processes):
@@ -38,42 +65,82 @@ def finish(*processes):
     return outputs
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+def records(workdir):
+    """Return the metrics of training steps; none before the file is there."""
+    path = workdir / "metrics.jsonl"
+    return [r for r in metrics.read_lines(path) if "loss" in r] if path.exists() else []
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    finish(start(one, 4))
-    port = free_port()
-    outputs = finish(
-        *(
-            start(
-                two,
-                2,
-                "--multihost",
-                f"--coordinator=localhost:{port}",
-                "--num_processes=2",
-                f"--process_id={i}",
-            )
-            for i in range(2)
-        )
-    )
-    records = [
-        [r for r in metrics.read_lines(run / "metrics.jsonl") if "loss" in r] for run in (one, two)
-    ]
-    assert len(records[0]) == 4
-    for a, b in zip(*records, strict=True):
+def wait_for(ready, *processes):
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_killed_on_four_processes_ends_on_two_as_on_one(words, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    config = make_tiny_config()
+    config.model.depth, config.optim.eps = 1, 1e-4
+    train_lib.train(config, one)
+    words = [*words, f"--config.teacher.weights={one / 'teacher'}"]
+    four = start_all(4, many, words)
+    wait_for(lambda: (many / "checkpoints" / "3").is_dir(), *four)
+    four[3].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    for process in four:
+        process.communicate(timeout=90)
+        assert process.returncode != 0  # the others notice, and none hangs
+    assert time.monotonic() - killed < 75
+    begun = max(int(p.name) for p in (many / "checkpoints").glob("[0-9]*"))
+
+    outputs = finish(*start_all(2, many, words))
+    assert f"continuing at step {begun} of 10" in outputs[0][1]
+    assert [r["step"] for r in records(many)] == list(range(1, 11))
+    for a, b in zip(records(one), records(many), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    states = [checkpoint.load_run(run).variables["params"] for run in (one, two)]
-    np.testing.assert_allclose(
-        states[0]["head_dist"]["kernel"], states[1]["head_dist"]["kernel"], atol=1e-5
+    states = [checkpoint.load_run(run) for run in (one, many)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        *(s.variables["params"] for s in states),
     )
-    results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
+    results = [json.loads((run / "results.json").read_text()) for run in (one, many)]
     assert results[0].keys() == results[1].keys()
     (out0, _), (out1, err1) = outputs
     assert "top-1 %" in out0
     assert "top-1" not in out1  # only process 0 speaks (but for the transport itself)
     assert "step" not in err1
+
+
+def test_one_process_that_fails_ends_all_with_its_message(words, tmp_path):
+    """A file that only the second process reads, in its half of the first batch, is no image."""
+    for split, count in (("train", 16), ("val", 4)):
+        for i in range(count):
+            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), 9 * i, np.uint8)).save(path)
+    source = open_dataset(data_config(tmp_path / "images")).train
+    order = EpochOrder(16, batch_size=16, repeats=3, seed=0)
+    slots = [order.slot(position) for position in range(16)]
+    only_second = min(set(slots[8:]) - set(slots[:8]))
+    broken = Path(source.describe(int(order.shuffled()[only_second])))
+    broken.write_bytes(b"not an image")
+    words += [
+        f"--config.data.source=folder:{tmp_path / 'images'}",
+        "--config.data.train_split=train",
+        "--config.data.eval_split=val",
+        "--config.batch_size=16",
+        "--config.distill.kind=none",
+    ]
+    processes = start_all(2, tmp_path / "run", words)
+    (_, err0), (_, err1) = [p.communicate(timeout=120) for p in processes]
+    assert [p.returncode for p in processes] == [1, 1]
+    assert f"deit train: {broken}" in err1
+    assert f"deit train: process 1 ended the run: {broken}" in err0
+
+
+def data_config(folder):
+    c = make_tiny_config().data
+    c.source, c.train_split, c.eval_split = f"folder:{folder}", "train", "val"
+    return c

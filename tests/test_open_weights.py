@@ -11,10 +11,10 @@ import pytest
 from deit_jax import convert, export, predict, weights
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
-from tests.conftest import make_tiny_config
 from tests.test_convert import DISTILLED, PLAIN, SMALL, distilled_file, logits, opened
 from tests.test_weights import assert_same
 from tests.timm_reference import import_transformers
+from tests.tiny import make_tiny_config
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 from deit_jax import config as config_lib
 from deit_jax import losses, optim, sharding, step
 from deit_jax.teacher import Teacher
-from tests.conftest import make_tiny_config
+from tests.tiny import make_tiny_config
 
 K, B, SIZE = 10, 32, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -13,7 +13,7 @@ from PIL import Image
 from deit_jax import checkpoint, evaluate, metrics, predict
 from deit_jax import train as train_lib
 from deit_jax.errors import UserError
-from tests.conftest import make_tiny_config
+from tests.tiny import make_tiny_config
 
 
 def final_state(workdir):

@@ -14,7 +14,7 @@ import pytest
 from deit_jax import optim, step, weights
 from deit_jax.models.registry import create_model
 from deit_jax.teacher import Teacher
-from tests.conftest import make_tiny_config
+from tests.tiny import make_tiny_config
 
 K, B, STEPS, SIZE = 10, 16, 20, 32
 SHAPE = {"image_size": SIZE, "patch_size": 8, "width": 48, "depth": 2, "num_heads": 3}
