@@ -17,7 +17,7 @@ from deit_jax.errors import UserError
 log = logging.getLogger("deit_jax")
 
 FAILURE = "deit_jax/failure"  # the key under which a process tells the others why it ends
-HEARTBEAT_S = 60  # without a sign of life for so long, a process is given up, and the run with it
+HEARTBEAT_S = 30  # without a sign of life for so long, a process is given up, and the run with it
 WATCH_S = 1
 GRACE_S = 3  # the first process keeps the store, so it goes last
 
