@@ -4,8 +4,11 @@
 out what it is given for a worker, in a folder. No TPU slice was ever made by these tests.
 """
 
+import configparser
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -14,7 +17,13 @@ import sys
 import time
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
+import yaml
+from absl import flags
+
+from deit_jax import cli, distributed
+from deit_jax import config as config_lib
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -229,3 +238,84 @@ def test_tpu_delete(cloud):
     done, calls = cloud({}, "delete")
     assert done.returncode == 0
     assert calls == [DELETE]
+
+
+def test_jobset_is_valid():
+    """The Job inside against Kubernetes' own schema; the JobSet around it by its fields."""
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
+    # https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2
+    assert set(jobset["spec"]) <= {"replicatedJobs", "network", "successPolicy", "failurePolicy"}
+    assert set(jobset["spec"]["failurePolicy"]) == {"maxRestarts"}
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    assert set(workers) == {"name", "replicas", "template"}
+    assert set(workers["template"]) <= {"metadata", "spec"}
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "deit"}}
+    kubernetes_validate.validate(job | workers["template"], "1.33", strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job | {"spec": {"paralelism": 4}}, "1.33", strict=True)
+
+    spec = workers["template"]["spec"]
+    pod = spec["template"]["spec"]
+    sides = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    chips = math.prod(map(int, sides))
+    (container,) = pod["containers"]
+    hosts = chips // container["resources"]["limits"]["google.com/tpu"]
+    assert spec["parallelism"] == spec["completions"] == hosts
+    check_command(container["command"] + container["args"])
+
+
+def check_command(words):
+    """Parse a `deit train` command line as the command does, but for the mounts."""
+    assert words[:2] == ["deit", "train"]
+    command = cli.Command("train", "")
+    command.add_config(words[2:])
+    flags.DEFINE_string("workdir", "", "", flag_values=command.flags)
+    distributed.add_flags(command)
+    assert not command.parse(words[2:], required=("config", "workdir"))
+    config_lib.validate(command.config, 16)
+    return command
+
+
+@pytest.mark.parametrize(("nodes", "extra"), [(1, "cuda"), (2, "cuda"), (1, "tpu")])
+def test_skypilot_runs_a_command_that_deit_understands(nodes, extra, tmp_path):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    # https://docs.skypilot.co/en/latest/reference/yaml-spec.html
+    assert set(task) == {
+        *("name", "num_nodes", "resources", "workdir", "envs", "file_mounts", "setup", "run")
+    }
+    program(tmp_path / ".venv" / "bin" / "deit", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    told = {"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"}
+    told["SKYPILOT_NODE_IPS"] = "10.0.0.1\n10.0.0.2"
+    environment = os.environ | task["envs"] | told | {"EXTRA": extra}
+    done = subprocess.run(
+        ["bash", "-c", task["run"]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    command = check_command(["deit", *done.stdout.splitlines()])
+    assert command.flags.workdir == "/bucket/runs/deit_base_distilled"
+    assert command.flags.multihost == (nodes > 1 or extra == "tpu")
+    if nodes > 1:
+        assert command.flags.coordinator == "10.0.0.1:12345"
+        assert (command.flags.num_processes, command.flags.process_id) == (2, 1)
+
+
+def test_dockerfile_has_its_targets():
+    text = (LAUNCH / "Dockerfile").read_text()
+    stages = re.findall(r"^FROM (\S+) AS (\w+)$", text, re.MULTILINE)
+    assert [name for _, name in stages] == ["base", "cpu", "cuda", "tpu"]
+    assert {base for base, _ in stages[1:]} == {"base"}
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    extras = re.findall(r'"\.\[([\w,]+)\]"', text)
+    assert len(extras) == 3
+    assert {e for group in extras for e in group.split(",")} <= set(
+        parser["options.extras_require"]
+    )
+
+
+def test_no_launcher_sets_a_hyper_parameter():
+    """They may say which config, where data and weights are, and where the run is kept."""
+    allowed = {"data.dir", "teacher.weights"}
+    for path in LAUNCH.iterdir():
+        assert set(re.findall(r"--config\.([\w.]+)", path.read_text())) <= allowed, path
