@@ -20,15 +20,15 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(275, int(30.75 * GIB), 1.05, config="megacore"),
-    "v5e": Chip(197, int(15.75 * GIB), 1.5),
-    "v5p": Chip(459, int(95.73 * GIB), 1.75, config="megacore"),
-    "v6e": Chip(918, int(31.24 * GIB), 1.75),
-    "tpu7x": Chip(2307, int(2 * 94.74 * GIB), 2.2, devices=2),
-    "a100": Chip(312),
-    "h100": Chip(989),
-    "h200": Chip(989),
-    "b200": Chip(2250),
+    "v4": Chip(275.0, int(30.75 * GIB), 1.05, config="megacore"),
+    "v5e": Chip(197.0, int(15.75 * GIB), 1.5),
+    "v5p": Chip(459.0, int(95.73 * GIB), 1.75, config="megacore"),
+    "v6e": Chip(918.0, int(31.24 * GIB), 1.75),
+    "tpu7x": Chip(2307.0, int(2 * 94.74 * GIB), 2.2, devices=2),
+    "a100": Chip(312.0),
+    "h100": Chip(989.0),
+    "h200": Chip(989.0),
+    "b200": Chip(2250.0),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.hbm_bytes)
 # What JAX calls them.

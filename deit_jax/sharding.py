@@ -24,7 +24,7 @@ MIN_SHARDED_SIZE = 2**14  # elements; below, gathering costs more than the memor
 # qkv's axis holds [all q | all k | all v], so that a share of it is not a share of the heads: the
 # model takes it apart by heads, and XLA moves the kernel, not the activations, to where they belong
 # (models/vit.py). Two blocks of DeiT-B, 64 images a chip, tensor=2, gather 35 MB and take 12.7 M
-# cycles so; with one product for q, k and v 234 MB and 16.6 M; split over the inputs 304 MB, 17.0 M.
+# cycles; with one product for q, k and v 234 MB and 16.6 M, by inputs 304 MB and 17.0 M.
 TENSOR_RULES = (
     (r"mlp/fc1/(kernel|bias)", -1),
     (r"mlp/fc2/kernel", 0),

@@ -3,6 +3,7 @@
 The compiler for TPUs comes with the extra `test`; TEST_TPU=0 does without it.
 """
 
+import dataclasses
 import itertools
 import os
 
@@ -97,8 +98,8 @@ def test_deit_b_distilled_fits_a_v5e_at_128_images_a_chip(tpu):
 
 def test_what_does_not_fit_is_said_with_a_remedy(tpu, capsys, monkeypatch):
     """A chip of 64 MiB stands for a model too large."""
-    chip = chips.CHIPS["v5e"]
-    monkeypatch.setitem(plan.CHIPS, "v5e", chip.__class__(197, 64 * 2**20, 1.5))
+    chip = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=64 * 2**20)
+    monkeypatch.setitem(plan.CHIPS, "v5e", chip)
     result = plan.plan(small(**{"model.depth": 1}), "v5e:2x2")
     assert not result["fits"]
     text = plan.report(result) + plan.advice(result, list(plan.alternatives(small(), 4)))
