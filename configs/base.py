@@ -120,7 +120,11 @@ def get_config() -> ConfigDict:
     c.optim.ema_decay = 0.99996  # exponential moving average of the weights; 0 = none
 
     c.mesh = ConfigDict()
-    c.mesh.fsdp = 1  # devices that share one copy of the weights; the others are data-parallel
+    # Devices along each axis; they multiply to all there are, and one may be -1 = the rest.
+    c.mesh.data = -1  # each has its own examples and a copy of the weights
+    c.mesh.fsdp = 1  # each has its own examples; together they hold one copy of the weights
+    c.mesh.tensor = 1  # share the examples; each computes some heads, hidden units and classes
+    c.mesh.slices = 1  # TPU slices of the job; data runs across them and must be a multiple
 
     c.train = ConfigDict()
     c.train.log_every_steps = 50

@@ -11,6 +11,7 @@ COMMANDS = {
     "prepare": "turn images into a TFDS data set, without TensorFlow",
     "inspect": "draw training images as the model is given them",
     "bench": "measure the training step, or the input pipeline",
+    "plan": "what a training step needs on TPUs that are not there",
 }
 USAGE = f"""DeiT in JAX: train, evaluate and use data-efficient image transformers.
 

@@ -19,6 +19,7 @@ import numpy as np
 from deit_jax import cli, sharding
 from deit_jax import config as config_lib
 from deit_jax import teacher as teacher_lib
+from deit_jax.chips import CHIPS, device_of
 from deit_jax.data import decode, pipeline
 from deit_jax.data.augment import make_augment
 from deit_jax.data.resize import choose, resize_pillow
@@ -38,28 +39,6 @@ what the config's model needs on a device.
 
   deit bench --config=configs/quickstart.py
   deit bench --config=configs/deit.py:variant=small --input-only --device=h100x8"""
-# Dense bfloat16 peaks in TFLOP/s, from the makers' data sheets.
-PEAK_TFLOPS = {
-    "v4": 275,
-    "v5e": 197,
-    "v5p": 459,
-    "v6e": 918,
-    "a100": 312,
-    "h100": 989,
-    "h200": 989,
-    "b200": 2250,
-}
-# What JAX calls them.
-KINDS = {
-    r"TPU v4": "v4",
-    r"TPU v5 ?(lite|e)": "v5e",
-    r"TPU v5(p|$)": "v5p",
-    r"TPU v6 ?(lite|e)": "v6e",
-    r"A100": "a100",
-    r"H100": "h100",
-    r"H200": "h200",
-    r"B200": "b200",
-}
 STAGES = ("read", "decode", "crop", "augment", "wait")
 UNKNOWN_CLASSES = 1000
 
@@ -90,14 +69,9 @@ def parse_device(text: str) -> tuple[str, int]:
     """Return the kind and number of devices that `v5e-8` or `h100x8` means; raise UserError."""
     match = re.fullmatch(r"([a-z]+\d+[a-z]?)(?:[-x](\d+))?", text.lower())
     kind, count = (match[1], int(match[2] or 1)) if match else ("", 0)
-    if kind not in PEAK_TFLOPS or count < 1:
-        raise UserError(f"--device={text}: give one of {', '.join(PEAK_TFLOPS)}, as in v5e-8")
+    if kind not in CHIPS or count < 1:
+        raise UserError(f"--device={text}: give one of {', '.join(CHIPS)}, as in v5e-8")
     return kind, count
-
-
-def device_of(kind: str) -> str | None:
-    """Return which device JAX's `device_kind` is, None for one whose peak is not known."""
-    return next((name for pattern, name in KINDS.items() if re.search(pattern, kind)), None)
 
 
 def assumed_mfu(flops: float) -> float:
@@ -110,7 +84,7 @@ def need(flops: float, device: str, mfu: float) -> dict[str, Any]:
     """Return how many images a second a device can use, at an assumed share of its peak."""
     kind, count = parse_device(device)
     mfu = mfu or assumed_mfu(flops)
-    rate = PEAK_TFLOPS[kind] * 1e12 * count * mfu / flops
+    rate = CHIPS[kind].peak_tflops * 1e12 * count * mfu / flops
     return {"device": f"{kind}-{count}", "assumed_mfu": mfu, "images_per_second": rate}
 
 
@@ -168,8 +142,7 @@ def crop(pixels: np.ndarray, augment, size: int, rng, resize) -> np.ndarray:
 
 def input_rate(config, dataset: Dataset, seconds: float, threads: int) -> float:
     """Return images per second of the real pipeline, nobody waiting for a model."""
-    rows = pipeline.local_rows(config.batch_size, 0, 1)
-    batches = train_batches(config, dataset, rows)
+    batches = train_batches(config, dataset, range(config.batch_size))
     loader = pipeline.load(batches, 0, 2**31, threads, config.data.prefetch_batches)
     with contextlib.closing(loader):
         next(loader)  # starts the threads
@@ -240,19 +213,21 @@ def bench_step(config, seconds: float) -> dict[str, Any]:
     The batch is on the devices already. `mfu` is None where the device's peak is not known,
     `peak_bytes` (of the fullest device) where the backend does not tell.
     """
-    config_lib.validate(_without_teacher_weights(config), jax.device_count())
+    config_lib.validate(without_teacher_weights(config), jax.device_count())
     dataset = synthetic(config)
     teacher = random_teacher(config, len(dataset.classes))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), dataset, teacher)
         try:
-            batch = sharding.to_devices(_random_batch(config, len(dataset.classes)), trainer.mesh)
+            batch = _random_batch(config, len(dataset.classes), trainer.mesh)
             compile_s, times = _time_steps(trainer, batch, seconds)
         finally:
             trainer.checkpointer.close()
     step_s, kind = statistics.median(times), jax.devices()[0].device_kind
     flops = flops_per_image(config, len(dataset.classes)) * config.batch_size
-    peak = PEAK_TFLOPS.get(device_of(kind))
+    chip = CHIPS.get(device_of(kind))
+    # JAX's devices are whole chips but for tpu7x, of which it makes two.
+    peak = chip and chip.peak_tflops / chip.devices
     used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     return {
         "device": kind,
@@ -268,7 +243,7 @@ def bench_step(config, seconds: float) -> dict[str, Any]:
     }
 
 
-def _without_teacher_weights(config):
+def without_teacher_weights(config):
     config = config.copy_and_resolve_references()
     if config.distill.kind != "none" and not config.teacher.weights:
         config.teacher.epochs = 1.0  # stands for the weights that a bench does not need
@@ -276,13 +251,14 @@ def _without_teacher_weights(config):
     return config
 
 
-def _random_batch(config, num_classes: int) -> dict[str, np.ndarray]:
+def _random_batch(config, num_classes: int, mesh) -> dict[str, jax.Array]:
+    share = len(sharding.local_rows(mesh, config.batch_size))
     rng, size = np.random.default_rng(0), config_lib.image_size(config.model)
-    share = len(pipeline.local_rows(config.batch_size, 0, jax.process_count()))
-    return {
+    batch = {
         "image": rng.integers(0, 256, (share, size, size, 3), np.uint8),
         "label": rng.integers(0, num_classes, share, np.int32),
     }
+    return sharding.to_devices(batch, mesh, config.batch_size)
 
 
 def _time_steps(trainer: Trainer, batch, seconds: float) -> tuple[float, list[float]]:
@@ -343,7 +319,7 @@ def main(argv: list[str]) -> None:
     cli.no_words(command.parse(argv, required=("config",)))
     config, values = command.config, command.flags
     if values.input_only:
-        config_lib.validate(_without_teacher_weights(config), num_devices=1)
+        config_lib.validate(without_teacher_weights(config), num_devices=1)
         result, report = (
             bench_input(config, values.seconds, values.device, values.mfu),
             input_report,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from deit_jax import sharding
 from deit_jax.data.augment import make_augment
 from deit_jax.errors import UserError
 from deit_jax.models import registry
@@ -18,7 +19,10 @@ HARMLESS = (
     "data.dir",
     "data.prefetch_batches",
     "data.threads",
+    "mesh.data",
     "mesh.fsdp",
+    "mesh.slices",
+    "mesh.tensor",
     "train.eval_batch_size",
     "train.eval_every_epochs",
     "train.keep_checkpoints",
@@ -143,21 +147,17 @@ def _check_images(config: ConfigDict, check) -> None:
 
 def _check_batches(config: ConfigDict, num_devices: int, check) -> None:
     batch, accum, group = config.batch_size, config.optim.accum_steps, config.mixing.group_size
-    fsdp = config.mesh.fsdp
+    data, fsdp, _ = sharding.mesh_sizes(config.mesh, num_devices)
+    shares = f"mesh.data={data} x mesh.fsdp={fsdp}"
     check(
-        fsdp > 0 and num_devices % fsdp == 0,
-        "mesh.fsdp",
-        f"must divide the number of devices, {num_devices}",
-    )
-    check(
-        batch % (num_devices * accum) == 0,
+        batch % (data * fsdp * accum) == 0,
         "batch_size",
-        f"must be a multiple of {num_devices} devices x optim.accum_steps={accum}",
+        f"must be a multiple of {shares} x optim.accum_steps={accum}",
     )
     check(
-        config.train.eval_batch_size % num_devices == 0,
+        config.train.eval_batch_size % (data * fsdp) == 0,
         "train.eval_batch_size",
-        f"must be a multiple of the number of devices, {num_devices}",
+        f"must be a multiple of {shares}",
     )
     if config.mixing.prob > 0 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha):
         check(batch % group == 0, "mixing.group_size", f"must divide batch_size={batch}")

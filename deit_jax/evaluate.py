@@ -27,11 +27,10 @@ class Evaluator:
     """Evaluate variables of one model, or a teacher, on a fixed set of examples."""
 
     def __init__(self, config, source, image_size: int, mesh):
-        rows = pipeline.local_rows(
-            config.train.eval_batch_size, jax.process_index(), jax.process_count()
-        )
+        self._batch_size = config.train.eval_batch_size
+        rows = sharding.local_rows(mesh, self._batch_size)
         self._batches = pipeline.EvalBatches(
-            source, config.train.eval_batch_size, image_size, config.data.eval_crop_ratio, rows
+            source, self._batch_size, image_size, config.data.eval_crop_ratio, rows
         )
         self.image_size = image_size
         self._data, self._mesh, self._examples = config.data, mesh, len(source)
@@ -64,7 +63,7 @@ class Evaluator:
             self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
         )
         for batch in loader:
-            counts = count(batch=sharding.to_devices(batch, self._mesh))
+            counts = count(batch=sharding.to_devices(batch, self._mesh, self._batch_size))
             totals = counts if totals is None else jax.tree.map(jax.numpy.add, totals, counts)
         return jax.tree.map(lambda n: 100.0 * int(n) / self._examples, jax.device_get(totals))
 
@@ -86,7 +85,7 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
     The model and the normalisation of its input are the weights' own; batch size, data and crop
     come from `config`. Raise UserError if they know another number of classes than the data has.
     """
-    mesh = sharding.make_mesh(config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh)
     dataset = open_dataset(config.data)
     opened = weights_lib.open_model(source, model, dtype=config.dtype)
     if len(opened.classes) != len(dataset.classes):
@@ -98,19 +97,19 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
     config.data.mean, config.data.std = opened.mean, opened.std
     evaluator = Evaluator(config, dataset.eval, opened.image_size, mesh)
 
-    def place(tree):
-        return jax.device_put(tree, sharding.state_shardings(mesh, tree))
+    def place(tree, model):
+        return jax.device_put(tree, sharding.state_shardings(mesh, tree, model))
 
     results = {"examples": len(dataset.eval)}
-    results |= evaluator.model(opened.model, place(opened.variables))
+    results |= evaluator.model(opened.model, place(opened.variables, opened.model))
     if opened.run is None:
         return results
     if opened.run.ema is not None:
-        results["ema"] = evaluator.model(opened.model, place(opened.run.ema))
+        results["ema"] = evaluator.model(opened.model, place(opened.run.ema, opened.model))
     weights = teacher_lib.weights_path(opened.run.config, source)
     if weights:
         teacher, params = teacher_lib.load_teacher(opened.run.config, weights, dataset.classes)
-        results["teacher"] = evaluator.teacher(teacher, place(params))
+        results["teacher"] = evaluator.teacher(teacher, place(params, teacher.model))
     return results
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ and mixed, each under its label or mixture of labels.
 ROWS = COLUMNS = 8
 
 
-def train_batches(config, dataset: Dataset, rows: range) -> pipeline.TrainBatches:
+def train_batches(config, dataset: Dataset, rows: Sequence[int]) -> pipeline.TrainBatches:
     """Return the batches that `deit train` would load, or some rows of them."""
     order = pipeline.EpochOrder(
         len(dataset.train), config.batch_size, config.augment.repeats, config.seed

@@ -1,33 +1,104 @@
-"""The mesh of devices, and where each array lives on it. Models know nothing of this."""
+"""The mesh of devices, and where each array lives on it. Models know nothing of this.
+
+Three axes: "data" and "fsdp" split the batch, "fsdp" (ZeRO-3) splits the weights besides, and
+"tensor" splits attention heads, hidden units and classes (Megatron's layout). The slices of a
+multi-slice TPU job are joined by "data" alone, whose traffic a data-center network can carry.
+"""
+
+import re
+from collections.abc import Iterable
+from math import prod
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deit_jax.errors import UserError
+from deit_jax.optim import path_name
 
-BATCH_AXES = ("data", "fsdp")  # both split the batch; "fsdp" splits the weights besides
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**14  # elements; below, gathering costs more than the memory it saves
+# Which axis "tensor" splits, by the end of the path; every other parameter stays whole on it.
+# qkv's axis holds [all q | all k | all v], so that a share of it is not a share of the heads: the
+# model takes it apart by heads, and XLA moves the kernel, not the activations, to where they belong
+# (models/vit.py). Two blocks of DeiT-B, 64 images a chip, tensor=2, gather 35 MB and take 12.7 M
+# cycles; with one product for q, k and v 234 MB and 16.6 M, by inputs 304 MB and 17.0 M.
+TENSOR_RULES = (
+    (r"mlp/fc1/(kernel|bias)", -1),
+    (r"mlp/fc2/kernel", 0),
+    (r"head(_dist)?(/fc)?/(kernel|bias)", -1),
+    (r"attn/proj/kernel", 0),
+    (r"attn/qkv/kernel", -1),
+)
 
 
-def make_mesh(fsdp: int, devices=None) -> Mesh:
-    """Return all devices as a (data, fsdp, tensor) mesh; `fsdp` of them share one copy of weights.
+def mesh_sizes(mesh, num_devices: int) -> tuple[int, int, int]:
+    """Return the sizes of AXES that a config's `mesh` means, -1 being what the others leave.
 
-    Raise UserError if `fsdp` does not divide the number of devices.
+    Raise UserError unless they multiply to the number of devices, evenly over the slices.
     """
-    devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or len(devices) % fsdp:
-        raise UserError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices")
-    return jax.make_mesh(
-        (len(devices) // fsdp, fsdp, 1),
-        ("data", "fsdp", "tensor"),
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices,
+    sizes = {name: mesh[name] for name in AXES}
+    for name in (*AXES, "slices"):
+        if mesh[name] < 1 and (mesh[name] != -1 or name == "slices"):
+            remedy = "must be at least 1" if name == "slices" else "must be at least 1, or -1"
+            raise UserError(f"config.mesh.{name}={mesh[name]}: {remedy}")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"config.mesh.{free[1]}=-1: only one of {', '.join(AXES)} can be -1, and "
+            f"mesh.{free[0]} is"
+        )
+    rest = prod(size for size in sizes.values() if size != -1)
+    if free and num_devices % rest == 0:
+        sizes[free[0]] = num_devices // rest
+    if prod(sizes.values()) != num_devices:
+        text = " x ".join(f"mesh.{n}={s}" for n, s in sizes.items() if s not in (1, -1))
+        verb = "must divide" if free else "must be"
+        raise UserError(
+            f"config.{text or 'mesh.data=1'}: {verb} the number of devices, {num_devices}"
+        )
+    if sizes["data"] % mesh.slices:
+        raise UserError(
+            f"config.mesh.slices={mesh.slices}: must divide mesh.data={sizes['data']}, which "
+            "joins the slices"
+        )
+    return tuple(sizes.values())
+
+
+def make_mesh(mesh, devices: Iterable | None = None) -> Mesh:
+    """Return the (data, fsdp, tensor) mesh of all or given devices for a config's `mesh`.
+
+    Neighbours on the inner axes are neighbours in the hardware. Raise UserError if the sizes do not
+    fit the devices, or `mesh.slices` is not the number of slices that they are in.
+    """
+    grid = device_grid(mesh, jax.devices() if devices is None else list(devices))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(mesh, devices: list) -> np.ndarray:
+    """Return the devices as an array with one axis for each of AXES; see make_mesh."""
+    data, fsdp, tensor = mesh_sizes(mesh, len(devices))
+    found = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    # On a GPU each host is a slice to JAX; there it is the user's choice to group by them.
+    if mesh.slices != found and (mesh.slices > 1 or devices[0].platform == "tpu"):
+        raise UserError(
+            f"config.mesh.slices={mesh.slices}: the devices are in {found} slice(s); set "
+            f"--config.mesh.slices={found}"
+        )
+    if mesh.slices > 1:
+        inner, outer = (data // mesh.slices, fsdp, tensor), (mesh.slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_device_mesh(
+        (data, fsdp, tensor), devices, allow_split_physical_axes=True
     )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Split the first axis over all devices."""
+    """Split the first axis over data and fsdp; devices along tensor share their examples."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -36,22 +107,90 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(mesh: Mesh, tree):
-    """Return for each array its sharding: the largest axis that `fsdp` divides, or replicated."""
+def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> list[int]:
+    """Return, ascending, the rows of a global batch that a process's devices hold; None = this.
 
-    def rule(leaf):
-        size = mesh.shape["fsdp"]
-        axes = [a for a, n in enumerate(leaf.shape) if n % size == 0]
-        if size == 1 or not axes or np.prod(leaf.shape) < MIN_SHARDED_SIZE:
-            return replicated(mesh)
-        largest = max(axes, key=lambda a: leaf.shape[a])
-        spec = [None] * largest + ["fsdp"]
-        return NamedSharding(mesh, PartitionSpec(*spec))
+    Not simply the process's share in order: on a torus neighbours in the mesh may belong to any
+    process, and processes along tensor hold the same rows.
+    """
+    process = jax.process_index() if process is None else process
+    places = batch_sharding(mesh).devices_indices_map((batch_size,))
+    ranges = {
+        index[0].indices(batch_size)[:2]
+        for device, index in places.items()
+        if device.process_index == process
+    }
+    return [row for start, stop in sorted(ranges) for row in range(start, stop)]
 
-    return jax.tree.map(rule, tree)
 
-
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays of this process's rows of the batch."""
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, jax.Array]:
+    """Make global arrays of `size` examples out of this process's `local_rows`."""
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    return {
+        k: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:]))
+        for k, v in batch.items()
+    }
+
+
+def state_shardings(mesh: Mesh, tree, model):
+    """Return the sharding of each array: of `model`'s parameters, and of what mirrors them.
+
+    These are moments, averages and gradients, whose paths end like a parameter's.
+    """
+    heads = getattr(model, "num_heads", None)
+
+    def place(path, leaf):
+        return NamedSharding(mesh, leaf_spec(path_name(path), leaf.shape, mesh.shape, heads)[0])
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def unsplit(mesh: Mesh, params, model) -> list[str]:
+    """Return one line for each kind of parameter that an axis of the mesh does not divide.
+
+    Blocks are counted as one: `blocks_*/attn/qkv/kernel`.
+    """
+    lines, heads = {}, getattr(model, "num_heads", None)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        for reason in leaf_spec(name, leaf.shape, mesh.shape, heads)[1]:
+            lines[f"{re.sub(r'_?[0-9]+(?=/)', '_*', name)} is not split: {reason}"] = None
+    return list(lines)
+
+
+def leaf_spec(
+    name: str, shape: tuple[int, ...], sizes, heads: int | None = None
+) -> tuple[PartitionSpec, list[str]]:
+    """Return where an array of this path and shape lives, and why it is split less than asked.
+
+    First "tensor" by TENSOR_RULES, then "fsdp" over the largest other axis that it divides, the
+    first of equals. `sizes` maps the mesh's axes to their lengths.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    reasons = []
+    axis, count, what = _tensor_axis(name, shape, heads)
+    if sizes["tensor"] > 1 and axis is not None:
+        if count % sizes["tensor"] == 0:
+            spec[axis] = "tensor"
+        else:
+            reasons.append(f"mesh.tensor={sizes['tensor']} does not divide {count} {what}")
+    if sizes["fsdp"] > 1 and prod(shape) >= MIN_SHARDED_SIZE:
+        axes = [a for a, n in enumerate(shape) if n % sizes["fsdp"] == 0 and spec[a] is None]
+        if axes:
+            spec[max(axes, key=lambda a: shape[a])] = "fsdp"
+        else:
+            reasons.append(f"mesh.fsdp={sizes['fsdp']} divides no free axis of {list(shape)}")
+    while spec and spec[-1] is None:  # P("fsdp", None) and P("fsdp") mean the same, but differ
+        spec.pop()
+    return PartitionSpec(*spec), reasons
+
+
+def _tensor_axis(name: str, shape, heads: int | None) -> tuple[int | None, int, str]:
+    """Return the axis of a leaf that "tensor" splits, into how many pieces at most, and of what."""
+    for pattern, axis in TENSOR_RULES:
+        if re.search(rf"(^|/){pattern}$", name):
+            axis %= len(shape)
+            if "attn/" in name:
+                return axis, heads or 1, "attention heads"
+            return axis, shape[axis], "classes" if "head" in name else "hidden units"
+    return None, 0, ""

@@ -46,6 +46,14 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     return c
 
 
+def jit_train_step(model, teacher, tx, recipe: Recipe, mesh, state_shardings):
+    """Return the step as a run compiles it, which `deit plan` does too, for other devices."""
+    step = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))
+    )
+
+
 class Trainer:
     """A run: its data, its compiled step and its state, restored from the workdir if it began.
 
@@ -57,11 +65,12 @@ class Trainer:
         self, config: ConfigDict, workdir: Path, dataset: Dataset, teacher=None, start=None
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
-        self.mesh = sharding.make_mesh(config.mesh.fsdp)
+        self.mesh = sharding.make_mesh(config.mesh)
         size = config_lib.image_size(config.model)
         self.model = config_lib.build_model(config.model, len(dataset.classes), config.dtype)
         self.teacher, params = teacher or (None, None)
-        self.teacher_params = jax.device_put(params, sharding.state_shardings(self.mesh, params))
+        places = sharding.state_shardings(self.mesh, params, getattr(self.teacher, "model", None))
+        self.teacher_params = jax.device_put(params, places)
         self.order = pipeline.EpochOrder(
             len(dataset.train), config.batch_size, config.augment.repeats, config.seed
         )
@@ -84,7 +93,9 @@ class Trainer:
         key = jax.random.key(self.config.seed)
         abstract = jax.eval_shape(init, key)
         # Built under jit with these shardings, no device ever holds more than its share.
-        self.state_shardings = sharding.state_shardings(self.mesh, abstract)
+        self.state_shardings = sharding.state_shardings(self.mesh, abstract, self.model)
+        for line in sharding.unsplit(self.mesh, abstract.params, self.model):
+            log.warning(line)
         if self.checkpointer.latest_step is None:
             state = jax.jit(init, out_shardings=self.state_shardings)(key)
             return state if start is None else self._begin_with(state, start)
@@ -106,17 +117,9 @@ class Trainer:
         )
 
     def _compile_step(self):
-        step = functools.partial(
-            train_step,
-            model=self.model,
-            teacher=self.teacher,
-            tx=self.tx,
-            recipe=Recipe.from_config(self.config, len(self.dataset.classes)),
-        )
-        return jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(self.state_shardings, sharding.replicated(self.mesh)),
+        recipe = Recipe.from_config(self.config, len(self.dataset.classes))
+        return jit_train_step(
+            self.model, self.teacher, self.tx, recipe, self.mesh, self.state_shardings
         )
 
     def run(self) -> None:
@@ -144,7 +147,7 @@ class Trainer:
             began = time.perf_counter()
             batch = next(loader)
             meter.waited(time.perf_counter() - began)
-            batch = sharding.to_devices(batch, self.mesh)
+            batch = sharding.to_devices(batch, self.mesh, self.config.batch_size)
             self.state, values = self._step(self.state, self.teacher_params, batch)
             # Step n's metrics are fetched while step n + 1 runs, so that the device never waits.
             if in_flight:
@@ -157,7 +160,7 @@ class Trainer:
                 meter.read()  # the next reading is of training alone
 
     def _train_batches(self) -> pipeline.TrainBatches:
-        rows = pipeline.local_rows(self.config.batch_size, jax.process_index(), jax.process_count())
+        rows = sharding.local_rows(self.mesh, self.config.batch_size)
         size, data = config_lib.image_size(self.config.model), self.config.data
         return pipeline.TrainBatches(
             self.dataset.train,
@@ -227,6 +230,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir)
     config_lib.validate(config, jax.device_count())
+    sharding.make_mesh(config.mesh)
     config_lib.build_model(config.model, num_classes=2)  # a mistake in it should stop us here
     config = config.copy_and_resolve_references()
     config.data.decoder = _decoder(config, workdir)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import deit, quickstart
 from deit_jax import __main__ as program
-from deit_jax import bench
+from deit_jax import bench, chips
 from deit_jax.data import pipeline
 from deit_jax.data.sources import ArraySource, Dataset
 from deit_jax.errors import UserError
@@ -121,13 +121,14 @@ def test_the_step_is_timed_on_random_images_without_data_or_teacher(tiny_config)
         ("TPU v5", "v5p"),
         ("TPU v4", "v4"),
         ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-40GB", "a100"),
         ("cpu", None),
     ],
 )
 def test_devices_are_known_by_the_names_that_jax_gives_them(kind, name):
-    assert bench.device_of(kind) == name
+    assert chips.device_of(kind) == name
 
 
 def test_each_mistake_is_one_line(capsys):

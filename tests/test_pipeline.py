@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 from configs import base
 from deit_jax.data import decode, pipeline, resize
-from deit_jax.data.pipeline import EpochOrder, EvalBatches, TrainBatches, local_rows
+from deit_jax.data.pipeline import EpochOrder, EvalBatches, TrainBatches
 from deit_jax.data.sources import ArraySource, FolderSource, open_dataset
 from deit_jax.errors import UserError
 
@@ -189,6 +189,12 @@ def test_any_start_and_number_of_threads_gives_the_same_bytes(noise):
     assert not equal(alone[0], train_batches(noise, seed=1)(0))
 
 
+def local_rows(batch_size, process, processes):
+    """Return one process's share where processes hold the batch in order."""
+    share = batch_size // processes
+    return range(process * share, (process + 1) * share)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 4, 16])
 def test_any_number_of_processes_gives_the_same_bytes(noise, processes):
     for step in (0, 5):
@@ -198,6 +204,14 @@ def test_any_number_of_processes_gives_the_same_bytes(noise, processes):
             for process in range(processes)
         ]
         assert equal(whole, {k: np.concatenate([p[k] for p in parts]) for k in whole})
+
+
+def test_scattered_rows_are_those_of_the_whole_batch(noise):
+    """On a torus a process's devices are seldom neighbours in the mesh."""
+    rows = [0, 1, 5, 6, 7, 15]
+    for step in (0, 3):
+        whole, part = train_batches(noise)(step), train_batches(noise, rows=rows)(step)
+        assert equal({k: v[rows] for k, v in whole.items()}, part)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -36,14 +36,14 @@ def make_teacher():
 
 def build(config, devices=None):
     """Return (jitted step, state, teacher's params, mesh) as train.py builds them."""
-    mesh = sharding.make_mesh(config.mesh.fsdp, devices)
+    mesh = sharding.make_mesh(config.mesh, devices)
     model = config_lib.build_model(config.model, K, "float32")
     tx = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, config.epochs, 5))
     init = functools.partial(
         step.init_state, model=model, image_size=SIZE, tx=tx, ema_decay=config.optim.ema_decay
     )
     key = jax.random.key(config.seed)
-    places = sharding.state_shardings(mesh, jax.eval_shape(init, key))
+    places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
     state = jax.jit(init, out_shardings=places)(key)
     teacher, teacher_params = make_teacher() if config.distill.kind != "none" else (None, None)
     teacher_params = jax.device_put(teacher_params, sharding.replicated(mesh))
@@ -61,7 +61,7 @@ def build(config, devices=None):
 def run(config, devices=None, steps=2):
     jitted, state, teacher_params, mesh = build(config, devices)
     for _ in range(steps):
-        state, metrics = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh))
+        state, metrics = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh, B))
     return jax.device_get((state, metrics))
 
 
@@ -69,15 +69,18 @@ def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-5), a, b)
 
 
-@pytest.mark.parametrize(("fsdp", "kind"), [(1, "hard"), (4, "soft")])
-def test_eight_devices_take_the_step_of_one(tiny_config, fsdp, kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "kind"), [((8, 1, 1), "hard"), ((2, 4, 1), "soft"), ((2, 2, 2), "hard")]
+)
+def test_eight_devices_take_the_step_of_one(tiny_config, sizes, kind, monkeypatch):
     """Drop-path, mixing, erasing and distillation on: every random draw must agree."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     tiny_config.model.drop_path = 0.2
+    tiny_config.model.width, tiny_config.model.num_heads = 32, 4
     tiny_config.distill.kind = kind
     tiny_config.optim.eps = 1e-4  # AdamW's first steps are signs of gradients: tame rounding at 0
     one, metrics_one = run(tiny_config, jax.devices()[:1])
-    tiny_config.mesh.fsdp = fsdp
+    tiny_config.mesh.data, tiny_config.mesh.fsdp, tiny_config.mesh.tensor = sizes
     eight, metrics_eight = run(tiny_config)
     assert_close(one.params, eight.params, 1e-5)
     assert_close(one.ema, eight.ema, 1e-5)
@@ -112,7 +115,7 @@ def test_micro_batches_move_no_image_between_devices(tiny_config):
     tiny_config.optim.accum_steps, tiny_config.distill.kind = 4, "none"
     tiny_config.mixing.prob, tiny_config.augment.erase_prob = 0.0, 0.0
     jitted, state, teacher_params, mesh = build(tiny_config)
-    batch = sharding.to_devices(make_batch(), mesh)
+    batch = sharding.to_devices(make_batch(), mesh, B)
     hlo = jitted.lower(state, teacher_params, batch).compile().as_text()
     for collective in ("all-gather(", "all-to-all(", "collective-permute("):
         assert collective not in hlo, collective
@@ -125,7 +128,7 @@ def test_step_is_the_gradient_of_the_written_out_objective(tiny_config):
     c.mixing.prob, c.augment.erase_prob, c.loss.smoothing = 0.0, 0.0, 0.0
     c.optim.name, c.optim.b1, c.optim.weight_decay, c.optim.warmup_epochs = "sgd", 0.0, 0.0, 0.0
     jitted, state, teacher_params, mesh = build(c)
-    new, _ = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh))
+    new, _ = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh, B))
     batch = make_batch()
     images = (batch["image"] / 255.0 - np.array(MEAN)) / np.array(STD)
     teacher, _ = make_teacher()
@@ -198,7 +201,7 @@ def test_teacher_sees_its_own_resolution():
 
 def test_ema_averages_parameters(tiny_config):
     jitted, state, teacher_params, mesh = build(tiny_config)
-    batch = sharding.to_devices(make_batch(), mesh)
+    batch = sharding.to_devices(make_batch(), mesh, B)
     new, _ = jitted(state, teacher_params, batch)
     d = tiny_config.optim.ema_decay
     expected = jax.tree.map(lambda e, p: d * e + (1 - d) * p, state.ema["params"], new.params)
@@ -220,7 +223,7 @@ def test_gradient_norm_is_of_the_gradient(tiny_config):
     tiny_config.optim.name, tiny_config.optim.b1, tiny_config.optim.weight_decay = "sgd", 0.0, 0.0
     tiny_config.optim.warmup_epochs = 0.0
     jitted, state, teacher_params, mesh = build(tiny_config)
-    new, metrics = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh))
+    new, metrics = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh, B))
     change = optax.tree.norm(jax.tree.map(lambda a, b: a - b, new.params, state.params))
     np.testing.assert_allclose(metrics["grad_norm"], change / tiny_config.optim.lr, rtol=1e-4)
 

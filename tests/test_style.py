@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare",
     "inspect_data",
     "bench",
+    "plan",
     "picture",
     "__main__",
 }

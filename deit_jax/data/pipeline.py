@@ -2,7 +2,7 @@
 
 Position p of a run's endless stream of examples decides everything about the example there: which
 image, which copy of it, and the random numbers of its augmentation. Batch s is the positions
-[s B, (s + 1) B); a process reads one contiguous part of it, and its threads blocks of that. So a
+[s B, (s + 1) B); a process reads the rows that its devices hold, its threads blocks of that. So a
 run can start at any step, with any number of threads and processes, and meet the same bytes.
 The pixels are those of a decoder (resize.py); another one's differ by rounding, hence a run keeps
 the one that it began with.
@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import cv2
@@ -112,7 +112,7 @@ class TrainBatches:
         order: EpochOrder,
         augment,
         image_size: int,
-        rows: range,
+        rows: Sequence[int],
         decoder: str = "auto",
         skip_unreadable: bool = False,
     ):
@@ -138,11 +138,11 @@ class TrainBatches:
 
     def fill(self, step: int, block: int, batch: Batch) -> None:
         """Decode, crop, flip and augment a block; copies of one image decode it once."""
-        first = step * self._order.batch_size + self._rows.start
+        first = step * self._order.batch_size
         slot, rng_at = None, example_rngs(self._order.seed)
         scratch = np.empty(SCRATCH, np.uint8)
         for row in range(self._cut(first, block), self._cut(first, block + 1)):
-            position = first + row
+            position = first + self._rows[row]
             if (new := self._order.slot(position)) != slot:
                 slot = new
                 name, decoded, label, resize = self._read(slot, scratch)
@@ -153,9 +153,8 @@ class TrainBatches:
     def _cut(self, first: int, block: int) -> int:
         """Return the row where a block begins: about BLOCK a block, copies of an image together."""
         row = block * BLOCK
-        while 0 < row < len(self._rows) and self._order.slot(first + row) == self._order.slot(
-            first + row - 1
-        ):
+        rows, slot = self._rows, self._order.slot
+        while 0 < row < len(rows) and slot(first + rows[row]) == slot(first + rows[row - 1]):
             row += 1
         return min(row, len(self._rows))
 
@@ -199,7 +198,12 @@ class EvalBatches:
     """
 
     def __init__(
-        self, source: Source, batch_size: int, image_size: int, crop_ratio: float, rows: range
+        self,
+        source: Source,
+        batch_size: int,
+        image_size: int,
+        crop_ratio: float,
+        rows: Sequence[int],
     ):
         self._source, self._batch_size, self._rows = source, batch_size, rows
         self._image_size, self._crop_ratio = image_size, crop_ratio
@@ -257,12 +261,6 @@ def _whole(batches: Batches, step: int) -> Batch:
     for block in range(batches.blocks):
         batches.fill(step, block, batch)
     return batch
-
-
-def local_rows(batch_size: int, process: int, processes: int) -> range:
-    """Return the rows of a global batch that one process loads."""
-    share = batch_size // processes
-    return range(process * share, (process + 1) * share)
 
 
 def usable_cores() -> int:

@@ -52,8 +52,35 @@ class PatchEmbed(nn.Module):
         return rearrange(x, "b h w d -> b (h w) d")
 
 
+class QKV(nn.Module):
+    """Project tokens to queries, keys and values with timm's packed kernel [D 3D] and bias [3D].
+
+    It packs [all q | all k | all v], head-major inside each.
+    """
+
+    num_heads: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> tuple[Float[Array, "B N heads d"], ...]:
+        width = x.shape[-1]
+        kernel = self.param("kernel", INIT, (width, 3 * width))
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        # The kernel is taken apart, not its product: the heads are then an axis of their own all
+        # along, and no activation is rearranged, on one device nor between several.
+        kernel = rearrange(
+            kernel, "w (three heads d) -> three w heads d", three=3, heads=self.num_heads
+        )
+        bias = rearrange(bias, "(three heads d) -> three heads d", three=3, heads=self.num_heads)
+        return tuple(
+            jnp.einsum("bnw,whd->bnhd", x, part) + offset
+            for part, offset in zip(kernel, bias, strict=True)
+        )
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values."""
+    """Multi-head self-attention."""
 
     num_heads: int
     dtype: DTypeLike
@@ -61,11 +88,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         width = x.shape[-1]
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=INIT, name="qkv")(x)
-        # timm packs [all q | all k | all v], head-major inside each.
-        q, k, v = rearrange(
-            qkv, "b n (three heads d) -> three b n heads d", three=3, heads=self.num_heads
-        )
+        q, k, v = QKV(self.num_heads, self.dtype, name="qkv")(x)
         # Scales by head_dim^-1/2 and takes the softmax in float32 whatever the dtype.
         out = jax.nn.dot_product_attention(q, k, v)
         out = rearrange(out, "b n heads d -> b n (heads d)")

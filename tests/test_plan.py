@@ -1,0 +1,173 @@
+"""`deit plan`: what it promises of real configs, and that it compiles what Trainer compiles.
+
+The compiler for TPUs comes with the extra `test`; TEST_TPU=0 does without it.
+"""
+
+import dataclasses
+import itertools
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import deit
+from deit_jax import __main__ as program
+from deit_jax import bench, chips, plan, sharding, train
+
+
+@pytest.fixture
+def tpu():
+    """Skip without libtpu where that is wanted."""
+    if os.environ.get("TEST_TPU") == "0":
+        pytest.skip("TEST_TPU=0")
+
+
+def run(capsys, *words):
+    code = program.main(["plan", *words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.strip()
+
+
+def small(**arguments):
+    """Return a two-block DeiT-S with a small teacher, on data that need not be there."""
+    c = deit.get_config("variant=small,distilled=True")
+    c.model.depth, c.teacher.model.name = 2, "regnety_002"
+    c.batch_size, c.optim.ema_decay = 64 * 4, 0.0
+    c.update_from_flattened_dict(arguments)
+    return c
+
+
+def test_data_parallel_moves_each_gradient_once_and_no_image(tpu):
+    """DeiT-S's blocks on v5e:2x2; gradients of kernels leave the backward pass in bfloat16."""
+    result = plan.plan(small(), "v5e:2x2")
+    model = plan.config_lib.build_model(small().model, 1000)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    sizes = {path: leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    float32 = [path for path in sizes if "norm" in jax.tree_util.keystr(path)]
+    expected = 2 * sum(sizes.values()) + 2 * sum(sizes[path] for path in float32)
+    moved = result["collectives"]
+    assert moved["all_reduce"] == pytest.approx(expected, rel=0.01)
+    assert {k: v for k, v in moved.items() if v} == {"all_reduce": moved["all_reduce"]}
+    assert result["fits"]
+    assert result["chips"] == 4
+
+
+def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, monkeypatch):
+    """On the same CPU devices, the plan's program is the Trainer's, to the letter."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    tiny_config.mesh.fsdp = 2
+    dataset = bench.synthetic(tiny_config)
+    trainer = train.Trainer(tiny_config, tmp_path, dataset, bench.random_teacher(tiny_config, 10))
+    trainer.checkpointer.close()
+    batch = bench._random_batch(tiny_config, 10, trainer.mesh)
+    own = trainer._step.lower(trainer.state, trainer.teacher_params, batch)
+    mesh = sharding.make_mesh(tiny_config.mesh)
+    planned, arguments, _ = plan.lower_step(tiny_config, mesh, 10, len(dataset.train))
+    assert planned.as_text() == own.as_text()
+    real = (trainer.state, trainer.teacher_params, batch)
+    same = jax.tree.map(
+        lambda a, b: (
+            (a.shape, a.dtype) == (b.shape, b.dtype)
+            and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        ),
+        arguments,
+        real,
+    )
+    assert all(jax.tree.leaves(same))
+
+
+def test_deit_b_distilled_fits_a_v5e_at_128_images_a_chip(tpu):
+    config = deit.get_config("variant=base,distilled=True")
+    config.batch_size = 128 * 4
+    result = plan.plan(config, "v5e:2x2")
+    assert result["fits"]
+    assert result["images_per_chip"] == 128
+    assert result["per_chip"]["peak_bytes"] <= result["per_chip"]["hbm_bytes"] == 15.75 * 2**30
+    # Counted by the compiler, and by hand: the same operations but for padding and recomputation.
+    assert result["flops_per_step"] == pytest.approx(result["analytic_flops_per_step"], rel=0.1)
+    seconds = result["estimated_cycles"] / 1.5e9
+    assert result["estimated_step_ms"] == pytest.approx(1e3 * seconds)
+    assert result["images_per_second_per_chip"] == pytest.approx(128 / seconds)
+    assert result["hours"] == pytest.approx(300 * (1281167 // 512) * seconds / 3600)
+    assert result["mfu"] == pytest.approx(
+        result["analytic_flops_per_step"] / (4 * 197e12 * seconds)
+    )
+
+
+def test_what_does_not_fit_is_said_with_a_remedy(tpu, capsys, monkeypatch):
+    """A chip of 64 MiB stands for a model too large."""
+    chip = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=64 * 2**20)
+    monkeypatch.setitem(plan.CHIPS, "v5e", chip)
+    result = plan.plan(small(**{"model.depth": 1}), "v5e:2x2")
+    assert not result["fits"]
+    text = plan.report(result) + plan.advice(result, list(plan.alternatives(small(), 4)))
+    for part in ("DOES NOT FIT", "model.remat=True", "mesh.fsdp=4", "batch_size=128", "--sweep"):
+        assert part in text
+
+
+def test_the_compilers_message_names_the_memory():
+    message = "RESOURCE_EXHAUSTED: the total memory required (1.50G) exceeds available HBM (0.5G)."
+    assert plan.used_bytes(message) == 1.5 * 2**30
+    assert plan.used_bytes("Used 20.00M of 15.75G hbm") == 20 * 2**20
+    assert plan.used_bytes("no figure") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("v5e:4x4", ("v5e", 16)), ("v4:2x2x4", ("v4", 16)), ("v6e:16x16", ("v6e", 256))],
+)
+def test_topologies_count_chips(text, found):
+    assert plan.parse_topology(text) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        ([], 2, "--topology=… is missing"),
+        (["--topology=h100:8x1"], 1, "--topology=h100:8x1: give v4, v5e"),
+        (["--topology=v5e:0x4"], 1, "--topology=v5e:0x4: give"),
+        (["--topology=v4:4x4"], 1, "a v4 slice has 3 sides"),
+        (["--topology=v5e:32x16"], 1, "512 chips; at most 256"),
+        (["--topology=v5e:3x3"], 1, "no such slice"),
+        (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], 1, "mesh.fsdp=3"),
+        (["--topology=v5e:4x4", "--config.batch_size=1000"], 1, "batch_size=1000"),
+        (["--topology=v5e:4x4", "--config.data.source=tfds:cifar10"], 1, "--classes=N"),
+    ],
+)
+def test_each_mistake_is_one_line(tpu, capsys, words, code, part):
+    got, out, err = run(capsys, f"--config={deit.__file__}", *words)
+    assert (got, out) == (code, "")
+    assert part in err
+    assert len(err.splitlines()) == 1, err
+
+
+def test_without_the_compiler_the_package_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run(capsys, f"--config={deit.__file__}", "--topology=v5e:4x4")
+    assert code == 1
+    assert err == "deit plan: planning needs the TPU compiler: pip install 'deit_jax[plan]'"
+
+
+def test_weights_are_split_inside_a_slice(tpu):
+    devices = plan.devices_of("v5e:2x2", 2)
+    config = small(**{"mesh.slices": 2, "mesh.fsdp": 4}).mesh
+    mesh = sharding.make_mesh(config, devices)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+    # Every process loads the rows of its own devices, and all together load every row once.
+    shares = [sharding.local_rows(mesh, 64, process) for process in range(2)]
+    assert sorted(itertools.chain(*shares)) == list(range(64))
+
+
+def test_processes_of_a_torus_hold_the_batch_between_them(tpu):
+    """Neighbours in the mesh are neighbours in the torus, not in the order of the hosts."""
+    config = small().mesh
+    mesh = sharding.make_mesh(config, plan.devices_of("v5e:4x4", 1))
+    shares = [sharding.local_rows(mesh, 64, process) for process in range(4)]
+    assert sorted(itertools.chain(*shares)) == list(range(64))
+    assert any(share != list(range(share[0], share[0] + 16)) for share in shares)
+    config.tensor = 8  # two hosts to each half of the batch
+    mesh = sharding.make_mesh(config, plan.devices_of("v5e:4x4", 1))
+    shares = [sharding.local_rows(mesh, 64, process) for process in range(4)]
+    assert sorted(itertools.chain(*shares)) == sorted([*range(64)] * 2)
