@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
@@ -20,6 +21,16 @@ from deit_jax.models.heads import Heads
 from deit_jax.teacher import Teacher
 
 
+def new_health() -> dict[str, Any]:
+    """Return the part of the state that watches over the run."""
+    return {
+        "skipped": np.int32(0),  # steps whose loss or gradient was not finite
+        "skipped_in_row": np.int32(0),  # the latest of them, without a good one since
+        "rollbacks": np.int32(0),  # times that the run went back; offsets the data's seed
+        "mean_loss": np.float32(0),  # running mean, which spikes are measured by
+    }
+
+
 class TrainState(struct.PyTreeNode):
     """All that a checkpoint holds. Random numbers derive from the config's seed and `step`."""
 
@@ -28,6 +39,7 @@ class TrainState(struct.PyTreeNode):
     batch_stats: Any  # running statistics of batch norm; {} in a transformer
     opt_state: Any
     ema: Any  # {"params", "batch_stats"}, averaged; None without averaging
+    health: Any = struct.field(default_factory=new_health)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -86,19 +98,33 @@ def normalise(
 
 def train_step(
     state: TrainState, teacher_params, batch, *, model, teacher: Teacher | None, tx, recipe: Recipe
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+) -> tuple[TrainState, dict[str, Float[Array, ""] | Int[Array, ""]]]:
     """Return the state after one update and the metrics of the step.
 
     `batch` is {"image": uint8 [B H W C], "label": int [B]}; the teacher sees the very tensor that
     the student sees, erased and mixed. Neither gradient nor state exists for the teacher.
     """
-    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    images, targets, key = model_inputs(state.step, batch, recipe)
+    grads, metrics, stats = gradients(
+        state, teacher_params, images, targets, key, model=model, teacher=teacher, recipe=recipe
+    )
+    return update(state, grads, metrics, stats, tx, recipe.ema_decay)
+
+
+def model_inputs(step, batch, recipe: Recipe):
+    """Return normalised, erased and mixed images, their targets, and the key of dropout."""
+    key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     key_erase, key_mix, key_model = jax.random.split(key, 3)
     images = normalise(batch["image"], recipe.mean, recipe.std)
     images = random_erase(key_erase, images, recipe.erase_prob)
     images, targets = mix(
         key_mix, images, batch["label"], recipe.num_classes, recipe.smoothing, recipe.mixing
     )
+    return images, targets, key_model
+
+
+def gradients(state, teacher_params, images, targets, key, *, model, teacher, recipe: Recipe):
+    """Return the gradients, the terms of the loss and the new batch statistics."""
 
     def loss_and_grads(stats, images, targets, key):
         signal = None
@@ -113,17 +139,55 @@ def train_step(
         (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         return grads, *aux
 
-    grads, metrics, stats = accumulate(
-        loss_and_grads, state.batch_stats, images, targets, key_model, recipe.accum_steps
-    )
+    return accumulate(loss_and_grads, state.batch_stats, images, targets, key, recipe.accum_steps)
+
+
+def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
+    """Return the next state and all metrics of the step.
+
+    Where the loss or the gradient is not finite, only the step and the schedule's clock move on.
+    """
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
         new = {"params": params, "batch_stats": stats}
-        ema = optax.incremental_update(new, ema, 1.0 - recipe.ema_decay)
-    metrics |= {"grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+        ema = optax.incremental_update(new, ema, 1.0 - ema_decay)
+
+    def keep(new, old):
+        if isinstance(new, optax.ScaleByScheduleState):  # the learning rate follows the step
+            return new
+        return jnp.where(good, new, old)
+
+    new, old = (params, stats, opt_state, ema), (state.params, state.batch_stats)
+    kept = jax.tree.map(
+        keep,
+        new,
+        (*old, state.opt_state, state.ema),
+        is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
+    )
+    health, watched = watch(state.health, metrics["loss"], good)
+    metrics = {**metrics, "grad_norm": norm, **watched}
+    return TrainState(state.step + 1, *kept, health), metrics
+
+
+def watch(health, loss: Float[Array, ""], good: Bool[Array, ""]):
+    """Return the next health of a state, and what it says of this step.
+
+    `loss_spike` is the loss over its running mean, about 1 in a run that goes well.
+    """
+    bad = (~good).astype(jnp.int32)
+    mean = jnp.where(health["mean_loss"] > 0, health["mean_loss"], loss)
+    health = {
+        "skipped": health["skipped"] + bad,
+        "skipped_in_row": (health["skipped_in_row"] + 1) * bad,
+        "rollbacks": jnp.asarray(health["rollbacks"]),
+        "mean_loss": jnp.where(good, 0.98 * mean + 0.02 * loss, health["mean_loss"]),
+    }
+    said = {"loss_spike": loss / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)}
+    return health, said | {k: health[k] for k in ("skipped", "skipped_in_row")}
 
 
 def apply_train(model, params, stats, images: Float[Array, "B H W C"], key: Key[Array, ""]):
