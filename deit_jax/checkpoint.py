@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from deit_jax import config as config_lib
 from deit_jax import manifest
 from deit_jax.errors import UserError
+from deit_jax.health import new_health
 
 log = logging.getLogger("deit_jax")
 
@@ -203,7 +204,15 @@ class Checkpointer:
         return self._manager.metrics(step) or {}
 
     def _restore(self, step: int, abstract_state):
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        saved = ocp.PyTreeCheckpointHandler().metadata(self._directory / str(step) / "default")
+        old = saved.tree.get("health") is None and hasattr(abstract_state, "health")
+        if old:  # it was saved by a version that had none
+            health, abstract_state = abstract_state.health, abstract_state.replace(health=None)
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        if old:
+            new = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), new_health(), health)
+            state = state.replace(health=new)
+        return state
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         if self._read_only:

@@ -9,26 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from deit_jax.erasing import random_erase
+from deit_jax.health import new_health, watch
 from deit_jax.losses import distillation
 from deit_jax.mixing import mix
 from deit_jax.models.heads import Heads
 from deit_jax.teacher import Teacher
-
-
-def new_health() -> dict[str, Any]:
-    """Return the part of the state that watches over the run."""
-    return {
-        "skipped": np.int32(0),  # steps whose loss or gradient was not finite
-        "skipped_in_row": np.int32(0),  # the latest of them, without a good one since
-        "rollbacks": np.int32(0),  # times that the run went back; offsets the data's seed
-        "mean_loss": np.float32(0),  # running mean, which spikes are measured by
-    }
 
 
 class TrainState(struct.PyTreeNode):
@@ -171,23 +161,6 @@ def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
     health, watched = watch(state.health, metrics["loss"], good)
     metrics = {**metrics, "grad_norm": norm, **watched}
     return TrainState(state.step + 1, *kept, health), metrics
-
-
-def watch(health, loss: Float[Array, ""], good: Bool[Array, ""]):
-    """Return the next health of a state, and what it says of this step.
-
-    `loss_spike` is the loss over its running mean, about 1 in a run that goes well.
-    """
-    bad = (~good).astype(jnp.int32)
-    mean = jnp.where(health["mean_loss"] > 0, health["mean_loss"], loss)
-    health = {
-        "skipped": health["skipped"] + bad,
-        "skipped_in_row": (health["skipped_in_row"] + 1) * bad,
-        "rollbacks": jnp.asarray(health["rollbacks"]),
-        "mean_loss": jnp.where(good, 0.98 * mean + 0.02 * loss, health["mean_loss"]),
-    }
-    said = {"loss_spike": loss / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)}
-    return health, said | {k: health[k] for k in ("skipped", "skipped_in_row")}
 
 
 def apply_train(model, params, stats, images: Float[Array, "B H W C"], key: Key[Array, ""]):
