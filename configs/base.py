@@ -132,6 +132,11 @@ def get_config() -> ConfigDict:
     c.train.save_every_epochs = 1.0
     c.train.keep_checkpoints = 2  # the latest ones; the best one is kept besides
     c.train.eval_batch_size = 1024
+    # A step whose loss or gradient is not finite changes no weight. After more than so many in a
+    # row: stop, or rollback = go back to the last good checkpoint and on with other random data.
+    c.train.max_bad_steps = 5
+    c.train.on_divergence = "stop"
+    c.train.max_rollbacks = 3  # then stop
     return c
 
 

@@ -20,9 +20,10 @@ usage: deit COMMAND [--flag=value …]
 
 {chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
 
-An error is one line; --debug adds its traceback. Exit codes: 0 success, 1 failure, 2 usage.
+An error is one line; --debug adds its traceback. Exit codes: 0 success, 1 failure, 2 usage,
+75 a training that was told to stop, saved its state and goes on with the same command.
 """
-MODULES = {"eval": "evaluate", "inspect": "inspect_data"}
+MODULES = {"eval": "evaluate", "inspect": "inspect_data", "train": "train_command"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,11 +51,15 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, argv: list[str]) -> int:
     from deit_jax.cli import UsageError
     from deit_jax.errors import UserError
+    from deit_jax.interrupt import EXIT_CODE, Interrupted
 
     _start_logging()
     try:
         importlib.import_module(f"deit_jax.{MODULES.get(name, name)}").main(argv)
         return 0
+    except Interrupted as stopped:
+        print(f"deit {name}: {stopped}", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print(f"deit {name}: interrupted", file=sys.stderr)
         return 1
@@ -71,7 +76,7 @@ def _run(name: str, argv: list[str]) -> int:
 
 
 def _start_logging() -> None:
-    """Send our own lines to stderr; of the libraries', only errors."""
+    """Send our own lines to stderr; of the libraries', none: what they raise is reported."""
     import logging
 
     handler = logging.StreamHandler()
@@ -79,7 +84,7 @@ def _start_logging() -> None:
     logger = logging.getLogger("deit_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

@@ -2,63 +2,265 @@
 
 WORKDIR/config.json     the resolved config
 WORKDIR/classes.json    names of the classes, in label order
-WORKDIR/checkpoints/N   the state after N steps
+WORKDIR/checkpoints/N   the state after N steps; sha256.json in it holds checksums of its files
 """
 
 import dataclasses
+import errno
 import json
+import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from orbax.checkpoint import checkpoint_managers
 
 from deit_jax import config as config_lib
+from deit_jax import manifest
 from deit_jax.errors import UserError
+from deit_jax.health import new_health
+
+log = logging.getLogger("deit_jax")
+
+
+@dataclasses.dataclass
+class Preserve:
+    """Keep the latest planned checkpoints, the best one and the newest, planned or not."""
+
+    keep: int
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Return for each checkpoint, oldest first, whether it stays."""
+        facts = {c.step: c.metrics or {} for c in checkpoints}
+        steps = [c.step for c in checkpoints]
+        # A checkpoint made because the run was told to stop must not push out a planned one, or
+        # what a run finds to roll back to would depend on when it was stopped.
+        kept = {s for s in steps if not facts[s].get("interim")}
+        kept = set(sorted(kept)[-self.keep :]) | set(steps[-1:])
+        ranked = [s for s in steps if facts[s].get("top1") is not None]
+        if ranked:
+            kept.add(max(ranked, key=lambda s: (facts[s]["top1"], s)))
+        return [s in kept for s in steps]
 
 
 class Checkpointer:
-    """Save states in the background, keeping the latest few and the best one."""
+    """Save states in the background, keeping the latest few and the best one.
 
-    def __init__(self, workdir: Path, keep: int):
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(keep),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["top1"],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
+    A save that fails, as on a full disk, is told of and left out: the next one tries again. A
+    directory that is gone or read-only raises UserError.
+    """
+
+    def __init__(self, workdir: Path, keep: int, read_only: bool = False):
+        self._saving: int | None = None
+        self._read_only = read_only
+        self._notify = lambda event, **facts: None
+        options = {"read_only": True, "create": False} if read_only else {}
+        if not read_only:
+            options["cleanup_tmp_directories"] = True
+            options["async_options"] = ocp.AsyncOptions(
+                post_finalization_callback=self._write_manifest,
+                # In the background, a directory that cannot be made is waited for in vain.
+                create_directories_asynchronously=False,
+            )
+        self._directory = (workdir / "checkpoints").absolute()
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=Preserve(keep),
+                    best_fn=lambda facts: facts["top1"],  # without one, no facts are saved
+                    **options,
                 ),
-            ]
-        )
-        self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=True
-            ),
-        )
+            )
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+
+    def tell(self, notify) -> None:
+        """Call `notify(event, **facts)` for what befalls the checkpoints."""
+        self._notify = notify
 
     @property
     def latest_step(self) -> int | None:
         """The newest step saved, None without any."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state, top1: float | None) -> None:
-        """Start saving; `top1` (percent) ranks the checkpoint if it was just evaluated."""
-        metrics = None if top1 is None else {"top1": top1}
-        self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+    def save(
+        self,
+        step: int,
+        state,
+        top1: float | None,
+        interim: bool = False,
+        eval_pending: bool = False,
+    ) -> None:
+        """Start saving; `top1` (percent) ranks the checkpoint if it was just evaluated.
 
-    def restore(self, abstract_state):
-        """Return the newest state, each array where `abstract_state` says."""
-        args = ocp.args.StandardRestore(abstract_state)
-        return self._manager.restore(self.latest_step, args=args)
+        `interim` marks a checkpoint outside the plan, `eval_pending` one whose evaluation is due.
+        """
+        self.settle()
+        facts = {"top1": top1, "interim": interim, "eval_pending": eval_pending}
+        self._saving = step
+        try:
+            _must_be_writable(self._directory)
+            if step in self._manager.all_steps():  # an interim one
+                self._manager.delete(step)
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=facts)
+        except Exception as error:
+            self._failed(error)
+
+    def settle(self, wait: bool = True) -> None:
+        """Tell of a save that failed; with `wait`, let the one under way end first."""
+        if self._saving is None or (not wait and self._manager.is_saving_in_progress()):
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._saving = None
+        except Exception as error:
+            self._failed(error)
+
+    def must_hold(self, step: int) -> None:
+        """Wait for saves; raise UserError if the state after `step` is not among them."""
+        self.settle()
+        if self.latest_step != step:
+            raise UserError(
+                f"{self._directory}: the state after step {step} could not be saved, the last good "
+                f"checkpoint is {self.latest_step}; make room, and run the same command again"
+            )
+
+    def _failed(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        text = next(iter(str(error).splitlines()), type(error).__name__)
+        try:
+            _must_be_writable(self._directory)
+        except OSError:
+            raise UserError(
+                f"{self._directory}: the state after step {step} cannot be saved ({text}); make "
+                "the directory writable again, and run the same command"
+            ) from error
+        self._manager.reload()  # Orbax has already forgotten the old ones, which are still there
+        if jax.process_index() == 0:  # what was written of it takes room that is lacking
+            for part in self._directory.glob(f"{step}.*tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+        log.warning(
+            "step %s could not be saved (%s); training goes on, the last good checkpoint is %s",
+            step,
+            text,
+            self.latest_step,
+        )
+        self._notify("save failed", step=step, error=text)
+
+    def _write_manifest(self) -> None:
+        """Add checksums to the checkpoint that Orbax is about to put in its place."""
+        if jax.process_index() == 0:
+            unfinished = sorted(self._directory.glob(f"{self._saving}.*tmp*"))
+            manifest.write(unfinished[-1] if unfinished else self._directory / str(self._saving))
+
+    def restore(self, abstract_state, at_most: int | None = None, planned: bool = False):
+        """Return the newest good state, each array where `abstract_state` says.
+
+        Damaged checkpoints newer than it are told of and renamed to `damaged-N`. `at_most` limits
+        the step; `planned` leaves out interim checkpoints. Raise UserError, with nothing changed,
+        if none is good or the state is another config's.
+        """
+        damaged: dict[int, str] = {}
+        for step in self._candidates(at_most, planned):
+            problem = _agreed_problem(self._directory / str(step))
+            if problem is None:
+                try:
+                    state = self._restore(step, abstract_state)
+                    self._set_aside(damaged)
+                    return state
+                except Exception as error:
+                    if manifest.has(self._directory / str(step)):  # its files are as written
+                        raise UserError(
+                            f"{self._directory / str(step)}: does not fit this config "
+                            f"({next(iter(str(error).splitlines()), type(error).__name__)}); "
+                            "restore the config or choose a new --workdir"
+                        ) from error
+                    problem = f"{type(error).__name__} on reading it"
+            damaged[step] = problem
+        raise UserError(
+            f"{self._directory}: no good checkpoint ("
+            + ("; ".join(f"{s}: {p}" for s, p in damaged.items()) or "there is none")
+            + "); nothing was changed: bring one back from a copy, or choose a new --workdir"
+        )
+
+    def has(self, at_most: int) -> bool:
+        """Return whether there is a checkpoint of that step or an earlier one."""
+        return bool(self._candidates(at_most, planned=False))
+
+    def _candidates(self, at_most: int | None, planned: bool) -> list[int]:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if at_most is not None:
+            steps = [s for s in steps if s <= at_most]
+        return [s for s in steps if not (planned and self.facts(s).get("interim"))]
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """Return what was saved beside a state: top1, interim, eval_pending."""
+        return self._manager.metrics(step) or {}
+
+    def _restore(self, step: int, abstract_state):
+        saved = ocp.PyTreeCheckpointHandler().metadata(self._directory / str(step) / "default")
+        old = saved.tree.get("health") is None and hasattr(abstract_state, "health")
+        if old:  # it was saved by a version that had none
+            health, abstract_state = abstract_state.health, abstract_state.replace(health=None)
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        if old:
+            new = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), new_health(), health)
+            state = state.replace(health=new)
+        return state
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        if self._read_only:
+            return
+        for step, problem in damaged.items():
+            place = self._directory / f"damaged-{step}"
+            number = 2
+            while place.exists():
+                place = self._directory / f"damaged-{step}-{number}"
+                number += 1
+            log.warning(
+                "checkpoint %d is damaged (%s): kept as %s, going on from the one before",
+                step,
+                problem,
+                place.name,
+            )
+            self._notify("damaged checkpoint", step=step, problem=problem)
+            if jax.process_index() == 0:
+                (self._directory / str(step)).rename(place)
+        if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints newer than `step`, whose states a rollback undid."""
+        self.settle()
+        for later in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(later)
 
     def close(self) -> None:
         """Wait for saves under way."""
+        self.settle()
         self._manager.close()
+
+
+def _must_be_writable(directory: Path) -> None:
+    """Raise OSError unless the directory is there and on a file system that takes files."""
+    code = errno.EROFS if directory.exists() else errno.ENOENT
+    if not os.access(directory, os.W_OK):
+        raise OSError(code, os.strerror(code))
+
+
+def _agreed_problem(directory: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files; process 0 reads them for all."""
+    problem = manifest.problem(directory) if jax.process_index() == 0 else None
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(problem)):
+        problem = problem or "as process 0 found"
+    return problem
 
 
 @dataclasses.dataclass
@@ -95,13 +297,24 @@ def _restore_on_host(directory: Path) -> dict[str, Any]:
     with ocp.CheckpointManager(
         directory.absolute(), options=options, item_handlers=ocp.PyTreeCheckpointHandler()
     ) as manager:
-        step = manager.latest_step()
-        if step is None:
+        if not manager.all_steps():
             raise UserError(
                 f"{directory.parent}: no checkpoint yet; let `deit train` save one first"
             )
+        step = _newest_good(directory, manager.all_steps())
         saved = manager.item_metadata(step).tree
         wanted = {key: saved[key] for key in ("params", "batch_stats", "ema", "step")}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
         return manager.restore(step, args=args)
+
+
+def _newest_good(directory: Path, steps) -> int:
+    for step in sorted(steps, reverse=True):
+        problem = manifest.problem(directory / str(step))
+        if problem is None:
+            return step
+        log.warning(
+            "checkpoint %s is damaged (%s): using the one before", directory / str(step), problem
+        )
+    raise UserError(f"{directory}: every checkpoint is damaged; bring one back from a copy")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from deit_jax.errors import UserError
 from deit_jax.models import registry
 
 # Fields that may differ between a run and its continuation: they change no number it computes.
+# So do those of the mesh, but for rounding.
 HARMLESS = (
     "data.dir",
     "data.prefetch_batches",
@@ -38,6 +40,7 @@ CHOICES = {
     "distill.kind": ("none", "soft", "hard"),
     "distill.reduction": ("batchmean", "numel"),
     "optim.name": ("adamw", "sgd", "lamb"),
+    "train.on_divergence": ("stop", "rollback"),
 }
 POSITIVE = (
     "epochs",
@@ -76,6 +79,8 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "teacher.epochs",
     "teacher.lr",
+    "train.max_bad_steps",
+    "train.max_rollbacks",
 )
 
 
@@ -222,22 +227,57 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     return ConfigDict(tuples(values))
 
 
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Return {key: "key: old -> new"} for each field that matters and differs.
+
+    A field that `old` is too old to have is no difference where it has its default value.
+    """
+    old, new, defaults = flatten(old), flatten(new), _defaults()
+    found = {}
+    for key in sorted(old.keys() | new.keys()):
+        before = old.get(key, defaults.get(key, "(no such field)"))
+        after = new.get(key, "(no such field)")
+        if before != after and key not in HARMLESS and not key.startswith("mesh."):
+            found[key] = f"{key}: {before} -> {after}"
+    return found
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return `key: old -> new` for each field that matters and differs."""
-    old, new = flatten(old), flatten(new)
-    keys = sorted((old.keys() | new.keys()) - set(HARMLESS))
-    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+    return list(changes(old, new).values())
 
 
-def check_unchanged(config: ConfigDict, path: Path) -> None:
-    """Raise UserError with the difference if the config saved at `path` is another run's."""
+def _defaults() -> dict[str, Any]:
+    """Return the fields of configs/base.py; none if only the package is installed."""
     try:
-        saved = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        from configs import base
+    except ImportError:
+        return {}
+    return flatten(to_json(base.get_config()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's content; raise UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore it from a copy") from error
-    changed = differences(saved, to_json(config))
-    if changed:
+
+
+def check_unchanged(config: ConfigDict, path: Path, allowed: Iterable[str] = ()) -> list[str]:
+    """Raise UserError with the difference if the config saved at `path` is another run's.
+
+    Return the differences in fields whose change is `allowed`.
+    """
+    changed = changes(read_json(path), to_json(config))
+    for key in allowed:
+        if key not in flatten(config):
+            raise UserError(f"--allow-config-change={key}: no such field in configs/base.py")
+    refused = {key: text for key, text in changed.items() if key not in allowed}
+    if refused:
         raise UserError(
-            f"{path.parent} holds a run with another config ({'; '.join(changed)}): "
-            "restore these values, or choose a new --workdir"
+            f"{path.parent} holds a run with another config ({'; '.join(refused.values())}): "
+            "restore these values, choose a new --workdir, or go on all the same with "
+            f"--allow-config-change={','.join(refused)}"
         )
+    return list(changed.values())

@@ -13,6 +13,7 @@ from absl import flags
 from jax._src import distributed as jax_distributed  # Orbax, too, reaches the store through it
 
 from deit_jax.errors import UserError
+from deit_jax.interrupt import Interrupted
 
 log = logging.getLogger("deit_jax")
 
@@ -81,6 +82,8 @@ def ending_all():
     """
     try:
         yield
+    except Interrupted:
+        raise  # which all do at the same step
     except Exception as error:
         if (client := jax_distributed.global_state.client) is None:
             raise

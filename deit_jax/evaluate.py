@@ -1,5 +1,6 @@
 """Top-1 and top-5 of every head over a data set; the command `deit eval`."""
 
+import contextlib
 import functools
 import json
 import sys
@@ -13,6 +14,8 @@ from deit_jax import weights as weights_lib
 from deit_jax.data import pipeline
 from deit_jax.data.sources import open_dataset
 from deit_jax.errors import UserError
+from deit_jax.interrupt import Interrupted
+from deit_jax.models import vit
 
 EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W [--model=NAME])
 
@@ -20,13 +23,14 @@ Evaluate a trained model on the config's evaluation data, every example once. W 
 run, a .pth or .safetensors file, a Hugging Face or timm folder, or hf-hub:ORG/NAME.
 
   deit eval --config=configs/quickstart.py --workdir=runs/quickstart"""
+ATTENTION_IMAGES = 32  # that the attention's entropy is measured on
 NAMES = {"teacher": "teacher", "cls": "class head", "dist": "distillation head", "fused": "fused"}
 
 
 class Evaluator:
     """Evaluate variables of one model, or a teacher, on a fixed set of examples."""
 
-    def __init__(self, config, source, image_size: int, mesh):
+    def __init__(self, config, source, image_size: int, mesh, stopping=lambda: False):
         self._batch_size = config.train.eval_batch_size
         rows = sharding.local_rows(mesh, self._batch_size)
         self._batches = pipeline.EvalBatches(
@@ -34,6 +38,7 @@ class Evaluator:
         )
         self.image_size = image_size
         self._data, self._mesh, self._examples = config.data, mesh, len(source)
+        self._stopping, self._few = stopping, None
 
     @functools.cached_property
     def _count(self):
@@ -46,13 +51,32 @@ class Evaluator:
         """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in percent of the examples."""
         return self._evaluate(functools.partial(self._count, variables, model=model))
 
+    @functools.cached_property
+    def _entropy(self):
+        def entropy(variables, images, model):
+            return vit.attention_entropy(model, variables, self._normalise(images))
+
+        return jax.jit(entropy, static_argnames="model")
+
+    def _normalise(self, images):
+        return step.normalise(images, self._data.mean, self._data.std)
+
+    def attention(self, model, variables) -> dict[str, float]:
+        """Return the attention's entropy in nats on the first images: mean, and the lowest head's.
+
+        {} for a model without attention. `model` must have been called before.
+        """
+        if not isinstance(model, vit.VisionTransformer):
+            return {}
+        entropy = jax.device_get(self._entropy(variables, self._few, model=model))
+        return {"mean": entropy.mean().item(), "lowest_head": entropy.min().item()}
+
     def teacher(self, teacher, params) -> dict[str, float]:
         """Return the teacher's {"top1", "top5"} on images as a student's step hands them over."""
 
         @jax.jit
         def count(params, batch):
-            images = step.normalise(batch["image"], self._data.mean, self._data.std)
-            logits = teacher.logits(params, images)
+            logits = teacher.logits(params, self._normalise(batch["image"]))
             return {"teacher": step.count_correct(logits, batch["label"], batch["valid"])}
 
         return self._evaluate(functools.partial(count, params))["teacher"]
@@ -62,10 +86,21 @@ class Evaluator:
         loader = pipeline.load(
             self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
         )
-        for batch in loader:
-            counts = count(batch=sharding.to_devices(batch, self._mesh, self._batch_size))
-            totals = counts if totals is None else jax.tree.map(jax.numpy.add, totals, counts)
+        with contextlib.closing(loader):
+            for batch in loader:
+                batch = sharding.to_devices(batch, self._mesh, self._batch_size)
+                if self._few is None:
+                    self._few = self._first_images(batch["image"])
+                counts = count(batch=batch)
+                totals = counts if totals is None else jax.tree.map(jax.numpy.add, totals, counts)
+                if self._stopping():
+                    raise Interrupted("stopped while evaluating")
         return jax.tree.map(lambda n: 100.0 * int(n) / self._examples, jax.device_get(totals))
+
+    def _first_images(self, images: jax.Array) -> jax.Array:
+        count = min(ATTENTION_IMAGES, self._examples, len(images))
+        everywhere = sharding.replicated(self._mesh)
+        return jax.jit(lambda x: x[:count], out_shardings=everywhere)(images)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,13 +1,26 @@
 """What a run writes while it trains: a progress bar, JSON lines and TensorBoard."""
 
+import contextlib
+import errno
 import json
+import logging
+import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
+
+from deit_jax.errors import UserError
+
+log = logging.getLogger("deit_jax")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,29 +41,92 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class Lines:
+    """Append records to a JSON-lines file; while the disk is full, hold them back."""
+
+    def __init__(self, path: Path, kept: list[dict[str, Any]]):
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, path)
+        self._path, self._file, self._waiting = path, path.open("ab", buffering=0), b""
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a record and those held back; raise UserError if the file is lost."""
+        full, self._waiting = bool(self._waiting), self._waiting + json.dumps(record).encode()
+        self._waiting += b"\n"
+        end = self._file.tell()
+        try:
+            if self._file.write(self._waiting) == len(self._waiting):
+                self._waiting = b""
+                return
+            self._file.truncate(end)  # of a line cut short, the rest would never join it
+        except OSError as error:
+            if error.errno not in FULL:
+                raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+        if not full:
+            log.warning("%s: the disk is full; lines are held back until it is not", self._path)
+
+    def close(self) -> None:
+        """Close the file; raise UserError if lines could not be written."""
+        self._file.close()
+        if self._waiting:
+            log.error("%s: the disk is full; its last lines are lost", self._path)
+
+
+class Board:
+    """Write TensorBoard's files, without the threads of its own writer, and never stop for them."""
+
+    def __init__(self, directory: Path, purge_step: int):
+        self._directory, self._writer = directory, None
+        self._add(Event(step=purge_step, file_version="brain.Event:2", wall_time=time.time()))
+        # Tells TensorBoard to drop what an earlier attempt wrote from this step on.
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(step=purge_step, session_log=start, wall_time=time.time()))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add points to curves."""
+        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        self._add(Event(step=step, summary=summary, wall_time=time.time()))
+
+    def _add(self, event) -> None:
+        try:
+            if self._writer is None:
+                self._directory.mkdir(exist_ok=True)
+                self._writer = EventsWriter(str(self._directory / "events"))
+            self._writer.write_event(event)
+            self._writer.flush()
+        except OSError:  # as on a full disk: a record cut short spoils the rest of its file
+            self._writer = None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+
 class MetricWriter:
     """Record a run's metrics from a step on, dropping what an earlier attempt wrote beyond it.
 
     `metrics.jsonl` holds what follows from the config and the step alone, so that a resumed run
     writes the very file of one that never stopped; `timing.jsonl` holds what depends on the
-    machine. Both go to TensorBoard too. Only one process of a run should have an active writer.
+    machine. A value that is not finite is null there. Both go to TensorBoard too. Only one process
+    of a run should have an active writer.
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int, active: bool):
         self._active = active
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
         self._files = {}
-        for name in ("metrics", "timing"):
-            path = workdir / f"{name}.jsonl"
-            kept = [r for r in read_lines(path) if r["step"] <= start_step]
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            os.replace(temporary, path)
-            self._files[name] = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        try:
+            for name in ("metrics", "timing"):
+                path = workdir / f"{name}.jsonl"
+                kept = [r for r in read_lines(path) if r["step"] <= start_step]
+                self._files[name] = Lines(path, kept)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+        self._board = Board(workdir / "tensorboard", purge_step=start_step + 1)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -64,9 +140,9 @@ class MetricWriter:
         """Append one record."""
         if not self._active:
             return
-        self._files[kind].write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._files[kind].append({"step": step, **finite})
+        self._board.scalars(step, values)
 
     def advance(self, text: str | None = None) -> None:
         """Move the bar by one step."""

@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from deit_jax.erasing import random_erase
+from deit_jax.health import new_health, watch
 from deit_jax.losses import distillation
 from deit_jax.mixing import mix
 from deit_jax.models.heads import Heads
@@ -28,6 +29,7 @@ class TrainState(struct.PyTreeNode):
     batch_stats: Any  # running statistics of batch norm; {} in a transformer
     opt_state: Any
     ema: Any  # {"params", "batch_stats"}, averaged; None without averaging
+    health: Any = struct.field(default_factory=new_health)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -86,19 +88,33 @@ def normalise(
 
 def train_step(
     state: TrainState, teacher_params, batch, *, model, teacher: Teacher | None, tx, recipe: Recipe
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+) -> tuple[TrainState, dict[str, Float[Array, ""] | Int[Array, ""]]]:
     """Return the state after one update and the metrics of the step.
 
     `batch` is {"image": uint8 [B H W C], "label": int [B]}; the teacher sees the very tensor that
     the student sees, erased and mixed. Neither gradient nor state exists for the teacher.
     """
-    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    images, targets, key = model_inputs(state.step, batch, recipe)
+    grads, metrics, stats = gradients(
+        state, teacher_params, images, targets, key, model=model, teacher=teacher, recipe=recipe
+    )
+    return update(state, grads, metrics, stats, tx, recipe.ema_decay)
+
+
+def model_inputs(step, batch, recipe: Recipe):
+    """Return normalised, erased and mixed images, their targets, and the key of dropout."""
+    key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     key_erase, key_mix, key_model = jax.random.split(key, 3)
     images = normalise(batch["image"], recipe.mean, recipe.std)
     images = random_erase(key_erase, images, recipe.erase_prob)
     images, targets = mix(
         key_mix, images, batch["label"], recipe.num_classes, recipe.smoothing, recipe.mixing
     )
+    return images, targets, key_model
+
+
+def gradients(state, teacher_params, images, targets, key, *, model, teacher, recipe: Recipe):
+    """Return the gradients, the terms of the loss and the new batch statistics."""
 
     def loss_and_grads(stats, images, targets, key):
         signal = None
@@ -113,17 +129,38 @@ def train_step(
         (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         return grads, *aux
 
-    grads, metrics, stats = accumulate(
-        loss_and_grads, state.batch_stats, images, targets, key_model, recipe.accum_steps
-    )
+    return accumulate(loss_and_grads, state.batch_stats, images, targets, key, recipe.accum_steps)
+
+
+def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
+    """Return the next state and all metrics of the step.
+
+    Where the loss or the gradient is not finite, only the step and the schedule's clock move on.
+    """
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
         new = {"params": params, "batch_stats": stats}
-        ema = optax.incremental_update(new, ema, 1.0 - recipe.ema_decay)
-    metrics |= {"grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+        ema = optax.incremental_update(new, ema, 1.0 - ema_decay)
+
+    def keep(new, old):
+        if isinstance(new, optax.ScaleByScheduleState):  # the learning rate follows the step
+            return new
+        return jnp.where(good, new, old)
+
+    new, old = (params, stats, opt_state, ema), (state.params, state.batch_stats)
+    kept = jax.tree.map(
+        keep,
+        new,
+        (*old, state.opt_state, state.ema),
+        is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
+    )
+    health, watched = watch(state.health, metrics["loss"], good)
+    metrics = {**metrics, "grad_norm": norm, **watched}
+    return TrainState(state.step + 1, *kept, health), metrics
 
 
 def apply_train(model, params, stats, images: Float[Array, "B H W C"], key: Key[Array, ""]):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from deit_jax import config as config_lib
 from deit_jax import weights as weights_lib
@@ -52,6 +53,18 @@ def weights_path(config, workdir: str | Path) -> str:
     if config.distill.kind == "none":
         return ""
     return config.teacher.weights or str(Path(workdir) / "teacher")
+
+
+def teacher_config(config: ConfigDict) -> ConfigDict:
+    """Return the config that trains `config.teacher.model` on the student's data."""
+    c = config.copy_and_resolve_references()
+    c.model = c.teacher.model
+    c.model.image_size = config_lib.image_size(config.model)
+    c.epochs, c.optim.lr = c.teacher.epochs, c.teacher.lr
+    c.optim.ema_decay = 0.0
+    c.distill.kind = "none"
+    c.init.weights, c.init.required = "", False
+    return c
 
 
 def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any]:

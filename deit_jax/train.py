@@ -1,49 +1,31 @@
-"""The training loop: build, restore, step, log, evaluate, save. The command `deit train`."""
+"""The training loop: build, restore, step, log, evaluate, save. `deit train` calls it."""
 
 import contextlib
+import dataclasses
 import functools
-import json
 import logging
-import math
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from deit_jax import cli, distributed, evaluate, metrics, optim, sharding
 from deit_jax import config as config_lib
+from deit_jax import distributed, divergence, evaluate, metrics, optim, sharding
+from deit_jax import workdir as workdir_lib
 from deit_jax.checkpoint import Checkpointer
 from deit_jax.data import pipeline
 from deit_jax.data.resize import choose
 from deit_jax.data.sources import Dataset, open_dataset
 from deit_jax.errors import UserError
+from deit_jax.interrupt import Interrupted, StopRequest
 from deit_jax.step import Recipe, init_state, train_step
-from deit_jax.teacher import load_teacher, weights_path
-from deit_jax.weights import load_variables
+from deit_jax.teacher import load_teacher, teacher_config, weights_path
 
 log = logging.getLogger("deit_jax")
-
-TRAIN_DOC = """usage: deit train --config=FILE[:ARGS] --workdir=DIR [--config.KEY=VALUE ...]
-
-Train what the config describes. The same command continues a run that stopped, to the same bits.
-configs/base.py lists every key. A teacher that has no weights is trained first, in DIR/teacher.
-
-  deit train --config=configs/quickstart.py --workdir=runs/quickstart"""
-
-
-def teacher_config(config: ConfigDict) -> ConfigDict:
-    """Return the config that trains `config.teacher.model` on the student's data."""
-    c = config.copy_and_resolve_references()
-    c.model = c.teacher.model
-    c.model.image_size = config_lib.image_size(config.model)
-    c.epochs, c.optim.lr = c.teacher.epochs, c.teacher.lr
-    c.optim.ema_decay = 0.0
-    c.distill.kind = "none"
-    c.init.weights, c.init.required = "", False
-    return c
 
 
 def jit_train_step(model, teacher, tx, recipe: Recipe, mesh, state_shardings):
@@ -58,13 +40,21 @@ class Trainer:
     """A run: its data, its compiled step and its state, restored from the workdir if it began.
 
     `teacher` is what load_teacher returns, None without distillation; `start` the variables that a
-    new run begins with, None for random ones.
+    new run begins with, None for random ones. With `read_only` the workdir is left as it is.
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, dataset: Dataset, teacher=None, start=None
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        dataset: Dataset,
+        teacher=None,
+        start=None,
+        stop: StopRequest | None = None,
+        read_only: bool = False,
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
+        self.stop = stop or StopRequest()
         self.mesh = sharding.make_mesh(config.mesh)
         size = config_lib.image_size(config.model)
         self.model = config_lib.build_model(config.model, len(dataset.classes), config.dtype)
@@ -77,9 +67,13 @@ class Trainer:
         self.total_steps = optim.whole_steps(config.epochs, self.order.steps_per_epoch)
         self.schedule = optim.make_schedule(config.optim, config.epochs, self.order.steps_per_epoch)
         self.tx = optim.make_optimizer(config.optim, self.schedule)
-        self.evaluator = evaluate.Evaluator(config, dataset.eval, size, self.mesh)
-        self.checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
+        stopping = functools.partial(self.stop.agreed, self.mesh)
+        self.evaluator = evaluate.Evaluator(config, dataset.eval, size, self.mesh, stopping)
+        self.checkpointer = Checkpointer(workdir, config.train.keep_checkpoints, read_only)
+        if not read_only:
+            self.checkpointer.tell(functools.partial(workdir_lib.record, workdir))
         self.state = self._restore_or_init(size, start)
+        self._seed_data()
         self._step = self._compile_step()
 
     def _restore_or_init(self, size: int, start):
@@ -96,15 +90,20 @@ class Trainer:
         self.state_shardings = sharding.state_shardings(self.mesh, abstract, self.model)
         for line in sharding.unsplit(self.mesh, abstract.params, self.model):
             log.warning(line)
-        if self.checkpointer.latest_step is None:
-            state = jax.jit(init, out_shardings=self.state_shardings)(key)
-            return state if start is None else self._begin_with(state, start)
-        placed = jax.tree.map(
+        self.abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             abstract,
             self.state_shardings,
         )
-        return self.checkpointer.restore(placed)
+
+        def begin():
+            state = jax.jit(init, out_shardings=self.state_shardings)(key)
+            return state if start is None else self._begin_with(state, start)
+
+        self._begin = begin
+        if self.checkpointer.latest_step is None:
+            return begin()
+        return self.checkpointer.restore(self.abstract_state)
 
     def _begin_with(self, state, start):
         params, stats = start["params"], start.get("batch_stats", {})
@@ -116,50 +115,83 @@ class Trainer:
             ema=jax.device_put(ema, places.ema),
         )
 
+    def _seed_data(self) -> None:
+        seed = pipeline.offset_seed(self.config.seed, int(self.state.health["rollbacks"]))
+        self.order = dataclasses.replace(self.order, seed=seed)
+
     def _compile_step(self):
         recipe = Recipe.from_config(self.config, len(self.dataset.classes))
         return jit_train_step(
             self.model, self.teacher, self.tx, recipe, self.mesh, self.state_shardings
         )
 
+    def go_back(self, step: int) -> int:
+        """Take the newest state that is not after `step`; return its own step."""
+        if int(self.state.step) > step:
+            found = self.checkpointer.has(step)
+            restore = self.checkpointer.restore
+            self.state = restore(self.abstract_state, step) if found else self._begin()
+            self._seed_data()
+        return int(self.state.step)
+
     def run(self) -> None:
         """Train to the last step, logging, evaluating and saving on the way."""
-        start = int(self.state.step)
-        if start:
-            log.info("continuing at step %d of %d", start, self.total_steps)
-        writer = metrics.MetricWriter(
-            self.workdir, start, self.total_steps, active=jax.process_index() == 0
-        )
+        rolls_back = self.config.train.on_divergence == "rollback"
+        if rolls_back and self.checkpointer.latest_step is None:
+            self.checkpointer.save(0, self.state, None)  # that there is something to go back to
         try:
             with distributed.ending_all():
-                self._loop(start, writer)
+                while not self._run_once():
+                    pass
+            self.checkpointer.must_hold(self.total_steps)
+            self.stop.armed = False
         finally:
             self.checkpointer.close()
+
+    def _run_once(self) -> bool:
+        """Train from the state at hand; return False if the run went back and has to go on."""
+        start, first = int(self.state.step), jax.process_index() == 0
+        if start:
+            log.info("continuing at step %d of %d", start, self.total_steps)
+        writer = metrics.MetricWriter(self.workdir, start, self.total_steps, active=first)
+        try:
+            self._loop(start, writer)
+            return True
+        except divergence.Diverged as diverged:
+            self._roll_back(diverged)
+            return False
+        finally:
             writer.close()
 
     def _loop(self, start: int, writer: metrics.MetricWriter) -> None:
         data, meter, in_flight = self.config.data, metrics.Meter(), None
-        self._batches = batches = self._train_batches()
+        self._in_row = int(self.state.health["skipped_in_row"])
+        if start and self.checkpointer.facts(start).get("eval_pending"):
+            self._evaluate_and_save(start, writer)  # which being told to stop had put off
+        self._batches = batches = self.batches()
         loader = pipeline.load(
             batches, start, self.total_steps, data.threads, data.prefetch_batches
         )
-        for step in range(start + 1, self.total_steps + 1):
-            began = time.perf_counter()
-            batch = next(loader)
-            meter.waited(time.perf_counter() - began)
-            batch = sharding.to_devices(batch, self.mesh, self.config.batch_size)
-            self.state, values = self._step(self.state, self.teacher_params, batch)
-            # Step n's metrics are fetched while step n + 1 runs, so that the device never waits.
-            if in_flight:
-                self._finish_step(*in_flight, meter, writer)
-            in_flight = (step, values)
-            if self._due(step, "eval") or self._due(step, "save"):
-                self._finish_step(*in_flight, meter, writer)
-                in_flight = None
-                self._evaluate_and_save(step, writer)
-                meter.read()  # the next reading is of training alone
+        with contextlib.closing(loader):
+            for step in range(start + 1, self.total_steps + 1):
+                began = time.perf_counter()
+                batch = next(loader)
+                meter.waited(time.perf_counter() - began)
+                batch = sharding.to_devices(batch, self.mesh, self.config.batch_size)
+                self.state, values = self._step(self.state, self.teacher_params, batch)
+                stopping = self.stop.agreed(self.mesh)
+                # Step n's metrics are fetched while step n + 1 runs: the device never waits.
+                if in_flight:
+                    self._finish_step(*in_flight, meter, writer)
+                in_flight = (step, values)
+                if stopping or self._due(step, "eval") or self._due(step, "save"):
+                    self._finish_step(*in_flight, meter, writer)
+                    in_flight = None
+                    self._evaluate_and_save(step, writer, stopping)
+                    meter.read()  # the next reading is of training alone
 
-    def _train_batches(self) -> pipeline.TrainBatches:
+    def batches(self) -> pipeline.TrainBatches:
+        """Return this process's share of every training batch, by number."""
         rows = sharding.local_rows(self.mesh, self.config.batch_size)
         size, data = config_lib.image_size(self.config.model), self.config.data
         return pipeline.TrainBatches(
@@ -178,12 +210,11 @@ class Trainer:
         return step % interval == 0 or step == self.total_steps
 
     def _finish_step(self, step: int, values, meter, writer) -> None:
-        values = {k: float(v) for k, v in jax.device_get(values).items()}
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is {values['loss']} at step {step}; lower config.optim.lr or clip with "
-                "config.optim.clip_norm. The last checkpoint is kept"
-            )
+        values = {k: v.item() for k, v in jax.device_get(values).items()}
+        self.stop.armed = True
+        self._in_row = values.pop("skipped_in_row")
+        if self._in_row:
+            divergence.tell(step, self._in_row, values, self.config.train.max_bad_steps)
         meter.count(self.config.batch_size)
         text = None
         if step % self.config.train.log_every_steps == 0 or step == self.total_steps:
@@ -192,27 +223,68 @@ class Trainer:
                 rates["skipped"] = len(self._batches.unreadable)
             writer.write(step, {**values, "lr": lr})
             writer.write(step, rates, kind="timing")
+            self.checkpointer.settle(wait=False)
             text = (
                 f"loss {values['loss']:.3f}, lr {lr:.2e}, {rates['images_per_second']:.0f} images/s"
                 f", waiting for input {rates['input_wait']:.0%}"
             )
         writer.advance(text)
 
-    def _evaluate_and_save(self, step: int, writer) -> None:
-        top1 = None
-        if self._due(step, "eval"):
-            results = self.evaluate()
-            top1 = results["fused"]["top1"]
-            flat = config_lib.flatten(results)
-            writer.write(step, {f"eval/{k}": v for k, v in flat.items() if k != "examples"})
-            heads = ", ".join(
-                f"{evaluate.NAMES[k]} {v['top1']:.2f}"
-                for k, v in results.items()
-                if k in evaluate.NAMES
-            )
-            writer.say(f"step {step}/{self.total_steps}: top-1 {heads}")
-        if self._due(step, "save"):
-            self.checkpointer.save(step, self.state, top1)
+    def _roll_back(self, diverged: divergence.Diverged) -> None:
+        """Take the last planned checkpoint before the bad steps, and other data from there on."""
+        rollbacks, settings = int(self.state.health["rollbacks"]), self.config.train
+        if settings.on_divergence == "stop" or rollbacks >= settings.max_rollbacks:
+            raise UserError(str(diverged)) from diverged
+        self.checkpointer.settle()
+        state = self.checkpointer.restore(self.abstract_state, diverged.first - 1, planned=True)
+        step = int(state.step)
+        self.checkpointer.forget_after(step)
+        count = jax.device_put(np.int32(rollbacks + 1), state.health["rollbacks"].sharding)
+        self.state = state.replace(health={**state.health, "rollbacks": count})
+        self._seed_data()
+        log.warning("%s. Going back to step %d, and on with other data", diverged, step)
+        facts = {"step": diverged.step, "first": diverged.first, "to": step}
+        workdir_lib.record(self.workdir, "rollback", **facts, number=rollbacks + 1)
+
+    def _evaluate_and_save(self, step: int, writer, stopping: bool = False) -> None:
+        """Do what is due after a step; raise Interrupted, the state saved, if asked to stop."""
+        top1, eval_due = None, self._due(step, "eval")
+        if eval_due and not stopping:
+            try:
+                top1 = self._log_evaluation(step, writer)
+            except Interrupted:
+                stopping = True
+        # A state of bad steps is the one before them: kept out of the plan, that one stays.
+        planned = self._due(step, "save") and (self._in_row == 0 or step == self.total_steps)
+        if not stopping:
+            if planned:
+                self.checkpointer.save(step, self.state, top1)
+            return
+        pending = eval_due and top1 is None
+        interim = pending or not planned
+        self.checkpointer.save(step, self.state, top1, interim=interim, eval_pending=pending)
+        self.checkpointer.must_hold(step)
+        workdir_lib.record(self.workdir, "stopped", step=step, signal=self.stop.name)
+        raise Interrupted(
+            f"stopped by {self.stop.name or 'a signal to another process'} after step {step} of "
+            f"{self.total_steps}; saved in {self.workdir / 'checkpoints' / str(step)}; the same "
+            "command continues"
+        )
+
+    def _log_evaluation(self, step: int, writer) -> float:
+        results = self.evaluate()
+        flat = config_lib.flatten(results)
+        values = {f"eval/{k}": v for k, v in flat.items() if k != "examples"}
+        attention = self.evaluator.attention(self.model, self.state.variables)
+        values |= {f"attention_entropy/{k}": v for k, v in attention.items()}
+        writer.write(step, values)
+        heads = ", ".join(
+            f"{evaluate.NAMES[k]} {v['top1']:.2f}"
+            for k, v in results.items()
+            if k in evaluate.NAMES
+        )
+        writer.say(f"step {step}/{self.total_steps}: top-1 {heads}")
+        return results["fused"]["top1"]
 
     def evaluate(self) -> dict[str, Any]:
         """Return the accuracy of the weights and, if there is one, of their moving average."""
@@ -223,94 +295,66 @@ class Trainer:
         return results
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    stop: StopRequest | None = None,
+    allowed: Sequence[str] = (),
+) -> dict[str, Any]:
     """Train what `config` describes, or continue it, in `workdir`; return and save the results.
 
-    Raise UserError before anything is written if the config cannot be trained.
+    The fields in `allowed` may differ from the config that the run began with. Raise UserError
+    before anything is written if the config cannot be trained, Interrupted if `stop` asks for it.
     """
     workdir = Path(workdir)
+    config, dataset = prepared(config, workdir)
+    weights, teacher = weights_path(config, workdir), None
+    if config.teacher.weights and weights:
+        teacher = load_teacher(config, weights, dataset.classes)
+    start = workdir_lib.starting_weights(config, workdir, len(dataset.classes))
+    with workdir_lib.held(workdir):
+        workdir_lib.claim(workdir, config, dataset.classes, allowed)
+        if weights and not teacher:
+            train(teacher_config(config), weights, stop, allowed)
+            teacher = load_teacher(config, weights, dataset.classes)
+        trainer = Trainer(config, workdir, dataset, teacher, start, stop)
+        if results := workdir_lib.finished(workdir, trainer.total_steps):
+            log.info("%s: already finished", workdir)
+            return results
+        return _run_to_the_end(trainer)
+
+
+def prepared(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Dataset]:
+    """Check a config and open its data."""
     config_lib.validate(config, jax.device_count())
     sharding.make_mesh(config.mesh)
     config_lib.build_model(config.model, num_classes=2)  # a mistake in it should stop us here
     config = config.copy_and_resolve_references()
-    config.data.decoder = _decoder(config, workdir)
+    config.data.decoder = workdir_lib.decoder(config, workdir)
     dataset = open_dataset(config.data)
     if len(dataset.classes) < 2:
         raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
-    weights, teacher = weights_path(config, workdir), None
-    if config.teacher.weights and weights:
-        teacher = load_teacher(config, weights, dataset.classes)
-    start = _starting_weights(config, workdir, len(dataset.classes))
-    _claim(workdir, config, dataset.classes)
-    if weights and not teacher:
-        train(teacher_config(config), weights)
-        teacher = load_teacher(config, weights, dataset.classes)
-    trainer = Trainer(config, workdir, dataset, teacher, start)
-    if results := _finished(workdir, trainer.total_steps):
-        log.info("%s: already finished", workdir)
-    else:
-        log.info(_summary(trainer))
-        if len(dataset.train) < config.batch_size:
-            log.warning(
-                "a batch repeats images: there are %d, config.batch_size=%d; a lower one would not",
-                len(dataset.train),
-                config.batch_size,
-            )
-        trainer.run()
-        results = {"step": trainer.total_steps, **trainer.evaluate()}
-        if trainer.teacher:
-            results["teacher"] = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
-        _draw(trainer, results)
-        if jax.process_index() == 0:
-            metrics.write_json(workdir / "results.json", results)
-    return results
+    return config, dataset
 
 
-def _starting_weights(config: ConfigDict, workdir: Path, num_classes: int):
-    """Load what `config.init` names and say how it was fitted; None for a run that goes on."""
-    if not config.init.weights or any((workdir / "checkpoints").glob("[0-9]*")):
-        return None
-    opened = load_variables(
-        config.init.weights,
-        config.model,
-        num_classes,
-        config_lib.image_size(config.model),
-        config.init.head,
-        seed=config.seed,
-    )
-    for note in [f"starting from {config.init.weights} ({opened.format})", *opened.notes]:
-        log.info(note)
-    return opened.variables
-
-
-def _decoder(config: ConfigDict, workdir: Path) -> str:
-    """Return what `data.decoder` means: auto is the run's own if it began, else the fastest."""
-    name, began = config.data.decoder, workdir / "config.json"
-    if name == "auto" and began.exists():
-        with contextlib.suppress(json.JSONDecodeError, KeyError):  # which are told of later
-            name = json.loads(began.read_text())["data"]["decoder"]
-    return choose(name).name
-
-
-def _claim(workdir: Path, config: ConfigDict, classes: list[str]) -> None:
-    """Make the workdir this config's own, or check that it is."""
-    if (workdir / "config.json").exists():
-        config_lib.check_unchanged(config, workdir / "config.json")
-        return
+def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
+    config, dataset, workdir = trainer.config, trainer.dataset, trainer.workdir
+    log.info(_summary(trainer))
+    if len(dataset.train) < config.batch_size:
+        log.warning(
+            "a batch repeats images: there are %d, config.batch_size=%d; a lower one would not",
+            len(dataset.train),
+            config.batch_size,
+        )
+    workdir_lib.record(workdir, "start", step=int(trainer.state.step), **workdir_lib.provenance())
+    trainer.run()
+    results = {"step": trainer.total_steps, **trainer.evaluate()}
+    if trainer.teacher:
+        results["teacher"] = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
+    _draw(trainer, results)
     if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            metrics.write_json(workdir / "classes.json", classes)
-            metrics.write_json(workdir / "config.json", config_lib.to_json(config))
-        except OSError as error:
-            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
-
-
-def _finished(workdir: Path, total_steps: int) -> dict[str, Any] | None:
-    """Return the results of a run that already took its last step."""
-    path = workdir / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {"step": None}
-    return results if results["step"] == total_steps else None
+        metrics.write_json(workdir / "results.json", results)
+    return results
 
 
 def _summary(trainer: Trainer) -> str:
@@ -334,30 +378,3 @@ def _draw(trainer: Trainer, results: dict[str, Any]) -> None:
         return
     picture.draw(trainer, results, trainer.workdir / "picture.png")
     log.info("picture of the run: %s", trainer.workdir / "picture.png")
-
-
-def main(argv: list[str]) -> None:
-    """Run `deit train`."""
-    from absl import flags
-
-    command = cli.Command("train", TRAIN_DOC)
-    command.add_config(argv)
-    flags.DEFINE_string(
-        "workdir", "", "where the run is kept; a run found there goes on", flag_values=command.flags
-    )
-    own = {"flag_values": command.flags}
-    flags.DEFINE_boolean("json", False, "print the results as JSON", **own)
-    distributed.add_flags(command)
-    cli.no_words(command.parse(argv, required=("config", "workdir")))
-    workdir = Path(command.flags.workdir)
-    with distributed.joined(command.flags):
-        results = train(command.config, workdir)
-    if jax.process_index() != 0:
-        return
-    if command.flags.json:
-        json.dump(results, sys.stdout)
-        print()
-    else:
-        print(f"{evaluate.table(results)}\nresults: {workdir / 'results.json'}")
-        if (workdir / "picture.png").exists():
-            print(f"picture: {workdir / 'picture.png'}")

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "deit_jax").rglob("*.py"))
 COMMANDS = {
     "train",
+    "train_command",
     "evaluate",
     "predict",
     "convert",

@@ -66,6 +66,11 @@ class EpochOrder:
         return epoch * passes * self.num_images + within // self.repeats
 
 
+def offset_seed(seed: int, offset: int) -> int:
+    """Return the seed of the data after `offset` rollbacks; far from those of neighbouring runs."""
+    return (seed + offset * 0x9E3779B1) % 2**32 if offset else seed
+
+
 def example_rng(seed: int, position: int) -> np.random.Generator:
     """Return the random numbers of one position; no other position shares them."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))

@@ -95,6 +95,31 @@ class Attention(nn.Module):
         return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="proj")(out)
 
 
+def attention_entropy(
+    model: "VisionTransformer", variables, images: Float[Array, "B H W C"]
+) -> Float[Array, "depth heads"]:
+    """Return how evenly each head attends: the mean entropy of its softmax rows, in nats.
+
+    From 0, one token gets all, to log N, all get the same. A fall to 0 comes before divergence.
+    """
+    # From the projections, which the model computes anyway: it need not know of this.
+    _, caught = model.apply(
+        variables,
+        images,
+        train=False,
+        capture_intermediates=lambda module, _: module.name == "qkv",
+        mutable=["intermediates"],
+    )
+    entropies = []
+    for i in range(model.depth):
+        ((q, k, _),) = caught["intermediates"][f"blocks_{i}"]["attn"]["qkv"]["__call__"]
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        logits = jnp.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+        log_p = jax.nn.log_softmax(logits)
+        entropies.append(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1).mean(axis=(0, 2)))
+    return jnp.stack(entropies)
+
+
 class Mlp(nn.Module):
     """Two dense layers with an exact (erf) GELU between them."""
 

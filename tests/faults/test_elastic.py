@@ -1,0 +1,43 @@
+"""A checkpoint of one set of devices goes on on another, and so does the loss."""
+
+import jax
+import pytest
+
+from deit_jax import metrics, sharding
+from deit_jax import train as train_lib
+from deit_jax.interrupt import Interrupted
+from tests.conftest import make_tiny_config
+from tests.faults.test_divergence import StopAfter
+
+
+def losses(workdir):
+    return [r["loss"] for r in metrics.read_lines(workdir / "metrics.jsonl") if "loss" in r]
+
+
+def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
+    """Eight devices, four to a copy of the weights; then two; one; four, two to a copy."""
+    make_mesh, devices = sharding.make_mesh, jax.devices()
+    config = make_tiny_config()
+    config.distill.kind, config.model.depth, config.model.name = "none", 1, "deit_tiny_patch16_224"
+    config.model.width = 96  # large enough for weights to be shared out
+    config.optim.eps = 1e-4  # Adam's first steps are signs: tame rounding around 0
+    train_lib.train(config, tmp_path / "whole")
+    shared = set()
+    for count, fsdp, steps in ((8, 4, 3), (2, 1, 3), (1, 1, 2), (4, 2, 99)):
+        config.mesh.fsdp = fsdp
+        monkeypatch.setattr(
+            sharding, "make_mesh", lambda n, count=count, **_: make_mesh(n, devices[:count])
+        )
+        stop = StopAfter(steps)
+        try:
+            train_lib.train(config, tmp_path / "moved", stop)
+        except Interrupted:
+            pass
+        else:
+            assert count == 4
+        prepared, dataset = train_lib.prepared(config, tmp_path / "moved")
+        trainer = train_lib.Trainer(prepared, tmp_path / "moved", dataset, read_only=True)
+        kernel = trainer.state.params["blocks_0"]["mlp"]["fc1"]["kernel"]
+        shared.add(kernel.addressable_shards[0].data.size / kernel.size)
+    assert shared == {0.25, 1.0, 0.5}
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)

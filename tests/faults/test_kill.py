@@ -1,0 +1,44 @@
+"""SIGKILL at any moment loses nothing: the run ends with the bits of one that nobody touched."""
+
+import pytest
+
+from tests.faults import driver
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with a run of 40 steps in `whole`."""
+    path = tmp_path_factory.mktemp("kill")
+    driver.finish(driver.start(path / "whole", path / "cache", 40), path / "whole")
+    return path
+
+
+def test_a_run_killed_five_times_ends_with_the_same_bits(folder):
+    hits = driver.torment(folder / "killed", folder / "cache", 40, kills=5, seed=1)
+    assert {"saving", "evaluating"} & {hit["hit"] for hit in hits}, hits
+    assert len(driver.state(folder / "whole")) > 100
+    assert driver.differences(folder / "whole", folder / "killed") == []
+    starts = [r["step"] for r in driver.history(folder / "killed") if r["event"] == "start"]
+    assert starts[-1] > 0  # it went on, rather than anew
+
+
+def test_the_comparison_sees_one_flipped_bit(folder, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in ("metrics.jsonl", "results.json", "checkpoints"):
+        (other / path).symlink_to(folder / "whole" / path)
+    assert driver.differences(folder / "whole", other) == []
+    true = driver.state(folder / "whole")
+    flipped = {k: v.copy() for k, v in true.items()}
+    key = next(k for k in flipped if "kernel" in k)
+    flipped[key].view("uint8").flat[0] ^= 1
+    monkeypatch.setattr(driver, "state", lambda p: flipped if p == other else true)
+    assert driver.differences(folder / "whole", other) == [key]
+
+
+@pytest.mark.long
+def test_thirty_kills(tmp_path):
+    """benchmarks/results/ holds the figures of such a run."""
+    result = driver.long_version(tmp_path, kills=30, seed=0)
+    assert result["differences"] == []
+    assert {"saving", "evaluating", "training"} <= set(result["where"])
