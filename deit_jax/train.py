@@ -95,7 +95,7 @@ class Trainer:
         # Built under jit with these shardings, no device ever holds more than its share.
         self.state_shardings = sharding.state_shardings(self.mesh, abstract, self.model)
         for line in sharding.unsplit(self.mesh, abstract.params, self.model):
-            log.warning(line)
+            log.info(line)
         if self.checkpointer.latest_step is None:
             state = jax.jit(init, out_shardings=self.state_shardings)(key)
             return state if start is None else self._begin_with(state, start)
