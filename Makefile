@@ -1,7 +1,8 @@
 # make quickstart   train a teacher and a distilled DeiT on real images, and look at the result
 # make test         lint and test everything
 # Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses the interpreter;
-# TEST_TORCH=0 leaves out PyTorch, timm and transformers, the references of the parity tests.
+# TEST_TORCH=0 leaves out PyTorch, timm and transformers, the references of the parity tests;
+# TEST_TPU=0 the tests that compile for TPUs.
 
 PYTHON ?= python3
 TEST_TORCH ?= 1

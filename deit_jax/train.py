@@ -89,7 +89,7 @@ class Trainer:
         # Built under jit with these shardings, no device ever holds more than its share.
         self.state_shardings = sharding.state_shardings(self.mesh, abstract, self.model)
         for line in sharding.unsplit(self.mesh, abstract.params, self.model):
-            log.warning(line)
+            log.info(line)
         self.abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             abstract,

@@ -18,7 +18,7 @@ from deit_jax import bench, chips, plan, sharding, train
 
 @pytest.fixture
 def tpu():
-    """Skip without libtpu where that is wanted."""
+    """`make test` installs the compiler; TEST_TPU=0 does without."""
     if os.environ.get("TEST_TPU") == "0":
         pytest.skip("TEST_TPU=0")
 
