@@ -10,10 +10,8 @@ import pytest
 
 from configs import base
 from deit_jax import config as config_lib
-from deit_jax import metrics, train_command, workdir
-from deit_jax import train as train_lib
+from deit_jax import metrics, workdir
 from deit_jax.errors import UserError
-from tests.conftest import make_tiny_config
 
 HOLD = """
 import sys, time
@@ -75,23 +73,15 @@ def test_a_field_that_the_run_is_too_old_to_have_is_no_change_at_its_default(tin
     )
 
 
-def test_a_run_records_how_it_came_about_and_is_reproduced_from_that(tmp_path, monkeypatch, caplog):
-    config = make_tiny_config()
-    config.distill.kind, config.model.depth, config.model.name = "none", 1, "deit_tiny_patch16_224"
-    config.epochs = 1.0
-    train_lib.train(config, tmp_path / "run")
-    (start,) = metrics.read_lines(tmp_path / "run/history.jsonl")
-    assert start["command"] == sys.argv
-    assert start["packages"]["jax"]
-    assert start["devices"].startswith("8 ")
-    train_command.main([f"--reproduce={tmp_path / 'run'}"])
-    again = tmp_path / "run-reproduced"
-    for name in ("metrics.jsonl", "results.json", "config.json"):
-        assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
-    assert "then" not in caplog.text
-    monkeypatch.setattr(workdir, "_version", lambda name: "0.0" if name == "optax" else "1")
-    with caplog.at_level("WARNING", "deit_jax"):
-        workdir.recorded_config(tmp_path / "run")
-    assert "packages.optax: " in caplog.text
+def test_differing_versions_are_told_of(tmp_path, tiny_config, monkeypatch, caplog):
     with pytest.raises(UserError, match="no run is recorded there"):
         workdir.recorded_config(tmp_path)
+    workdir.claim(tmp_path, tiny_config, ["a", "b"])
+    workdir.record(tmp_path, "start", step=0, **workdir.provenance())
+    again = workdir.recorded_config(tmp_path)
+    assert config_lib.differences(config_lib.to_json(tiny_config), config_lib.to_json(again)) == []
+    assert caplog.text == ""
+    monkeypatch.setattr(workdir, "_version", lambda name: "0.0" if name == "optax" else "1")
+    workdir.recorded_config(tmp_path)
+    assert "packages.optax: " in caplog.text
+    assert "0.0 now: the bits may differ" in caplog.text

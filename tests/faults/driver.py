@@ -57,7 +57,8 @@ def environment(cache: Path) -> dict[str, str]:
     """Return that of one CPU device which keeps its compiled programs: a restart takes seconds."""
     return {
         **{k: v for k, v in os.environ.items() if k not in ("JAX_ENABLE_COMPILATION_CACHE",)},
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        # One thread: how sums are split must not depend on the cores that happen to be free.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -104,10 +105,9 @@ def evaluating(workdir: Path) -> bool:
 
 def where(workdir: Path) -> str:
     """Return what a run that was just killed was doing."""
-    if saving(workdir):
-        return "saving"
-    if evaluating(workdir):
-        return "evaluating"
+    busy = [f.__name__ for f in (saving, evaluating) if f(workdir)]
+    if busy:
+        return " + ".join(busy)
     if not (workdir / "config.json").exists() or not (workdir / "checkpoints").exists():
         return "starting"
     started = [r for r in history(workdir) if r["event"] == "start"]
@@ -166,9 +166,13 @@ def torment(workdir: Path, cache: Path, steps: int, kills: int, seed: int) -> li
 def state(workdir: Path):
     """Return all arrays of the newest checkpoint by path: parameters, optimizer, average, …"""
     newest = max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit())
+    directory = (workdir / "checkpoints" / str(newest) / "default").absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
-        directory = (workdir / "checkpoints" / str(newest) / "default").absolute()
-        tree = checkpointer.restore(directory)
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            checkpointer.metadata(directory).item_metadata.tree,
+        )
+        tree = checkpointer.restore(directory, restore_args=as_numpy)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
@@ -212,7 +216,7 @@ def long_version(folder: Path, kills: int, seed: int) -> dict:
     whole, killed = folder / "whole", folder / "killed"
     finish(start(whole, folder / "cache", steps), whole, 900)
     hits = torment(killed, folder / "cache", steps, kills, seed)
-    places = collections.Counter(hit["hit"] for hit in hits)
+    places = collections.Counter(place for hit in hits for place in hit["hit"].split(" + "))
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, jax {metadata.version('jax')}, "

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from deit_jax import checkpoint, metrics, replay, step
+from deit_jax import checkpoint, metrics, replay, sharding, step
 from deit_jax import train as train_lib
 from deit_jax.data import pipeline
 from deit_jax.errors import UserError
@@ -16,11 +17,27 @@ from deit_jax.interrupt import Interrupted, StopRequest
 from tests.conftest import make_tiny_config
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Keep compiled programs during these tests: of one device each, they may be read back."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture
-def config():
-    """Return a student that compiles in a moment, saved at every step."""
+def config(monkeypatch):
+    """Return a student that compiles in a moment, for one device, saved at every step."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda n, **_: make_mesh(n, jax.devices()[:1]))
+    monkeypatch.setattr(train_lib, "_draw", lambda trainer, results: None)
     c = make_tiny_config()
     c.distill.kind, c.model.depth, c.model.name = "none", 1, "deit_tiny_patch16_224"
+    c.augment.auto, c.augment.erase_prob, c.mixing.prob = "", 0.0, 0.0
+    c.train.eval_batch_size = 1624
     c.train.save_every_epochs, c.train.keep_checkpoints = 0.2, 2
     return c
 
@@ -57,7 +74,9 @@ def poison(monkeypatch, bad):
 def test_a_bad_step_keeps_all_but_the_clock():
     params = {"w": jnp.ones(3)}
     tx = optax.adamw(lambda count: 0.1 / (1 + count))
-    state = step.TrainState(jnp.int32(7), params, {"m": jnp.ones(2)}, tx.init(params), params)
+    stats = {"m": jnp.ones(2)}
+    ema = {"params": params, "batch_stats": stats}
+    state = step.TrainState(jnp.int32(7), params, stats, tx.init(params), ema)
     update = jax.jit(
         lambda s, g, loss: step.update(s, g, {"loss": loss}, {"m": jnp.zeros(2)}, tx, 0.5)
     )

@@ -19,8 +19,10 @@ def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
     make_mesh, devices = sharding.make_mesh, jax.devices()
     config = make_tiny_config()
     config.distill.kind, config.model.depth, config.model.name = "none", 1, "deit_tiny_patch16_224"
+    config.augment.auto, config.augment.erase_prob, config.mixing.prob = "", 0.0, 0.0
     config.model.width = 96  # large enough for weights to be shared out
     config.optim.eps = 1e-4  # Adam's first steps are signs: tame rounding around 0
+    monkeypatch.setattr(train_lib, "_draw", lambda trainer, results: None)
     train_lib.train(config, tmp_path / "whole")
     shared = set()
     for count, fsdp, steps in ((8, 4, 3), (2, 1, 3), (1, 1, 2), (4, 2, 99)):
