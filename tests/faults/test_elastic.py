@@ -15,7 +15,7 @@ def losses(workdir):
 
 
 def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
-    """Eight devices, four to a copy of the weights; then two; one; four, two to a copy."""
+    """Eight devices, four to a copy of the weights; then two; against one all along."""
     make_mesh, devices = sharding.make_mesh, jax.devices()
     config = make_tiny_config()
     config.distill.kind, config.model.depth, config.model.name = "none", 1, "deit_tiny_patch16_224"
@@ -23,9 +23,10 @@ def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
     config.model.width = 96  # large enough for weights to be shared out
     config.optim.eps = 1e-4  # Adam's first steps are signs: tame rounding around 0
     monkeypatch.setattr(train_lib, "_draw", lambda trainer, results: None)
+    monkeypatch.setattr(sharding, "make_mesh", lambda n, **_: make_mesh(n, devices[:1]))
     train_lib.train(config, tmp_path / "whole")
     shared = set()
-    for count, fsdp, steps in ((8, 4, 3), (2, 1, 3), (1, 1, 2), (4, 2, 99)):
+    for count, fsdp, steps in ((8, 4, 4), (2, 1, 99)):
         config.mesh.fsdp = fsdp
         monkeypatch.setattr(
             sharding, "make_mesh", lambda n, count=count, **_: make_mesh(n, devices[:count])
@@ -36,10 +37,10 @@ def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
         except Interrupted:
             pass
         else:
-            assert count == 4
+            assert count == 2
         prepared, dataset = train_lib.prepared(config, tmp_path / "moved")
         trainer = train_lib.Trainer(prepared, tmp_path / "moved", dataset, read_only=True)
         kernel = trainer.state.params["blocks_0"]["mlp"]["fc1"]["kernel"]
         shared.add(kernel.addressable_shards[0].data.size / kernel.size)
-    assert shared == {0.25, 1.0, 0.5}
+    assert shared == {0.25, 1.0}
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
