@@ -17,17 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # Cloud names count TensorCores for v4 and v5p, two a chip, and chips for v5e and v6e.
 TOPOLOGIES = {"v4-64": "v4:4x4x2", "v5e-64": "v5e:8x8", "v5p-32": "v5p:2x2x4", "v6e-64": "v6e:8x8"}
 CONFIGS = {
-    "DeiT-Ti distilled": ["configs/deit.py:variant=tiny,distilled=True"],
-    "DeiT-S distilled": ["configs/deit.py:variant=small,distilled=True"],
     "DeiT-B distilled": ["configs/deit.py:variant=base,distilled=True"],
-    "DeiT-B distilled, fine-tuning at 384": ["configs/deit_finetune384.py:variant=base"],
     "DeiT III-H, fsdp 16": ["configs/deit3.py:size=huge", "--config.mesh.fsdp=16"],
+    "DeiT-S distilled": ["configs/deit.py:variant=small,distilled=True"],
+    "DeiT-Ti distilled": ["configs/deit.py:variant=tiny,distilled=True"],
+    "DeiT-B distilled, fine-tuning at 384": ["configs/deit_finetune384.py:variant=base"],
 }
 
 
 def rows(done: dict) -> list[tuple[str, str, str]]:
-    """Return (key, config, topology) of what is missing, the smaller topologies first."""
-    every = [(f"{config} on {name}", config, name) for name in TOPOLOGIES for config in CONFIGS]
+    """Return (key, config, topology) of what is missing."""
+    every = [(f"{config} on {name}", config, name) for config in CONFIGS for name in TOPOLOGIES]
     return [row for row in every if row[0] not in done]
 
 
