@@ -15,8 +15,8 @@ from configs import base, deit, deit3
 from deit_jax import config as config_lib
 from deit_jax import optim, sharding, step, train
 from deit_jax.errors import UserError
-from tests.conftest import make_tiny_config
 from tests.test_step import make_teacher
+from tests.tiny import make_tiny_config
 
 # path -> axis of the mesh that splits each dimension; a block's paths stand for all its like.
 GOLDEN = Path(__file__).parent / "golden" / "shardings.json"

@@ -14,7 +14,7 @@ from deit_jax import train as train_lib
 from deit_jax.data import pipeline
 from deit_jax.errors import UserError
 from deit_jax.interrupt import Interrupted, StopRequest
-from tests.conftest import make_tiny_config
+from tests.tiny import make_tiny_config
 
 
 @pytest.fixture(scope="module", autouse=True)

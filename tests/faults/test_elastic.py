@@ -6,8 +6,8 @@ import pytest
 from deit_jax import metrics, sharding
 from deit_jax import train as train_lib
 from deit_jax.interrupt import Interrupted
-from tests.conftest import make_tiny_config
 from tests.faults.test_divergence import StopAfter
+from tests.tiny import make_tiny_config
 
 
 def losses(workdir):
