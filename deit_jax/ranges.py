@@ -13,8 +13,8 @@ class Range:
     `length` is that of a tuple of such numbers, None for a single one.
     """
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     above: bool = False
     below: bool = False
     length: int | None = None

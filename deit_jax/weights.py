@@ -185,15 +185,15 @@ def _open_run(source: str, path: Path, model, dtype: str) -> Opened:
         raise ValueError(f"neither the workdir of a `deit train` run nor a folder with {files}")
     try:
         run = checkpoint.load_run(path, dtype)
-    except UserError as error:  # of its config, which is not the one at hand
-        prefix = "" if str(error).startswith(str(path)) else f"{path / 'config.json'}: "
-        raise WeightsError(f"{prefix}{error}") from error
+    except UserError as error:  # of its own config, which is not the one at hand
+        raise ValueError(str(error)) from error
     _check_shapes(run.variables, run.model, run.model)
     name, data = run.config.model.name, run.config.data
+    size = config_lib.image_size(run.config.model)
     claims = Claims(
         format="deit_jax run",
         classes=run.classes,
-        image_size=config_lib.image_size(run.config.model),
+        image_size=size,
         mean=data.mean,
         std=data.std,
         crop_ratio=data.eval_crop_ratio,
@@ -219,9 +219,9 @@ def _averaged(found: Opened) -> Opened:
 def _locate(source: str) -> Path:
     """Return where the weights lie, downloaded if they are on the Hugging Face hub."""
     if not source.startswith(HUB):
-        if not Path(source).exists():
-            raise WeightsError(f"{source}: no such file or folder")
-        return Path(source)
+        if Path(source).exists():
+            return Path(source)
+        raise WeightsError(f"{source}: no such file or folder")
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
@@ -256,8 +256,7 @@ def _identify(flat, claims: Claims, model, default) -> tuple[str, dict[str, Any]
         raise ValueError(f"no registered model has these shapes ({fields}); name one with --model")
     if name == claims.name:
         overrides = dict(claims.overrides)
-    fields = dialects.transformer_fields(flat)
-    if fields and "grid" in fields:
+    if "grid" in (fields := dialects.transformer_fields(flat)):
         own = registry.create_model(name, **overrides)
         heads = claims.overrides.get("num_heads", getattr(own, "num_heads", None))
         if heads != getattr(own, "num_heads", None):

@@ -17,7 +17,7 @@ def check_whole(key: str, value: Any, most: int, least: int = 1) -> None:
         )
 
 
-def check_number(key: str, value: Any, low: float, high: float) -> None:
+def check_number(key: str, value: Any, low: int | float, high: int | float) -> None:
     """Raise ValueError unless a field is a number that is at least `low` and below `high`."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value < high:
