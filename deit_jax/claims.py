@@ -59,6 +59,12 @@ class Claims:
         _must(fine, "crop_ratio", ratio, "a number between 0.1 and 2")
 
 
+def in_one_line(error: Exception) -> str:
+    """Return what an error says first, with its type unless the message is one of ours."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
 def _must(fine: bool, key: str, value: Any, what: str) -> None:
     if not fine:
         raise ValueError(f"{key}={str(value)[:60]} in what it says of itself: must be {what}")

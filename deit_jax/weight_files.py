@@ -252,7 +252,7 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, count, *_view = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or any(_view):
-            raise _Refused(f"refused to load a reference to {type(kind).__name__} {kind!r:.40}")
+            raise _Refused(f"refused to load what is no storage, but {_plain(kind)!s:.40}")
         storage = _Storage(str(_plain(key)), dtype, int(_plain(count)))
         if storage.count < 0 or self.storages.setdefault(storage.key, storage) != storage:
             raise _Refused(f"storage {key} is described twice, differently")

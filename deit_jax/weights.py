@@ -14,7 +14,7 @@ import numpy as np
 
 from deit_jax import checkpoint, dialects, weight_files
 from deit_jax import config as config_lib
-from deit_jax.claims import DISBELIEF, Claims, read_claims
+from deit_jax.claims import DISBELIEF, Claims, in_one_line, read_claims
 from deit_jax.dialects import from_torch, to_torch
 from deit_jax.errors import UserError
 from deit_jax.models import registry
@@ -133,9 +133,8 @@ def load_variables(
         size = getattr(target, "image_size", image_size or found.image_size)
         fitted = _fit(found, target, head, seed)
     except DISBELIEF as error:
-        text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
         prefix = "" if str(error).startswith(str(source)) else f"{source}: "
-        raise WeightsError(f"{prefix}{text}") from error
+        raise WeightsError(f"{prefix}{in_one_line(error)}") from error
     return dataclasses.replace(fitted, image_size=size, name=_name_of(model, fitted))
 
 
@@ -189,11 +188,10 @@ def _open_run(source: str, path: Path, model, dtype: str) -> Opened:
         raise ValueError(str(error)) from error
     _check_shapes(run.variables, run.model, run.model)
     name, data = run.config.model.name, run.config.data
-    size = config_lib.image_size(run.config.model)
     claims = Claims(
         format="deit_jax run",
         classes=run.classes,
-        image_size=size,
+        image_size=config_lib.image_size(run.config.model),
         mean=data.mean,
         std=data.std,
         crop_ratio=data.eval_crop_ratio,
