@@ -10,7 +10,9 @@ it guides them by coverage, otherwise a seed is a number that counts up.
 
 import argparse
 import collections
+import concurrent.futures
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -33,7 +35,7 @@ ROOM = 2 << 30  # bytes of address space beyond what the libraries take when the
 
 
 def main() -> None:
-    """Run the targets one after the other and write what they met."""
+    """Run the targets side by side and write what they met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=4.0, help="for each target")
     parser.add_argument("--targets", default="weights,images")
@@ -57,8 +59,11 @@ def main() -> None:
         "room_mib": ROOM >> 20,
         "hang_s": HANG_S,
     }
-    for target in options.targets.split(","):
-        result[target] = run(target, options.minutes * 60, options.seed)
+    targets = options.targets.split(",")
+    with concurrent.futures.ThreadPoolExecutor(len(targets)) as pool:
+        feed = functools.partial(run, seconds=options.minutes * 60, seed=options.seed)
+        result |= dict(zip(targets, pool.map(feed, targets), strict=True))
+    for target in targets:
         print(target, json.dumps({k: v for k, v in result[target].items() if k != "outcomes"}))
     options.json.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -74,11 +79,10 @@ def run(target: str, seconds: float, seed: int) -> dict:
             log.write_text("")
             code = watched(target, left, seed, log)
             lines = [json.loads(line) for line in log.read_text().splitlines()]
-            for line in lines:
-                seed = max(seed, line["seed"] + 1)
-            if code:
-                kind = "hangs" if code == "hang" else "crashes"
-                total[kind].append({"seed": lines[-1]["seed"] if lines else seed, "code": code})
+            seed = max([seed, *(line["seed"] + 1 for line in lines if "seed" in line)])
+            if code:  # the seed is one of the next second
+                total["hangs" if code == "hang" else "crashes"].append({"seed": seed, "code": code})
+                seed += 1000
             for line in lines:
                 add(total, outcomes, line)
     total["different_outcomes"] = len(outcomes)
@@ -103,7 +107,11 @@ def watched(target: str, seconds: float, seed: int, log: Path) -> int | str:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     with log.open("a") as out:
         process = subprocess.Popen(
-            [sys.executable, __file__, *words], stdout=out, env=environment, cwd=ROOT
+            [sys.executable, __file__, *words],
+            stdout=out,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            cwd=ROOT,
         )
         size, since = -1, time.monotonic()
         while process.poll() is None:

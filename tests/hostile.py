@@ -245,7 +245,7 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.4:
         return mutate(data, rng, head=8 + size)
     header = json.loads(data[8 : 8 + size])
-    if rng.random() < 0.4:
+    if rng.random() < 0.4 and "deit_jax" in header["__metadata__"]:
         described = json.loads(header["__metadata__"]["deit_jax"])
         header["__metadata__"]["deit_jax"] = mutate_text(described, rng).decode("utf-8", "replace")
         text = json.dumps(header).encode()
