@@ -207,10 +207,6 @@ def _rebuild_parameter(tensor, *_unused) -> _Tensor:
     return tensor
 
 
-def _empty_dict() -> dict[str, Any]:
-    return {}
-
-
 def _plain(key: Any) -> Any:
     """Return a key of a dict if it is a string, a number or the like.
 
@@ -221,12 +217,17 @@ def _plain(key: Any) -> Any:
     return key
 
 
+def _dict(pairs: Any = ()) -> dict[Any, Any]:
+    """Return an OrderedDict's content: Python 2 pickled its pairs as an argument."""
+    return {_plain(key): value for key, value in pairs}
+
+
 class _Inert:
     """Stand for an object that weights do not need, such as the arguments of the run."""
 
 
 _GLOBALS = {
-    ("collections", "OrderedDict"): _empty_dict,
+    ("collections", "OrderedDict"): _dict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("argparse", "Namespace"): _Inert,

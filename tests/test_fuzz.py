@@ -9,7 +9,9 @@ import io
 import time
 import tracemalloc
 import warnings
+import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -51,6 +53,19 @@ def test_a_bomb_is_refused_at_once(name, tmp_path):
     path.write_bytes(BOMBS[name])
     with quickly(), in_memory(64), pytest.raises(ValueError, match=r"weights\.pth"):
         weight_files.read(path)
+
+
+def test_an_ordered_dict_of_python_2_is_read(tmp_path):
+    """It was pickled as a call with a list of pairs."""
+    reference = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    reference += b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + reference + b"K\x00K\x02\x85K\x01\x85tR"
+    tree = b"\x80\x02ccollections\nOrderedDict\n]X\x01\x00\x00\x00w" + tensor + b"\x86a\x85R."
+    path = tmp_path / "w.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", tree)
+        archive.writestr("archive/data/0", np.float32([3, 4]).tobytes())
+    assert weight_files.read(path)["w"].tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("name", resize.available())
