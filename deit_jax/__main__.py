@@ -71,7 +71,8 @@ def _run(name: str, argv: list[str]) -> int:
         else:
             first = next(iter(str(error).splitlines()), "")
             message = f"{type(error).__name__}: {first} (--debug shows where)"
-        print(f"deit {name}: {message}", file=sys.stderr)
+        # A value may hold line breaks of its own: that of a flag, the name of a file.
+        print(f"deit {name}: {' '.join(message.splitlines())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -7,7 +7,6 @@ WORKDIR/checkpoints/N   the state after N steps; sha256.json in it holds checksu
 
 import dataclasses
 import errno
-import json
 import logging
 import os
 import shutil
@@ -280,8 +279,10 @@ def load_run(workdir: str | Path, dtype: str = "float32") -> Run:
     workdir = Path(workdir)
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir}: not the workdir of a `deit train` run (no config.json there)")
-    config = config_lib.from_json(json.loads((workdir / "config.json").read_text()))
-    classes = json.loads((workdir / "classes.json").read_text())
+    config = config_lib.from_json(config_lib.read_json(workdir / "config.json"))
+    classes = config_lib.read_json(workdir / "classes.json", list)
+    if not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{workdir / 'classes.json'}: not a list of names; restore it from a copy")
     state = _restore_on_host(workdir / "checkpoints")
     variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
     model = config_lib.build_model(config.model, len(classes), dtype)

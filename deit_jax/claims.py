@@ -6,14 +6,26 @@ A Hugging Face or timm folder says it in config.json, a safetensors file of ours
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from deit_jax.models import registry
+from deit_jax.models import limits, registry
 
 METADATA = "deit_jax"  # the key under which a safetensors file of ours describes its model
+# What a source that contradicts itself can make the code that believes it raise.
+DISBELIEF = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +42,63 @@ class Claims:
     crop_ratio: float | None = None
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        name, classes = self.name, self.classes
+        _must(name is None or isinstance(name, str), "name", name, "a string")
+        _must(_names(self.overrides), "overrides", self.overrides, "fields of the model")
+        _must(classes is None or _names(classes), "classes", classes, "a list of names")
+        for key, low in (("mean", -math.inf), ("std", 0.0)):
+            value = getattr(self, key)
+            fine = isinstance(value, tuple) and len(value) == 3
+            fine = fine and all(_is_number(x) and x > low for x in value)
+            _must(value is None or fine, key, value, "three numbers, one per channel")
+        if self.image_size is not None:
+            limits.check_whole("image_size", self.image_size, limits.SIDE)
+        ratio = self.crop_ratio
+        fine = ratio is None or (_is_number(ratio) and 0.1 <= ratio <= 2)
+        _must(fine, "crop_ratio", ratio, "a number between 0.1 and 2")
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what an error says first, with its type unless the message is one of ours."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _must(fine: bool, key: str, value: Any, what: str) -> None:
+    if not fine:
+        raise ValueError(f"{key}={str(value)[:60]} in what it says of itself: must be {what}")
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _names(values: Any) -> bool:
+    return isinstance(values, list | dict) and all(isinstance(value, str) for value in values)
+
+
+def _read_object(text: str, where: str) -> dict[str, Any]:
+    """Return the object in a JSON text; raise ValueError if it holds anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds a {type(value).__name__}, not an object of fields")
+    return value
+
+
+def _tuple(value: Any) -> Any:
+    """Return a list as a tuple; what is none is for Claims to refuse."""
+    return tuple(value) if isinstance(value, list) else value
+
 
 def read_claims(path: Path) -> Claims:
     """Return what a file or folder says about itself; raise ValueError for what it should not."""
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text())
+        config = _read_object((path / "config.json").read_text(), "config.json")
         if "model_type" in config:
             return _hugging_face_claims(path, config)
         if "architecture" in config:
@@ -43,12 +107,17 @@ def read_claims(path: Path) -> Claims:
         return Claims(format="folder")
     try:
         with safe_open(path, framework="numpy") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            described = (file.metadata() or {}).get(METADATA, "{}")
     except SafetensorError:
         return Claims(format="PyTorch file")
-    overrides = described.get("overrides", {})
-    overrides |= {k: tuple(v) for k, v in overrides.items() if isinstance(v, list)}
-    described |= {k: tuple(described[k]) for k in ("mean", "std") if k in described}
+    described = _read_object(described, f"the metadata {METADATA!r}")
+    known = ("name", "overrides", "classes", "image_size", "mean", "std", "crop_ratio")
+    unknown = sorted(described.keys() - {*known})
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r:.60} in the metadata {METADATA!r}")
+    if isinstance(described.get("overrides"), dict):
+        described["overrides"] = {k: _tuple(v) for k, v in described["overrides"].items()}
+    described |= {k: _tuple(described[k]) for k in ("mean", "std") if k in described}
     return Claims(format="safetensors file", **described)
 
 
@@ -66,12 +135,17 @@ def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Claims:
         "patch_size": config.get("patch_size", 16),
         "image_size": config.get("image_size", 224),
     }
+    for key, value in fields.items():
+        limits.check_whole(key, value, limits.WIDTH)
     epsilon = config.get("layer_norm_eps", 1e-12)
+    _must(_is_number(epsilon), "layer_norm_eps", epsilon, "a number")
     if epsilon > 1e-5:
         raise ValueError(f"layer_norm_eps={epsilon} in config.json; deit_jax has only 1e-6")
     # transformers' copies of DeiT say 1e-12, but the weights were trained with 1e-6.
     note = f"layer_norm_eps is 1e-6 here, {epsilon:g} in config.json"
-    mlp_ratio = config.get("intermediate_size", 3072) / fields["width"]
+    hidden = config.get("intermediate_size", 3072)
+    limits.check_whole("intermediate_size", hidden, 64 * limits.WIDTH)
+    mlp_ratio = hidden / fields["width"]
     distilled = config["model_type"] == "deit"
     names = registry.list_models("deit_*_distilled_*" if distilled else "deit_*_patch*")
     specs = {
@@ -79,18 +153,21 @@ def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Claims:
     }
     name = max(specs, key=lambda n: sum(specs[n][k] == v for k, v in fields.items()))
     labels = config.get("id2label") or {}
+    _must(isinstance(labels, dict), "id2label", labels, "an object of names")
     classes = [str(labels[str(i)]) for i in range(len(labels)) if str(i) in labels]
     if any(text.startswith("LABEL_") for text in classes):  # transformers' own placeholders
         classes = []
     preprocessor = folder / "preprocessor_config.json"
-    inputs = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
+    inputs = {}
+    if preprocessor.is_file():
+        inputs = _read_object(preprocessor.read_text(), preprocessor.name)
     return Claims(
         format="Hugging Face folder",
         name=name,
         overrides=fields | {"mlp_ratio": mlp_ratio},
         classes=classes or None,
-        mean=tuple(inputs["image_mean"]) if "image_mean" in inputs else None,
-        std=tuple(inputs["image_std"]) if "image_std" in inputs else None,
+        mean=_tuple(inputs.get("image_mean")),
+        std=_tuple(inputs.get("image_std")),
         crop_ratio=_crop_ratio(inputs),
         notes=() if epsilon == 1e-6 else (note,),
     )
@@ -101,21 +178,31 @@ def _crop_ratio(inputs: dict[str, Any]) -> float | None:
 
     def side(key):
         value = inputs.get(key)
-        return min(value.values(), default=None) if isinstance(value, dict) else value
+        sides = value.values() if isinstance(value, dict) else [value]
+        _must(all(n is None or (_is_number(n) and n > 0) for n in sides), key, value, "a size")
+        return min(sides, default=None)
 
-    if side("size") is None:
-        return None
-    return side("crop_size") / side("size") if inputs.get("do_center_crop") else 1.0
+    size, crop = side("size"), side("crop_size")
+    if size is None or not inputs.get("do_center_crop"):
+        return None if size is None else 1.0
+    _must(crop is not None, "crop_size", crop, "a size")
+    return crop / size
 
 
 def _timm_claims(config: dict[str, Any]) -> Claims:
-    inputs = config.get("pretrained_cfg", {})
+    inputs, size = config.get("pretrained_cfg", {}), None
+    _must(isinstance(inputs, dict), "pretrained_cfg", inputs, "an object of fields")
+    architecture = config["architecture"]
+    _must(isinstance(architecture, str), "architecture", architecture, "a string")
+    if "input_size" in inputs:
+        size = inputs["input_size"]
+        _must(isinstance(size, list) and len(size) == 3, "input_size", size, "three numbers")
     return Claims(
         format="timm folder",
-        name=config["architecture"].partition(".")[0].removeprefix("tf_"),
+        name=architecture.partition(".")[0].removeprefix("tf_"),
         classes=config.get("label_names"),
-        image_size=inputs["input_size"][-1] if "input_size" in inputs else None,
-        mean=tuple(inputs["mean"]) if "mean" in inputs else None,
-        std=tuple(inputs["std"]) if "std" in inputs else None,
+        image_size=size and size[-1],
+        mean=_tuple(inputs.get("mean")),
+        std=_tuple(inputs.get("std")),
         crop_ratio=inputs.get("crop_pct"),
     )

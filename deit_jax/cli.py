@@ -12,6 +12,15 @@ from deit_jax.errors import UserError
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+_LIST = "configs/base.py lists them all"
+_REMEDIES = {  # for what the flags' libraries say of a value
+    r"could not convert string to float": "not a number; give one",
+    r"invalid literal for int\(\)|integer string conversion": "not a whole number; give one",
+    r"Non-boolean argument": "give true or false",
+    r"is not a dict": f"a group of fields; set one of them, {_LIST}",
+}
+
+
 class UsageError(UserError):
     """A command line that cannot be understood (exit code 2)."""
 
@@ -48,7 +57,7 @@ class Command:
             raise SystemExit(0)
         try:
             rest = self.flags([self._name, *map(_underscored, argv)])[1:]
-        except (flags.Error, AttributeError, TypeError, ValueError, OSError) as error:
+        except Exception as error:  # the config file is a program, and may raise anything
             raise UsageError(_explain(error, argv)) from error
         config = self.flags["config"].value if "config" in self.flags else None
         if config is not None and not isinstance(config, ConfigDict):
@@ -84,13 +93,23 @@ def _underscored(word: str) -> str:
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
+def _flag(argv: list[str], field: str) -> str:
+    flags_given = (word.partition("=")[0] for word in argv)
+    return next((f for f in flags_given if f".{field}." in f"{f}."), f"--config.{field}")
+
+
 def _explain(error: Exception, argv: list[str]) -> str:
     """Return what a flag's error says that helps, on one line."""
     text = str(error).replace("\\n", "\n").replace("\\'", "'")
+    none_such = "no such field"
     if typo := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
         right, wrong = typo.groups()
-        flag = next((w.partition("=")[0] for w in argv if f".{wrong}" in w), f"--config.{wrong}")
-        return f"{flag}: no such field; did you mean {right!r}? configs/base.py lists them all"
+        return f"{_flag(argv, wrong)}: {none_such}; did you mean {right!r}? {_LIST}"
+    if typo := re.fullmatch(r"""\W*'(\w+)'\W*|.*Attempting to lookup: [\w.]*?(\w+)\W*""", text):
+        return f"{_flag(argv, typo[1] or typo[2])}: {none_such}; {_LIST}"
+    for pattern, remedy in _REMEDIES.items():
+        if match := re.match(rf"flag (--\S+?=.*?): .*{pattern}", text, re.DOTALL):
+            return f"{match[1]}: {remedy}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if "Traceback (most recent call last):" in lines:  # raised by the config file itself
         return f"{lines[0].split(': Error')[0]}: {lines[-1].partition(': ')[2] or lines[-1]}"

@@ -14,6 +14,7 @@ from deit_jax import sharding
 from deit_jax.data.augment import make_augment
 from deit_jax.errors import UserError
 from deit_jax.models import registry
+from deit_jax.ranges import OPTIONAL, RANGES
 
 # Fields that may differ between a run and its continuation: they change no number it computes.
 # So do those of the mesh, but for rounding.
@@ -42,46 +43,6 @@ CHOICES = {
     "optim.name": ("adamw", "sgd", "lamb"),
     "train.on_divergence": ("stop", "rollback"),
 }
-POSITIVE = (
-    "epochs",
-    "batch_size",
-    "distill.tau",
-    "augment.repeats",
-    "mixing.group_size",
-    "optim.accum_steps",
-    "data.prefetch_batches",
-    "train.eval_batch_size",
-    "train.eval_every_epochs",
-    "train.keep_checkpoints",
-    "train.log_every_steps",
-    "train.save_every_epochs",
-)
-FRACTIONS = (
-    "augment.erase_prob",
-    "augment.flip_prob",
-    "data.eval_fraction",
-    "distill.alpha",
-    "loss.smoothing",
-    "mixing.prob",
-    "mixing.switch_prob",
-    "optim.ema_decay",
-)
-NOT_NEGATIVE = (
-    "seed",
-    "data.threads",
-    "mixing.cutmix_alpha",
-    "mixing.mixup_alpha",
-    "optim.clip_norm",
-    "optim.lr",
-    "optim.min_lr",
-    "optim.warmup_epochs",
-    "optim.warmup_lr",
-    "optim.weight_decay",
-    "teacher.epochs",
-    "teacher.lr",
-    "train.max_bad_steps",
-    "train.max_rollbacks",
-)
 
 
 def flatten(config) -> dict[str, Any]:
@@ -98,6 +59,9 @@ def flatten(config) -> dict[str, Any]:
 def validate(config: ConfigDict, num_devices: int) -> None:
     """Raise UserError naming the first key whose value is out of range or contradicts another."""
     flat = flatten(config)
+    for key in (*CHOICES, *RANGES):
+        if key not in flat:
+            raise UserError(f"config.{key}: no such field here; configs/base.py lists them all")
 
     def check(ok: bool, key: str, remedy: str) -> None:
         if not ok:
@@ -105,12 +69,9 @@ def validate(config: ConfigDict, num_devices: int) -> None:
 
     for key, choices in CHOICES.items():
         check(flat[key] in choices, key, f"choose one of {', '.join(choices)}")
-    for key in POSITIVE:
-        check(flat[key] > 0, key, "must be greater than 0")
-    for key in FRACTIONS:
-        check(0 <= flat[key] <= 1, key, "must be between 0 and 1")
-    for key in NOT_NEGATIVE:
-        check(flat[key] >= 0, key, "must not be negative")
+    for key, allowed in RANGES.items():
+        unset = flat[key] is None and key in OPTIONAL
+        check(unset or allowed.holds(flat[key]), key, str(allowed))
     _check_images(config, check)
     _check_batches(config, num_devices, check)
     check(
@@ -133,17 +94,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
 
 def _check_images(config: ConfigDict, check) -> None:
     for key in ("crop_scale", "crop_ratio"):
-        values = config.augment[key]
-        ordered = len(values) == 2 and 0 < values[0] <= values[1]
-        check(ordered, f"augment.{key}", "must be two positive numbers, the smaller first")
-    check(config.augment.crop_scale[1] <= 1, "augment.crop_scale", "must not exceed 1")
-    check(len(config.data.mean) == 3, "data.mean", "must have three numbers, one per channel")
-    check(
-        len(config.data.std) == 3 and min(config.data.std) > 0,
-        "data.std",
-        "must have three positive numbers, one per channel",
-    )
-    check(0 < config.data.eval_crop_ratio <= 1, "data.eval_crop_ratio", "must be in (0, 1]")
+        first, second = config.augment[key]
+        check(first <= second, f"augment.{key}", "the smaller number must come first")
+    for key in ("mixup_alpha", "cutmix_alpha"):
+        value = config.mixing[key]
+        check(value == 0 or value >= 0.001, f"mixing.{key}", "must be 0, or at least 0.001")
     try:
         make_augment(config.augment.auto, config.augment.color_jitter)
     except ValueError as error:
@@ -187,12 +142,15 @@ def image_size(model_config) -> int:
     return model_config.image_size or _spec(model_config.name).image_size
 
 
-def build_model(model_config, num_classes: int, dtype: str = "float32", **kwargs: Any):
+def build_model(
+    model_config, num_classes: int, dtype: str = "float32", of: str = "", **kwargs: Any
+):
     """Build the Flax module that a `config.model` describes; None fields stay the name's own.
 
-    Raise UserError for an unknown name or fields that it does not have.
+    Raise UserError for an unknown name, fields that it does not have or values that they cannot
+    have; `of` is "teacher." if the config is that of the teacher.
     """
-    fields = {f.name for f in dataclasses.fields(_spec(model_config.name).cls)}
+    fields = {f.name for f in dataclasses.fields(_spec(model_config.name, of).cls)}
     overrides = {k: v for k, v in model_config.items() if k != "name" and v is not None}
     if "image_size" not in fields:  # a convnet takes any size
         overrides.pop("image_size", None)
@@ -201,14 +159,14 @@ def build_model(model_config, num_classes: int, dtype: str = "float32", **kwargs
             model_config.name, num_classes, dtype=compute_dtype(dtype), **overrides, **kwargs
         )
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"config.{of}{error}") from error
 
 
-def _spec(name: str) -> registry.ModelSpec:
+def _spec(name: str, of: str = "") -> registry.ModelSpec:
     try:
         return registry.get_spec(name)
     except ValueError as error:
-        raise UserError(f"config.model.name: {error}") from error
+        raise UserError(f"config.{of}model.name={name}: {error}") from error
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
@@ -256,12 +214,15 @@ def _defaults() -> dict[str, Any]:
     return flatten(to_json(base.get_config()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's content; raise UserError if it is damaged."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Return a JSON file's content, a dict or a list; raise UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore it from a copy") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: holds no {kind.__name__}; restore it from a copy")
+    return value
 
 
 def check_unchanged(config: ConfigDict, path: Path, allowed: Iterable[str] = ()) -> list[str]:

@@ -16,7 +16,9 @@ def make_schedule(optim, epochs: float, steps_per_epoch: int) -> Callable[[jax.A
     As in timm 0.3.2 the cosine does not wait for the warm-up. The reference moves once per epoch
     and one epoch late; this one moves every step. `optim` is the config of that name.
     """
-    total, warmup = epochs * steps_per_epoch, optim.warmup_epochs * steps_per_epoch
+    # At least one step, as many as are taken: in float32 a tiny fraction of one would be 0 / 0.
+    total = max(1.0, epochs * steps_per_epoch)
+    warmup = optim.warmup_epochs * steps_per_epoch
 
     def schedule(step):
         cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step / total, 1.0)))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from deit_jax import config as config_lib
 from deit_jax import weights as weights_lib
 from deit_jax.errors import UserError
+from deit_jax.models import vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +68,40 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     return c
 
 
+def check_teacher(config: ConfigDict, num_devices: int) -> None:
+    """Raise UserError, before anything is trained, if `config.teacher` cannot be."""
+    if config.distill.kind == "none":
+        return
+    config_lib.build_model(config.teacher.model, 2, of="teacher.")
+    if config.teacher.weights:
+        return
+    own = teacher_config(config)
+    config_lib.validate(own, num_devices)
+    model = config_lib.build_model(own.model, 2, of="teacher.")
+    size, given = own.model.image_size, config.teacher.model.image_size
+    for key, value, fixed in (
+        ("teacher.model.image_size", given, True),
+        ("teacher.image_size", config.teacher.image_size, isinstance(model, vit.VisionTransformer)),
+    ):
+        if value not in (None, size) and fixed:
+            raise UserError(
+                f"config.{key}={value}: a teacher that is trained first is trained on the "
+                f"student's images, of {size} pixels; leave it out, or give config.teacher.weights"
+            )
+
+
 def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any]:
     """Return the teacher in any kind of weights and its parameters, batch norm folded into them.
 
     `config.teacher.model` is its model if the weights do not say it. Raise UserError unless it
     knows the same number of classes and takes the student's images.
     """
-    opened = weights_lib.open_model(weights, default=config.teacher.model, dtype=config.dtype)
+    try:
+        opened = weights_lib.open_model(weights, default=config.teacher.model, dtype=config.dtype)
+    except UserError as error:
+        if weights != config.teacher.weights:
+            raise
+        raise UserError(f"config.teacher.weights={weights}: {error}") from error
     if len(opened.classes) != len(classes):
         raise UserError(
             f"config.teacher.weights={weights}: the teacher knows {len(opened.classes)} classes, "

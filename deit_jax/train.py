@@ -22,8 +22,9 @@ from deit_jax.data.resize import choose
 from deit_jax.data.sources import Dataset, open_dataset
 from deit_jax.errors import UserError
 from deit_jax.interrupt import Interrupted, StopRequest
+from deit_jax.ranges import INT32
 from deit_jax.step import Recipe, init_state, train_step
-from deit_jax.teacher import load_teacher, teacher_config, weights_path
+from deit_jax.teacher import check_teacher, load_teacher, teacher_config, weights_path
 
 log = logging.getLogger("deit_jax")
 
@@ -329,12 +330,24 @@ def prepared(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Dataset]:
     config_lib.validate(config, jax.device_count())
     sharding.make_mesh(config.mesh)
     config_lib.build_model(config.model, num_classes=2)  # a mistake in it should stop us here
+    check_teacher(config, jax.device_count())
     config = config.copy_and_resolve_references()
     config.data.decoder = workdir_lib.decoder(config, workdir)
     dataset = open_dataset(config.data)
     if len(dataset.classes) < 2:
         raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
+    _check_length(config, len(dataset.train))
     return config, dataset
+
+
+def _check_length(config: ConfigDict, num_images: int) -> None:
+    per_epoch = max(1, num_images // config.batch_size)
+    for key, epochs in (("epochs", config.epochs), ("teacher.epochs", config.teacher.epochs)):
+        if (steps := optim.whole_steps(epochs, per_epoch)) > INT32:
+            raise UserError(
+                f"config.{key}={epochs}: these are {steps} steps of {config.batch_size} images; "
+                f"lower it, there can be {INT32} at most"
+            )
 
 
 def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:

@@ -4,7 +4,6 @@ A file is safetensors, PyTorch's zip format or PyTorch's older pickle stream, or
 folder; which one is decided by its content.
 """
 
-import collections
 import dataclasses
 import io
 import math
@@ -103,6 +102,9 @@ def _read_zip(path: Path, size: int) -> Flat:
         # PyTorch stores without compression, so that an honest file cannot outgrow itself.
         if sum(entry.file_size for entry in archive.infolist()) > size:
             raise _Refused("the entries of the zip file are larger than the file")
+        # What a compressed entry claims to hold does not limit what unpacking it takes.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise _Refused("a PyTorch file is not compressed; unpack it and save it again")
         root = next((n.removesuffix("data.pkl") for n in entries if n.endswith("/data.pkl")), None)
         if root is None:
             raise _Refused("a zip file without data.pkl is not a PyTorch file")
@@ -128,7 +130,7 @@ def _read_legacy(path: Path, size: int) -> Flat:
         tensors = _tensors(unpickler.load())
         used = {tensor.storage for tensor in tensors.values()}
         data = {}
-        for key in _Unpickler(stream).load():
+        for key in map(_plain, _Unpickler(stream).load()):
             storage = unpickler.storages[key]
             (count,) = struct.unpack("<q", stream.read(8))
             if count != storage.count or storage.bytes > size - stream.tell():
@@ -193,11 +195,31 @@ class _Tensor:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_unused) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    shape, strides = tuple(shape), tuple(strides)
+    numbers = (offset, *shape, *strides)
+    small = all(isinstance(n, int) and abs(n) < 1 << 63 for n in numbers)
+    if not isinstance(storage, _Storage) or not small or len(shape) != len(strides):
+        raise _Refused("a tensor whose shape is no shape")
+    return _Tensor(storage, offset, shape, strides)
 
 
 def _rebuild_parameter(tensor, *_unused) -> _Tensor:
     return tensor
+
+
+def _plain(key: Any) -> Any:
+    """Return a key of a dict if it is a string, a number or the like.
+
+    Tuples of tuples of themselves are short in a pickle and take for ever to hash or to print.
+    """
+    if not isinstance(key, str | bytes | int | float | bool | None):
+        raise _Refused(f"a {type(key).__name__} as a name, which weights do not need")
+    return key
+
+
+def _dict(pairs: Any = ()) -> dict[Any, Any]:
+    """Return an OrderedDict's content: Python 2 pickled its pairs as an argument."""
+    return {_plain(key): value for key, value in pairs}
 
 
 class _Inert:
@@ -205,7 +227,7 @@ class _Inert:
 
 
 _GLOBALS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _dict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("argparse", "Namespace"): _Inert,
@@ -231,8 +253,8 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, count, *_view = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or any(_view):
-            raise _Refused(f"refused to load {pid!r:.100}")
-        storage = _Storage(str(key), dtype, int(count))
+            raise _Refused(f"refused to load what is no storage, but {_plain(kind)!s:.40}")
+        storage = _Storage(str(_plain(key)), dtype, int(_plain(count)))
         if storage.count < 0 or self.storages.setdefault(storage.key, storage) != storage:
             raise _Refused(f"storage {key} is described twice, differently")
         return storage
@@ -241,5 +263,32 @@ class _Unpickler(pickle._Unpickler):
         """Drop the attributes of an object: none that is let in needs them."""
         self.stack.pop()
 
+    def load_setitem(self):
+        """Set one item of a dict, and of nothing else."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(self.stack[-1], [key, value])
+
+    def load_setitems(self):
+        """Set items of a dict, and of nothing else."""
+        items = self.pop_mark()
+        self._set(self.stack[-1], items)
+
+    def load_dict(self):
+        """Make a dict of the items on the stack."""
+        items, made = self.pop_mark(), {}
+        self._set(made, items)
+        self.append(made)
+
+    @staticmethod
+    def _set(target: Any, items: list[Any]) -> None:
+        if not isinstance(target, dict):
+            raise _Refused(f"items of a {type(target).__name__}, which weights do not need")
+        target.update(zip(map(_plain, items[::2]), items[1::2], strict=True))
+
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    for _opcode in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):  # they hash what they get
+        del dispatch[_opcode[0]]
     del dispatch[pickle.BYTEARRAY8[0]]  # it too allocates what the file claims

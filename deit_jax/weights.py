@@ -14,7 +14,7 @@ import numpy as np
 
 from deit_jax import checkpoint, dialects, weight_files
 from deit_jax import config as config_lib
-from deit_jax.claims import Claims, read_claims
+from deit_jax.claims import DISBELIEF, Claims, in_one_line, read_claims
 from deit_jax.dialects import from_torch, to_torch
 from deit_jax.errors import UserError
 from deit_jax.models import registry
@@ -30,6 +30,7 @@ HEAD_POLICIES = {
     "cls": "keep the class head alone; a distillation token that the weights lack starts anew",
 }
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+_IN_CLAIMS = ("format", "classes", "image_size", "mean", "std", "crop_ratio")
 _HEADS = ("head", "head_dist", "classifier")
 _HUB_FILES = ("config.json", "preprocessor_config.json")
 
@@ -131,10 +132,9 @@ def load_variables(
         target = _target(found, model, num_classes, image_size, head, dtype)
         size = getattr(target, "image_size", image_size or found.image_size)
         fitted = _fit(found, target, head, seed)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+    except DISBELIEF as error:
         prefix = "" if str(error).startswith(str(source)) else f"{source}: "
-        raise WeightsError(f"{prefix}{text}") from error
+        raise WeightsError(f"{prefix}{in_one_line(error)}") from error
     return dataclasses.replace(fitted, image_size=size, name=_name_of(model, fitted))
 
 
@@ -182,22 +182,29 @@ def _open_run(source: str, path: Path, model, dtype: str) -> Opened:
     if not (path / "classes.json").is_file():
         files = " or ".join(_IN_FOLDER)
         raise ValueError(f"neither the workdir of a `deit train` run nor a folder with {files}")
-    run = checkpoint.load_run(path, dtype)
+    try:
+        run = checkpoint.load_run(path, dtype)
+    except UserError as error:  # of its own config, which is not the one at hand
+        raise ValueError(str(error)) from error
+    _check_shapes(run.variables, run.model, run.model)
     name, data = run.config.model.name, run.config.data
-    if isinstance(model, str) and model != name:
-        raise ValueError(f"{source} holds the run of a {name}, not of a {model}")
-    return Opened(
-        source=source,
+    claims = Claims(
         format="deit_jax run",
-        name=name,
-        model=run.model,
-        variables=run.variables,
         classes=run.classes,
         image_size=config_lib.image_size(run.config.model),
         mean=data.mean,
         std=data.std,
         crop_ratio=data.eval_crop_ratio,
+    )
+    if isinstance(model, str) and model != name:
+        raise ValueError(f"{source} holds the run of a {name}, not of a {model}")
+    return Opened(
+        source=source,
+        name=name,
+        model=run.model,
+        variables=run.variables,
         run=run,
+        **{key: getattr(claims, key) for key in _IN_CLAIMS},
     )
 
 
@@ -210,9 +217,9 @@ def _averaged(found: Opened) -> Opened:
 def _locate(source: str) -> Path:
     """Return where the weights lie, downloaded if they are on the Hugging Face hub."""
     if not source.startswith(HUB):
-        if not Path(source).exists():
-            raise WeightsError(f"{source}: no such file or folder")
-        return Path(source)
+        if Path(source).exists():
+            return Path(source)
+        raise WeightsError(f"{source}: no such file or folder")
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
@@ -247,8 +254,7 @@ def _identify(flat, claims: Claims, model, default) -> tuple[str, dict[str, Any]
         raise ValueError(f"no registered model has these shapes ({fields}); name one with --model")
     if name == claims.name:
         overrides = dict(claims.overrides)
-    fields = dialects.transformer_fields(flat)
-    if fields and "grid" in fields:
+    if "grid" in (fields := dialects.transformer_fields(flat)):
         own = registry.create_model(name, **overrides)
         heads = claims.overrides.get("num_heads", getattr(own, "num_heads", None))
         if heads != getattr(own, "num_heads", None):

@@ -170,14 +170,17 @@ def starting_weights(config: ConfigDict, workdir: Path, num_classes: int):
     """Load what `config.init` names and say how it was fitted; None for a run that goes on."""
     if not config.init.weights or any((workdir / "checkpoints").glob("[0-9]*")):
         return None
-    opened = load_variables(
-        config.init.weights,
-        config.model,
-        num_classes,
-        config_lib.image_size(config.model),
-        config.init.head,
-        seed=config.seed,
-    )
+    try:
+        opened = load_variables(
+            config.init.weights,
+            config.model,
+            num_classes,
+            config_lib.image_size(config.model),
+            config.init.head,
+            seed=config.seed,
+        )
+    except UserError as error:
+        raise UserError(f"config.init.weights={config.init.weights}: {error}") from error
     for note in [f"starting from {config.init.weights} ({opened.format})", *opened.notes]:
         log.info(note)
     return opened.variables

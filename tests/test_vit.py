@@ -127,7 +127,7 @@ def test_remat_changes_neither_logits_nor_gradients():
     [
         ({"num_heads": 5}, "model.width=48 is not a multiple of model.num_heads=5"),
         ({"image_size": 4}, "smaller than one patch"),
-        ({"colour": 3}, "model.colour: deit_tiny_distilled_patch16_224 has no such field"),
+        ({"colour": 3}, "model.colour=3: deit_tiny_distilled_patch16_224 has no such field"),
     ],
 )
 def test_impossible_shapes_are_refused(overrides, message):

@@ -18,6 +18,7 @@ from deit_jax.data.pixels import Image
 Augment = Callable[[Image, np.random.Generator], Image]
 
 MAX_LEVEL = 10.0
+_MOST_OPS = 100  # of RandAugment on an image: more leave nothing of it, and take for ever
 
 # RandAugment: timm's operations as functions of a level in [0, 10] and a sign.
 Op = Callable[[Image, float, int], Image]
@@ -159,10 +160,13 @@ def parse_rand_augment(spec: str) -> RandAugment:
         if token[:1] in ("w", "t"):
             raise ValueError(f"{token!r} in {spec!r}: weighted choices are not supported")
         match = re.fullmatch(r"(m|n|inc)(\d+)|(p|mstd)(\d+(?:\.\d+)?|inf)", token)
-        if not match:
+        if not match or len(token) > 20:  # int() refuses thousands of digits in its own words
             raise ValueError(f"unknown token {token!r} in {spec!r}: use m9 n2 p0.5 mstd0.5 inc1")
         key, number = match[1] or match[3], match[2] or match[4]
         values[key] = type(values[key])(number)
+    for key, most in (("n", _MOST_OPS), ("m", 100)):
+        if values[key] > most:
+            raise ValueError(f"{key} in {spec!r:.80} must be at most {most}")
     if values["p"] > 1:
         raise ValueError(f"p in {spec!r} must be a probability, at most 1")
     std = math.inf if values["mstd"] > 100 else values["mstd"]

@@ -6,6 +6,7 @@ the published models, see photographs as they are stored.
 
 import io
 import math
+import warnings
 
 import numpy as np
 import simplejpeg
@@ -13,6 +14,11 @@ from PIL import Image, UnidentifiedImageError
 
 from deit_jax.data.resize import Decoder, Pixels, Resize, Resized, resize_pillow
 from deit_jax.errors import UserError
+
+# Pillow only warns of images of up to twice its limit; together with their copies they take
+# gigabytes. Set once, as warnings.catch_warnings is not for threads.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+LONGEST = 100  # times as long as wide; beyond, a file of bytes would be enlarged to gigabytes
 
 Box = tuple[int, int, int, int]  # left, top, width, height
 
@@ -31,6 +37,8 @@ def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.format == "EPS":
+        raise ValueError("EPS, which only running it as a program could draw")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # 16 bits, which convert() would clip at 255; Pillow itself reads 16-bit RGB this way.
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
@@ -83,6 +91,7 @@ def random_box(
         h = round(width / ratio[0])
     elif width / height > ratio[1]:
         w = round(height * ratio[1])
+    w, h = max(1, w), max(1, h)  # which the ratio of a few pixels may round to none
     return (width - w) // 2, (height - h) // 2, w, h
 
 
@@ -101,6 +110,8 @@ def simple_random_crop(
     simple random crop).
     """
     height, width, _ = pixels.shape
+    left, top, width, height = _not_too_long(width, height)
+    pixels = pixels[top : top + height, left : left + width]
     resized = resize(pixels, *_shorter_at(width, height, size))
     padded = np.pad(resized, ((4, 4), (4, 4), (0, 0)), mode="reflect")
     top, left = (int(rng.integers(side - size + 1)) for side in padded.shape[:2])
@@ -113,8 +124,17 @@ def _shorter_at(width: int, height: int, short: int) -> tuple[int, int]:
     return int(short * width / height), short
 
 
+def _not_too_long(width: int, height: int) -> Box:
+    """Return the middle of an image that is far longer than wide, or else all of it."""
+    w, h = min(width, LONGEST * height), min(height, LONGEST * width)
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
 def resize_shorter(image: Image.Image, short: int) -> Image.Image:
     """Return the image with its shorter side at `short` pixels; bicubic with antialias."""
+    left, top, width, height = _not_too_long(*image.size)
+    if (width, height) != image.size:
+        image = image.crop((left, top, left + width, top + height))
     return image.resize(_shorter_at(*image.size, short), Image.Resampling.BICUBIC)
 
 

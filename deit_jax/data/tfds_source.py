@@ -60,14 +60,17 @@ def open_tfds(name: str, data) -> Dataset:
             f"ClassLabel, its {keys[0]!r} and {keys[1]!r} are others"
         )
     splits = []
-    for split in (data.train_split, data.eval_split):
+    for field in ("train_split", "eval_split"):
+        split = data[field]
         try:
             data_source = builder.as_data_source(
                 split, decoders={keys[0]: tfds.decode.SkipDecoding()}
             )
         except (ValueError, KeyError) as error:
             known = ", ".join(builder.info.splits)
-            raise UserError(f"tfds:{name}: no split {split!r} (it has {known})") from error
+            raise UserError(
+                f"config.data.{field}={split}: tfds:{name} has no split {split!r} (it has {known})"
+            ) from error
         splits.append(TfdsSource(f"tfds:{name}", split, data_source, keys))
     allow_open_files(sum(info.num_shards for info in builder.info.splits.values()))
     return Dataset(*splits, list(features[keys[1]].names))

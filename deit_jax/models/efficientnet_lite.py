@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from deit_jax.models import limits
 from deit_jax.models.conv import ConvNorm, drop_path
 from deit_jax.models.heads import Heads
 
@@ -105,6 +106,10 @@ class EfficientNetLite(nn.Module):
         super().__post_init__()
         if self.variant not in self.VARIANTS:
             raise ValueError(f"model.variant={self.variant!r} is none of {list(self.VARIANTS)}")
+        limits.check_whole("num_classes", self.num_classes, limits.CLASSES)
+        limits.check_number("drop_path", self.drop_path, 0, 1)
+        if self.dropout is not None:
+            limits.check_number("dropout", self.dropout, 0, 1)
 
     def block_indices(self) -> list[tuple[int, int]]:
         """Return (stage, index within the stage) of every block in the order they run."""

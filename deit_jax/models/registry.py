@@ -99,7 +99,11 @@ def create_model(name: str, num_classes: int = 1000, **overrides: Any) -> nn.Mod
     """
     spec = get_spec(name)
     fields = {f.name for f in dataclasses.fields(spec.cls)} - {"parent", "name"}
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in fields:
-            raise ValueError(f"model.{key}: {name} has no such field (it has {sorted(fields)})")
+            known = ", ".join(sorted(fields))
+            raise ValueError(
+                f"model.{key}={value!r:.60}: {name} has no such field; leave it out "
+                f"(it has {known})"
+            )
     return spec.cls(num_classes=num_classes, **(spec.kwargs | overrides))

@@ -13,8 +13,11 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from deit_jax.models import limits
 from deit_jax.models.conv import ConvNorm, conv_init, drop_path
 from deit_jax.models.heads import Heads
+
+_NARROWEST = 3  # channels whose quarter, which squeeze-excite goes through, is not rounded to none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +179,7 @@ class RegNetY(nn.Module):
         super().__post_init__()
         if self.variant not in self.VARIANTS:
             raise ValueError(f"model.variant={self.variant!r} is none of {list(self.VARIANTS)}")
+        self._check_fields()
         widths, depths, group_widths = self.stages()
         if len(widths) != len(depths):
             raise ValueError(f"model.widths={widths} and model.depths={depths} differ in length")
@@ -184,6 +188,20 @@ class RegNetY(nn.Module):
                 raise ValueError(
                     f"model.widths: {width} is not a multiple of model.group_width={group}"
                 )
+
+    def _check_fields(self) -> None:
+        limits.check_whole("num_classes", self.num_classes, limits.CLASSES)
+        limits.check_whole("stem_width", self.stem_width, limits.WIDTH, _NARROWEST)
+        limits.check_whole("stem_stride", self.stem_stride, 16)
+        limits.check_number("drop_path", self.drop_path, 0, 1)
+        if self.group_width is not None:
+            limits.check_whole("group_width", self.group_width, limits.WIDTH)
+        for key, most in (("widths", limits.WIDTH), ("depths", limits.COUNT // 10)):
+            values = getattr(self, key)
+            if values is not None and not (isinstance(values, tuple) and 0 < len(values) < 10):
+                raise ValueError(f"model.{key}={values!r:.60}: must be a number for each stage")
+            for value in values or ():
+                limits.check_whole(key, value, most, _NARROWEST if key == "widths" else 1)
 
     def stages(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Return the widths, depths and group widths of all stages."""

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from deit_jax.models import limits
 from deit_jax.models.heads import Heads
 
 # timm's trunc_normal_(std=.02) cuts at an absolute +-2, which is 100 sigma: a plain normal. JAX's
@@ -215,6 +216,7 @@ class VisionTransformer(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_fields()
         if self.width % self.num_heads:
             raise ValueError(
                 f"model.width={self.width} is not a multiple of model.num_heads={self.num_heads}"
@@ -229,6 +231,22 @@ class VisionTransformer(nn.Module):
                 f"model.image_size={self.image_size} is not a multiple of "
                 f"model.patch_size={self.patch_size}"
             )
+
+    def _check_fields(self) -> None:
+        for key, most in (
+            ("num_classes", limits.CLASSES),
+            ("image_size", limits.SIDE),
+            ("patch_size", limits.SIDE),
+            ("width", limits.WIDTH),
+            ("depth", limits.COUNT),
+            ("num_heads", limits.WIDTH),
+        ):
+            limits.check_whole(key, getattr(self, key), most)
+        limits.check_number("mlp_ratio", self.mlp_ratio, 1 / self.width, 64)
+        for key in ("drop_path", "dropout"):
+            limits.check_number(key, getattr(self, key), 0, 1)
+        if self.layer_scale is not None:
+            limits.check_number("layer_scale", self.layer_scale, 0, 1000)
 
     @property
     def grid_size(self) -> int:

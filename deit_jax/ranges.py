@@ -1,0 +1,109 @@
+"""The values that each number of a config may have. Models check their own fields themselves."""
+
+import dataclasses
+
+INT32 = 2**31 - 1  # what the step and the counters are
+LARGE = 1e6  # for what has no limit but float32's, which its products must not reach either
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers between two bounds; `above` and `below` leave the bounds themselves out.
+
+    `length` is that of a tuple of such numbers, None for a single one.
+    """
+
+    low: int | float
+    high: int | float
+    above: bool = False
+    below: bool = False
+    length: int | None = None
+
+    def holds(self, value) -> bool:
+        """Return whether a number, or each of a tuple, is in the range; nan never is."""
+        if self.length is not None:
+            return (
+                isinstance(value, tuple)
+                and len(value) == self.length
+                and all(map(self._holds, value))
+            )
+        return self._holds(value)
+
+    def _holds(self, value) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        low = value > self.low if self.above else value >= self.low
+        return low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low, high = (str(x) if isinstance(x, int) else f"{x:g}" for x in (self.low, self.high))
+        many = "" if self.length is None else f"{self.length} numbers, each "
+        if not (self.above or self.below):
+            return f"must be {many}between {low} and {high}"
+        above = f"greater than {low}" if self.above else f"at least {low}"
+        below = f"below {high}" if self.below else f"at most {high}"
+        return f"must be {many}{above} and {below}"
+
+
+_COUNT = Range(1, INT32)
+_BATCH = Range(1, 2**24)
+_EPOCHS = Range(0, LARGE, above=True)
+_FRACTION = Range(0, 1)
+_NOT_QUITE_ONE = Range(0, 1, below=True)
+_SIZE = Range(0, LARGE)
+_SIDE = Range(1, 2**14)
+_AXIS = Range(-1, INT32)  # more is asked of it in sharding.py
+
+RANGES = {
+    "seed": Range(0, 2**32 - 1),  # Grain's
+    "epochs": _EPOCHS,
+    "batch_size": _BATCH,
+    "data.eval_fraction": _FRACTION,
+    "data.mean": Range(0, 1, length=3),
+    "data.std": Range(0.001, 1, length=3),
+    "data.eval_crop_ratio": Range(0.1, 1),  # below, a photograph is enlarged to gigabytes
+    "data.threads": Range(0, 1024),
+    "data.prefetch_batches": Range(1, 1024),
+    "augment.crop_scale": Range(0, 1, above=True, length=2),
+    "augment.crop_ratio": Range(0.001, 1000, length=2),
+    "augment.flip_prob": _FRACTION,
+    "augment.color_jitter": Range(0, 10),
+    "augment.repeats": _BATCH,
+    "augment.erase_prob": _FRACTION,
+    "mixing.prob": _FRACTION,
+    "mixing.mixup_alpha": Range(0, 1000),
+    "mixing.cutmix_alpha": Range(0, 1000),
+    "mixing.switch_prob": _FRACTION,
+    "mixing.group_size": _BATCH,
+    "loss.smoothing": _FRACTION,
+    "distill.alpha": _FRACTION,
+    "distill.tau": Range(0.001, 1000),
+    "teacher.epochs": _SIZE,
+    "teacher.image_size": _SIDE,
+    "teacher.lr": _SIZE,
+    "teacher.model.image_size": _SIDE,
+    "model.image_size": _SIDE,
+    "optim.lr": _SIZE,
+    "optim.warmup_lr": _SIZE,
+    "optim.warmup_epochs": _SIZE,
+    "optim.min_lr": _SIZE,
+    "optim.weight_decay": _SIZE,
+    "optim.b1": _NOT_QUITE_ONE,
+    "optim.b2": _NOT_QUITE_ONE,
+    "optim.eps": Range(1e-30, 1),  # a 0 of float32 would divide 0 by 0 where a gradient vanishes
+    "optim.clip_norm": _SIZE,
+    "optim.accum_steps": _BATCH,
+    "optim.ema_decay": _NOT_QUITE_ONE,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+    "mesh.slices": _AXIS,
+    "train.log_every_steps": _COUNT,
+    "train.eval_every_epochs": _EPOCHS,
+    "train.save_every_epochs": _EPOCHS,
+    "train.keep_checkpoints": _COUNT,
+    "train.eval_batch_size": _BATCH,
+    "train.max_bad_steps": Range(0, INT32),
+    "train.max_rollbacks": Range(0, INT32),
+}
+OPTIONAL = ("model.image_size", "teacher.image_size", "teacher.model.image_size")
