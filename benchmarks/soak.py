@@ -27,7 +27,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from configs import quickstart  # noqa: E402
 from deit_jax import metrics, train  # noqa: E402
-from deit_jax.interrupt import Interrupted, StopRequest  # noqa: E402
+from deit_jax.errors import Interrupted  # noqa: E402
+from deit_jax.interrupt import StopRequest  # noqa: E402
 
 SAMPLE_SECONDS = 5.0
 

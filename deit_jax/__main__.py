@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(name: str, argv: list[str]) -> int:
     from deit_jax.cli import UsageError
-    from deit_jax.errors import UserError
-    from deit_jax.interrupt import EXIT_CODE, Interrupted
+    from deit_jax.errors import EXIT_CODE, Interrupted, UserError
 
     _start_logging()
     try:

@@ -12,8 +12,7 @@ import jax
 from absl import flags
 from jax._src import distributed as jax_distributed  # Orbax, too, reaches the store through it
 
-from deit_jax.errors import UserError
-from deit_jax.interrupt import Interrupted
+from deit_jax.errors import Interrupted, UserError
 
 log = logging.getLogger("deit_jax")
 

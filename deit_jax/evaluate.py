@@ -13,8 +13,7 @@ from deit_jax import teacher as teacher_lib
 from deit_jax import weights as weights_lib
 from deit_jax.data import pipeline
 from deit_jax.data.sources import open_dataset
-from deit_jax.errors import UserError
-from deit_jax.interrupt import Interrupted
+from deit_jax.errors import Interrupted, UserError
 from deit_jax.models import vit
 
 EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W [--model=NAME])

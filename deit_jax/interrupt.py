@@ -18,14 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deit_jax.errors import EXIT_CODE
+
 log = logging.getLogger("deit_jax")
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Interrupted(Exception):
-    """A run stopped as it was asked to; the same command continues it."""
 
 
 class StopRequest:

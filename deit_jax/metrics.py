@@ -127,6 +127,7 @@ class MetricWriter:
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
         self._board = Board(workdir / "tensorboard", purge_step=start_step + 1)
+        tqdm.monitor_interval = 0  # or a thread of it would outlive the run
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,

@@ -20,8 +20,8 @@ from deit_jax.checkpoint import Checkpointer
 from deit_jax.data import pipeline
 from deit_jax.data.resize import choose
 from deit_jax.data.sources import Dataset, open_dataset
-from deit_jax.errors import UserError
-from deit_jax.interrupt import Interrupted, StopRequest
+from deit_jax.errors import Interrupted, UserError
+from deit_jax.interrupt import StopRequest
 from deit_jax.ranges import INT32
 from deit_jax.step import Recipe, init_state, train_step
 from deit_jax.teacher import check_teacher, load_teacher, teacher_config, weights_path

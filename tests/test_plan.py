@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import deit
+from configs import deit, deit3
 from deit_jax import __main__ as program
 from deit_jax import bench, chips, plan, sharding, train
 
@@ -78,6 +78,7 @@ def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, mon
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.long  # five minutes of one core, most of them for the teacher
 def test_deit_b_distilled_fits_a_v5e_at_128_images_a_chip(tpu):
     config = deit.get_config("variant=base,distilled=True")
     config.batch_size = 128 * 4
@@ -94,6 +95,25 @@ def test_deit_b_distilled_fits_a_v5e_at_128_images_a_chip(tpu):
     assert result["mfu"] == pytest.approx(
         result["analytic_flops_per_step"] / (4 * 197e12 * seconds)
     )
+
+
+@pytest.mark.long
+def test_deit3_h_fits_16_v5e_with_its_weights_shared_out(tpu):
+    """32 images a chip of 16 GB, recomputing activations; no chip holds more than a share."""
+    config = deit3.get_config("size=huge")
+    config.batch_size, config.mesh.fsdp, config.model.remat = 512, 16, True
+    result = plan.plan(config, "v5e:4x4")
+    assert result["fits"]
+    # Parameters, two moments and their average (if any) in float32, a sixteenth of each.
+    copies = 3 + (config.optim.ema_decay > 0)
+    model = plan.config_lib.build_model(config.model, 1000)
+    size = plan.config_lib.image_size(config.model)
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count > 600e6
+    share = copies * 4 * count / 16
+    assert share < result["per_chip"]["argument_bytes"] < 1.1 * share
 
 
 def test_what_does_not_fit_is_said_with_a_remedy(tpu, capsys, monkeypatch):

@@ -12,8 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from deit_jax import checkpoint, metrics, replay, sharding, step
 from deit_jax import train as train_lib
 from deit_jax.data import pipeline
-from deit_jax.errors import UserError
-from deit_jax.interrupt import Interrupted, StopRequest
+from deit_jax.errors import Interrupted, UserError
+from deit_jax.interrupt import StopRequest
 from tests.tiny import make_tiny_config
 
 

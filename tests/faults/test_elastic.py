@@ -5,7 +5,7 @@ import pytest
 
 from deit_jax import metrics, sharding
 from deit_jax import train as train_lib
-from deit_jax.interrupt import Interrupted
+from deit_jax.errors import Interrupted
 from tests.faults.test_divergence import StopAfter
 from tests.tiny import make_tiny_config
 

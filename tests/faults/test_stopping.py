@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from deit_jax.interrupt import EXIT_CODE
+from deit_jax.errors import EXIT_CODE
 from tests.faults import driver
 
 
