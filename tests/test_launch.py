@@ -28,7 +28,11 @@ from deit_jax import config as config_lib
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 
-DEIT = """#!{python}
+# A shell starts them, as the path of the interpreter may hold a space, which `#!` does not bear.
+DEIT = """#!/bin/sh
+''':'
+exec "{python}" "$0" "$@"
+'''
 import os, pathlib, signal, sys, time
 log = pathlib.Path({log!r})
 def write(text):
@@ -119,7 +123,10 @@ def test_local_hands_a_signal_on_once_and_waits(clone):
     assert log.read_text().splitlines()[2:] == ["SIGTERM", "SIGTERM"]
 
 
-GCLOUD = """#!{python}
+GCLOUD = """#!/bin/sh
+''':'
+exec "{python}" "$0" "$@"
+'''
 import json, os, pathlib, subprocess, sys
 folder = pathlib.Path({folder!r})
 words = sys.argv[1:]
