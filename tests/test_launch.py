@@ -115,7 +115,9 @@ def test_local_hands_a_signal_on_once_and_waits(clone):
     log = install_deit(clone, sleep=30)
     environment = {**os.environ, "PROCESSES": "2"}
     process = subprocess.Popen(["bash", "launch/local.sh"], cwd=clone, env=environment)
+    deadline = time.monotonic() + 60
     while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.3)  # until the stand-in has its handler
     process.send_signal(signal.SIGTERM)
