@@ -62,7 +62,7 @@ class StopRequest:
             if self.name:
                 _exit(128 + number[0], f"a second signal, {name}: stopped without saving")
             if not self.armed:
-                _exit(EXIT_CODE, f"{name} before a step was taken: nothing to save")
+                _exit(EXIT_CODE, f"{name}, with nothing to save")
             self.name = name
             log.warning("%s: finishing the step and saving; again = stop at once", name)
 

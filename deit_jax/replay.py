@@ -70,12 +70,11 @@ def _look(trainer, batch):
         logits = {f"logits_{n}": getattr(heads, n) for n in ("cls", "dist")}
         inputs = {"model_input": images, "targets": targets}
         inputs |= {k: v for k, v in logits.items() if v is not None}
-        activations = jax.tree.map(lambda x: x, caught["intermediates"])
         return inputs, {
             "terms": terms,
             "parameters": _norms(state.params),
             "gradients": _norms(grads),
-            "activations": _norms(activations),
+            "activations": _norms(caught["intermediates"]),
         }
 
     return look(trainer.state, trainer.teacher_params, batch)

@@ -221,7 +221,7 @@ class Trainer:
         if step % self.config.train.log_every_steps == 0 or step == self.total_steps:
             rates, lr = meter.read(), float(self.schedule(step - 1))
             if self.config.data.skip_unreadable:  # images met so far that could not be read
-                rates["skipped"] = len(self._batches.unreadable)
+                rates["unreadable_images"] = len(self._batches.unreadable)
             writer.write(step, {**values, "lr": lr})
             writer.write(step, rates, kind="timing")
             self.checkpointer.settle(wait=False)

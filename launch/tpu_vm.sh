@@ -39,10 +39,12 @@ ensure_slice() {
     while state="$(request_state)" && [ "$state" != ACTIVE ]; do
         case "$state" in
             NONE)
+                local spot=()
+                if [ "${SPOT:-0}" = 1 ]; then spot=(--spot); fi
                 : "${TYPE:?give TYPE=…, as in v5litepod-64}"
                 say "asking for $TYPE"
                 tpu queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
-                    --runtime-version="${VERSION:-$(version)}" ${SPOT:+--spot}
+                    --runtime-version="${VERSION:-$(version)}" "${spot[@]}"
                 ;;
             FAILED | SUSPENDED | SUSPENDING)
                 say "the request is $state; asking again"

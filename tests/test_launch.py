@@ -196,7 +196,6 @@ ASK, CREATE, DELETE = (f"queued-resources {v}" for v in ("describe", "create", "
 
 
 def test_tpu_creates_installs_trains_and_deletes(cloud, tmp_path):
-    # The worker script is there before the first ssh only in this test.
     answers = {"queued-resources": ["", "WAITING_FOR_RESOURCES", "ACTIVE"], "tpu-vm": []}
     done, calls = cloud(answers, "--config=a b.py", "--workdir=w", DELETE="1")
     assert done.returncode == 0, done.stderr

@@ -237,7 +237,7 @@ def test_unreadable_images_are_skipped_and_counted(tiny_config, tmp_path, caplog
     with caplog.at_level(logging.WARNING, logger="deit_jax"):
         train_lib.train(c, tmp_path / "run")
     rates = metrics.read_lines(tmp_path / "run" / "timing.jsonl")
-    assert rates[-1]["skipped"] == 1
+    assert rates[-1]["unreadable_images"] == 1
     named = [r.message for r in caplog.records if "another image stands in" in r.message]
     assert len(named) == 1
     assert "6.png" in named[0]

@@ -9,14 +9,6 @@ import pytest
 from tests.faults import driver
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Return a folder with a run of 40 steps in `whole`."""
-    path = tmp_path_factory.mktemp("kill")
-    driver.finish(driver.start(path / "whole", path / "cache", 40), path / "whole")
-    return path
-
-
 def test_a_run_killed_five_times_ends_with_the_same_bits(folder):
     hits = driver.torment(folder / "killed", folder / "cache", 40, kills=5, seed=1)
     assert any("saving" in hit["hit"] for hit in hits), hits

@@ -7,8 +7,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from deit_jax.errors import EXIT_CODE
 from tests.faults import driver
 
@@ -24,14 +22,6 @@ def until(true, process, seconds=240):
 
 def steps(workdir):
     return sum("loss" in r for r in driver.records(workdir))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Return a folder with a run of 40 steps in `whole`."""
-    path = tmp_path_factory.mktemp("stop")
-    driver.finish(driver.start(path / "whole", path / "cache", 40), path / "whole")
-    return path
 
 
 def test_a_signal_saves_and_the_next_start_goes_on(folder):
