@@ -49,11 +49,10 @@ def _look(trainer, batch):
     @jax.jit
     def look(state, teacher_params, batch):
         images, targets, key = model_inputs(state.step, batch, recipe)
-        grads, terms, _ = gradients(
+        grads, terms, *_ = gradients(
             state,
             teacher_params,
-            images,
-            targets,
+            (images, targets, batch.get("signal")),
             key,
             model=trainer.model,
             teacher=trainer.teacher,
