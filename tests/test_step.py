@@ -262,8 +262,9 @@ def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind
     replaying = jax.jit(functools.partial(step.train_step, **parts), **places)
     batch = sharding.to_devices(make_batch(), mesh, B)
     fused, told = recording(state, teacher_params, batch)
-    images, *_ = step.model_inputs(state.step, make_batch(), parts["recipe"])
-    logits = np.asarray(make_teacher()[0].logits(make_teacher()[1], images))
+    images, *_ = step.model_inputs(state.step, batch, parts["recipe"])
+    teacher, params = make_teacher()
+    logits = np.asarray(teacher.logits(params, images))
     expected = logits.argmax(-1) if kind == "hard" else logits
     np.testing.assert_allclose(told["signal"], expected, atol=1e-5)
     batch |= sharding.to_devices({"signal": np.asarray(told["signal"])}, mesh, B)
