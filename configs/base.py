@@ -100,6 +100,11 @@ def get_config() -> ConfigDict:
     c.teacher.weights = ""  # workdir of a finished `deit train`
     c.teacher.epochs = 0.0  # without weights: first train teacher.model so long, in WORKDIR/teacher
     c.teacher.image_size = placeholder(int)  # resize its images on device; None = the student's
+    # What the teacher says, on disk: record writes it to tape_path ("" = WORKDIR/tape) in training,
+    # replay trains from there without running the teacher. See docs/tape.md.
+    c.teacher.tape = "off"
+    c.teacher.tape_path = ""
+    c.teacher.tape_top_k = 16  # classes kept of each answer in soft distillation
     c.teacher.lr = c.get_ref("batch_size").to_float() * 5e-4 / 512
     c.teacher.model = get_model_config("regnety_160")
 

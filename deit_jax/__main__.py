@@ -11,6 +11,7 @@ COMMANDS = {
     "prepare": "turn images into a TFDS data set, without TensorFlow",
     "inspect": "draw training images as the model is given them",
     "bench": "measure the training step, or the input pipeline",
+    "tape": "record what a teacher says of a run's images, for students to come",
     "plan": "what a training step needs on TPUs that are not there",
 }
 USAGE = f"""DeiT in JAX: train, evaluate and use data-efficient image transformers.
@@ -23,7 +24,12 @@ usage: deit COMMAND [--flag=value …]
 An error is one line; --debug adds its traceback. Exit codes: 0 success, 1 failure, 2 usage,
 75 a training that was told to stop, saved its state and goes on with the same command.
 """
-MODULES = {"eval": "evaluate", "inspect": "inspect_data", "train": "train_command"}
+MODULES = {
+    "eval": "evaluate",
+    "inspect": "inspect_data",
+    "tape": "tape_command",
+    "train": "train_command",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

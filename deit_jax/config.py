@@ -26,6 +26,8 @@ HARMLESS = (
     "mesh.fsdp",
     "mesh.slices",
     "mesh.tensor",
+    "teacher.tape_path",
+    "teacher.tape_top_k",
     "train.eval_batch_size",
     "train.eval_every_epochs",
     "train.keep_checkpoints",
@@ -40,6 +42,7 @@ CHOICES = {
     "loss.kind": ("softmax", "binary"),
     "distill.kind": ("none", "soft", "hard"),
     "distill.reduction": ("batchmean", "numel"),
+    "teacher.tape": ("off", "record", "replay"),
     "optim.name": ("adamw", "sgd", "lamb"),
     "train.on_divergence": ("stop", "rollback"),
 }
@@ -84,11 +87,28 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "init.weights",
         "this config starts from trained weights: give a run's workdir or a weight file",
     )
+    _check_tape(config, check)
     check(
-        config.distill.kind == "none" or bool(config.teacher.weights) or config.teacher.epochs > 0,
+        config.distill.kind == "none"
+        or bool(config.teacher.weights)
+        or config.teacher.epochs > 0
+        or config.teacher.tape == "replay",
         "teacher.weights",
         "distillation needs a teacher: give the workdir of one trained by `deit train`, or train "
         "one first with --config.teacher.epochs=N",
+    )
+
+
+def _check_tape(config: ConfigDict, check) -> None:
+    check(
+        config.teacher.tape == "off" or config.distill.kind != "none",
+        "teacher.tape",
+        "a label tape is of a teacher; set config.distill.kind, or leave it off",
+    )
+    check(
+        config.teacher.tape != "replay" or bool(config.teacher.tape_path),
+        "teacher.tape_path",
+        "replaying needs the directory of a label tape, as `deit tape record` makes one",
     )
 
 
@@ -195,9 +215,16 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     for key in sorted(old.keys() | new.keys()):
         before = old.get(key, defaults.get(key, "(no such field)"))
         after = new.get(key, "(no such field)")
+        if key == "teacher.tape" and _same_bits(before, after, new):
+            continue
         if before != after and key not in HARMLESS and not key.startswith("mesh."):
             found[key] = f"{key}: {before} -> {after}"
     return found
+
+
+def _same_bits(before: str, after: str, config: dict[str, Any]) -> bool:
+    """Return whether another use of the label tape trains the same: a tape of logits is rounded."""
+    return config["distill.kind"] == "hard" or "replay" not in (before, after)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -6,6 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
+
+from deit_jax.errors import UserError
+from deit_jax.ranges import INT32
 
 NO_DECAY = ("cls_token", "pos_embed")  # the reference does decay dist_token (deit issue 48)
 
@@ -79,3 +83,14 @@ def make_optimizer(optim, schedule) -> optax.GradientTransformation:
 def whole_steps(epochs: float, steps_per_epoch: int) -> int:
     """Return epochs in steps, at least one."""
     return max(1, math.floor(epochs * steps_per_epoch + 0.5))
+
+
+def check_length(config: ConfigDict, num_images: int) -> None:
+    """Raise UserError if the student or its teacher would take more steps than can be counted."""
+    per_epoch = max(1, num_images // config.batch_size)
+    for key, epochs in (("epochs", config.epochs), ("teacher.epochs", config.teacher.epochs)):
+        if (steps := whole_steps(epochs, per_epoch)) > INT32:
+            raise UserError(
+                f"config.{key}={epochs}: these are {steps} steps of {config.batch_size} images; "
+                f"lower it, there can be {INT32} at most"
+            )

@@ -81,6 +81,7 @@ RANGES = {
     "teacher.epochs": _SIZE,
     "teacher.image_size": _SIDE,
     "teacher.lr": _SIZE,
+    "teacher.tape_top_k": _COUNT,
     "teacher.model.image_size": _SIDE,
     "model.image_size": _SIDE,
     "optim.lr": _SIZE,

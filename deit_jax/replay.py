@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deit_jax import sharding
 from deit_jax.errors import UserError
 from deit_jax.optim import path_name
 from deit_jax.step import Recipe, gradients, model_inputs
@@ -27,10 +26,10 @@ def replay(trainer, number: int) -> Path:
     before = trainer.go_back(number - 1)
     batches = trainer.batches()
     for step in range(before, number - 1):
-        batch = sharding.to_devices(batches(step), trainer.mesh, trainer.config.batch_size)
+        batch = trainer.on_devices(batches(step), step)
         trainer.state, _ = trainer._step(trainer.state, trainer.teacher_params, batch)
     batch = batches(number - 1)
-    placed = sharding.to_devices(batch, trainer.mesh, trainer.config.batch_size)
+    placed = trainer.on_devices(batch, number - 1)
     inputs, norms = jax.device_get(_look(trainer, placed))
     directory = trainer.workdir / "replay" / f"step_{number}"
     try:
@@ -49,11 +48,10 @@ def _look(trainer, batch):
     @jax.jit
     def look(state, teacher_params, batch):
         images, targets, key = model_inputs(state.step, batch, recipe)
-        grads, terms, _ = gradients(
+        grads, terms, *_ = gradients(
             state,
             teacher_params,
-            images,
-            targets,
+            (images, targets, batch.get("signal")),
             key,
             model=trainer.model,
             teacher=trainer.teacher,

@@ -52,6 +52,7 @@ class Recipe:
     distill: Any
     accum_steps: int
     ema_decay: float
+    record: bool = False  # whether the metrics hold the teacher's signal, as metrics["signal"]
 
     @classmethod
     def from_config(cls, config, num_classes: int) -> "Recipe":
@@ -88,17 +89,21 @@ def normalise(
 
 def train_step(
     state: TrainState, teacher_params, batch, *, model, teacher: Teacher | None, tx, recipe: Recipe
-) -> tuple[TrainState, dict[str, Float[Array, ""] | Int[Array, ""]]]:
+) -> tuple[TrainState, dict[str, Array]]:
     """Return the state after one update and the metrics of the step.
 
     `batch` is {"image": uint8 [B H W C], "label": int [B]}; the teacher sees the very tensor that
-    the student sees, erased and mixed. Neither gradient nor state exists for the teacher.
+    the student sees, erased and mixed. Neither gradient nor state exists for the teacher. With
+    "signal" in the batch, what the teacher said of it [B] or [B K], the teacher is not asked. With
+    `recipe.record` the metrics hold the signal that was used, in the order of the batch.
     """
     images, targets, key = model_inputs(state.step, batch, recipe)
-    grads, metrics, stats = gradients(
-        state, teacher_params, images, targets, key, model=model, teacher=teacher, recipe=recipe
+    inputs = (images, targets, batch.get("signal"))
+    grads, metrics, stats, signal = gradients(
+        state, teacher_params, inputs, key, model=model, teacher=teacher, recipe=recipe
     )
-    return update(state, grads, metrics, stats, tx, recipe.ema_decay)
+    state, metrics = update(state, grads, metrics, stats, tx, recipe.ema_decay)
+    return state, {**metrics, "signal": signal} if recipe.record else metrics
 
 
 def model_inputs(step, batch, recipe: Recipe):
@@ -110,16 +115,23 @@ def model_inputs(step, batch, recipe: Recipe):
     images, targets = mix(
         key_mix, images, batch["label"], recipe.num_classes, recipe.smoothing, recipe.mixing
     )
-    return images, targets, key_model
+    return *jax.lax.optimization_barrier((images, targets)), key_model
 
 
-def gradients(state, teacher_params, images, targets, key, *, model, teacher, recipe: Recipe):
-    """Return the gradients, the terms of the loss and the new batch statistics."""
+def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Recipe):
+    """Return the gradients, the terms of the loss, the new batch statistics and the signal used.
 
-    def loss_and_grads(stats, images, targets, key):
-        signal = None
-        if teacher is not None:
+    `inputs` are images [B H W C], targets [B K] and the teacher's signal, None to ask the teacher.
+    """
+
+    def loss_and_grads(stats, inputs, key):
+        images, targets, signal = inputs
+        if signal is None and teacher is not None:
             signal = teacher.signal(teacher_params, images, recipe.distill.kind)
+        # The student's program must not depend on who else reads the images, nor on where the
+        # signal comes from: the barriers keep XLA from fusing across, which it might do in another
+        # way for each, to other last bits. With them a label tape replays the fused step's bits.
+        images, targets, signal = jax.lax.optimization_barrier((images, targets, signal))
 
         def objective(params):
             heads, new_stats = apply_train(model, params, stats, images, key)
@@ -127,9 +139,9 @@ def gradients(state, teacher_params, images, targets, key, *, model, teacher, re
             return loss, ({"loss": loss, **terms}, new_stats)
 
         (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        return grads, *aux
+        return grads, *aux, signal
 
-    return accumulate(loss_and_grads, state.batch_stats, images, targets, key, recipe.accum_steps)
+    return accumulate(loss_and_grads, state.batch_stats, inputs, key, recipe.accum_steps)
 
 
 def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
@@ -175,29 +187,30 @@ def apply_train(model, params, stats, images: Float[Array, "B H W C"], key: Key[
     return heads, updated.get("batch_stats", {})
 
 
-def accumulate(loss_and_grads, stats, images, targets, key: Key[Array, ""], steps: int):
+def accumulate(loss_and_grads, stats, inputs, key: Key[Array, ""], steps: int):
     """Return gradients, metrics and batch statistics averaged over `steps` micro-batches.
 
     Micro-batch i holds the examples i, i + steps, i + 2 steps, …: every device works on a share of
-    its own examples, and none moves.
+    its own examples, and none moves. The signals come last, again in the order of the batch.
     """
     if steps == 1:
-        return loss_and_grads(stats, images, targets, key)
-    split = [x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1) for x in (images, targets)]
+        return loss_and_grads(stats, inputs, key)
+    split = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), inputs)
 
     def body(carry, micro):
         stats, total = carry
-        grads, metrics, stats = loss_and_grads(stats, *micro)
+        grads, metrics, stats, signal = loss_and_grads(stats, *micro)
         total = jax.tree.map(lambda t, x: t + x / steps, total, (grads, metrics))
-        return (stats, total), None
+        return (stats, total), signal
 
-    first = (*(x[0] for x in split), key)
+    first = (jax.tree.map(lambda x: x[0], split), key)
     shapes = jax.eval_shape(lambda *micro: loss_and_grads(stats, *micro)[:2], *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (stats, (grads, metrics)), _ = jax.lax.scan(
-        body, (stats, zeros), (*split, jax.random.split(key, steps))
+    (stats, (grads, metrics)), signal = jax.lax.scan(
+        body, (stats, zeros), (split, jax.random.split(key, steps))
     )
-    return grads, metrics, stats
+    signal = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), signal)
+    return grads, metrics, stats, signal
 
 
 def eval_step(variables, batch, *, model, mean, std) -> dict[str, dict[str, Int[Array, ""]]]:

@@ -53,6 +53,9 @@ def weights_path(config, workdir: str | Path) -> str:
     """Return where a run's teacher is: as configured, or trained by the run; "" without one."""
     if config.distill.kind == "none":
         return ""
+    # A run older than the field has no tape. One that replays a tape trains no teacher.
+    if "tape" in config.teacher and config.teacher.tape == "replay":
+        return config.teacher.weights
     return config.teacher.weights or str(Path(workdir) / "teacher")
 
 
@@ -63,7 +66,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     c.model.image_size = config_lib.image_size(config.model)
     c.epochs, c.optim.lr = c.teacher.epochs, c.teacher.lr
     c.optim.ema_decay = 0.0
-    c.distill.kind = "none"
+    c.distill.kind, c.teacher.tape = "none", "off"
     c.init.weights, c.init.required = "", False
     return c
 
@@ -73,7 +76,7 @@ def check_teacher(config: ConfigDict, num_devices: int) -> None:
     if config.distill.kind == "none":
         return
     config_lib.build_model(config.teacher.model, 2, of="teacher.")
-    if config.teacher.weights:
+    if config.teacher.weights or config.teacher.tape == "replay":
         return
     own = teacher_config(config)
     config_lib.validate(own, num_devices)

@@ -18,20 +18,21 @@ from deit_jax import distributed, divergence, evaluate, metrics, optim, sharding
 from deit_jax import workdir as workdir_lib
 from deit_jax.checkpoint import Checkpointer
 from deit_jax.data import pipeline
-from deit_jax.data.resize import choose
 from deit_jax.data.sources import Dataset, open_dataset
 from deit_jax.errors import Interrupted, UserError
 from deit_jax.interrupt import StopRequest
-from deit_jax.ranges import INT32
+from deit_jax.run_tape import NoTape, open_tape
 from deit_jax.step import Recipe, init_state, train_step
+from deit_jax.summary import summary
 from deit_jax.teacher import check_teacher, load_teacher, teacher_config, weights_path
 
 log = logging.getLogger("deit_jax")
 
 
-def jit_train_step(model, teacher, tx, recipe: Recipe, mesh, state_shardings):
+def jit_train_step(model, teacher, tx, recipe: Recipe, mesh, state_shardings, tape=None):
     """Return the step as a run compiles it, which `deit plan` does too, for other devices."""
-    step = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
+    step = functools.partial(train_step, model=model, teacher=teacher, tx=tx)
+    step = (tape or NoTape()).compiled_with(step, recipe)
     return jax.jit(
         step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))
     )
@@ -41,7 +42,8 @@ class Trainer:
     """A run: its data, its compiled step and its state, restored from the workdir if it began.
 
     `teacher` is what load_teacher returns, None without distillation; `start` the variables that a
-    new run begins with, None for random ones. With `read_only` the workdir is left as it is.
+    new run begins with, None for random ones; `tape` what open_tape returns. With `read_only` the
+    workdir is left as it is.
     """
 
     def __init__(
@@ -53,15 +55,14 @@ class Trainer:
         start=None,
         stop: StopRequest | None = None,
         read_only: bool = False,
+        tape: NoTape | None = None,
     ):
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.stop = stop or StopRequest()
         self.mesh = sharding.make_mesh(config.mesh)
         size = config_lib.image_size(config.model)
         self.model = config_lib.build_model(config.model, len(dataset.classes), config.dtype)
-        self.teacher, params = teacher or (None, None)
-        places = sharding.state_shardings(self.mesh, params, getattr(self.teacher, "model", None))
-        self.teacher_params = jax.device_put(params, places)
+        self.tape, self._rows = tape or NoTape(), sharding.local_rows(self.mesh, config.batch_size)
         self.order = pipeline.EpochOrder(
             len(dataset.train), config.batch_size, config.augment.repeats, config.seed
         )
@@ -75,7 +76,7 @@ class Trainer:
             self.checkpointer.tell(functools.partial(workdir_lib.record, workdir))
         self.state = self._restore_or_init(size, start)
         self._seed_data()
-        self._step = self._compile_step()
+        self._bring_teacher(teacher)
 
     def _restore_or_init(self, size: int, start):
         init = functools.partial(
@@ -120,11 +121,20 @@ class Trainer:
         seed = pipeline.offset_seed(self.config.seed, int(self.state.health["rollbacks"]))
         self.order = dataclasses.replace(self.order, seed=seed)
 
-    def _compile_step(self):
+    def _bring_teacher(self, teacher) -> None:
+        """Compile the step, with the teacher on the devices unless a tape answers for it."""
+        rollbacks = int(self.state.health["rollbacks"])
+        self.tape.begin(int(self.state.step), self.total_steps, rollbacks)
+        needed, compiled = self.tape.teacher(teacher), hasattr(self, "_step")
+        if compiled and (self.teacher or not needed):
+            return
+        self._given = teacher
+        self.teacher, params = needed or (None, None)
+        places = sharding.state_shardings(self.mesh, params, getattr(self.teacher, "model", None))
+        self.teacher_params = jax.device_put(params, places)
         recipe = Recipe.from_config(self.config, len(self.dataset.classes))
-        return jit_train_step(
-            self.model, self.teacher, self.tx, recipe, self.mesh, self.state_shardings
-        )
+        parts = (self.model, self.teacher, self.tx, recipe, self.mesh, self.state_shardings)
+        self._step = jit_train_step(*parts, tape=self.tape)
 
     def go_back(self, step: int) -> int:
         """Take the newest state that is not after `step`; return its own step."""
@@ -133,6 +143,7 @@ class Trainer:
             restore = self.checkpointer.restore
             self.state = restore(self.abstract_state, step) if found else self._begin()
             self._seed_data()
+            self._bring_teacher(self._given)
         return int(self.state.step)
 
     def run(self) -> None:
@@ -178,7 +189,7 @@ class Trainer:
                 began = time.perf_counter()
                 batch = next(loader)
                 meter.waited(time.perf_counter() - began)
-                batch = sharding.to_devices(batch, self.mesh, self.config.batch_size)
+                batch = self.on_devices(batch, step - 1)
                 self.state, values = self._step(self.state, self.teacher_params, batch)
                 stopping = self.stop.agreed(self.mesh)
                 # Step n's metrics are fetched while step n + 1 runs: the device never waits.
@@ -193,17 +204,22 @@ class Trainer:
 
     def batches(self) -> pipeline.TrainBatches:
         """Return this process's share of every training batch, by number."""
-        rows = sharding.local_rows(self.mesh, self.config.batch_size)
         size, data = config_lib.image_size(self.config.model), self.config.data
         return pipeline.TrainBatches(
             self.dataset.train,
             self.order,
             self.config.augment,
             size,
-            rows,
+            self._rows,
             data.decoder,
             data.skip_unreadable,
         )
+
+    def on_devices(self, batch, number: int) -> dict[str, jax.Array]:
+        """Make global arrays of this process's share of a batch, with what a tape knows of it."""
+        signal = self.tape.signal(number, self._rows)
+        batch = batch if signal is None else {**batch, "signal": signal}
+        return sharding.to_devices(batch, self.mesh, self.config.batch_size)
 
     def _due(self, step: int, what: str) -> bool:
         epochs = self.config.train[f"{what}_every_epochs"]
@@ -211,7 +227,9 @@ class Trainer:
         return step % interval == 0 or step == self.total_steps
 
     def _finish_step(self, step: int, values, meter, writer) -> None:
-        values = {k: v.item() for k, v in jax.device_get(values).items()}
+        values = jax.device_get(values)
+        self.tape.record(step - 1, values.pop("signal", None))
+        values = {k: v.item() for k, v in values.items()}
         self.stop.armed = True
         self._in_row = values.pop("skipped_in_row")
         if self._in_row:
@@ -243,12 +261,14 @@ class Trainer:
         count = jax.device_put(np.int32(rollbacks + 1), state.health["rollbacks"].sharding)
         self.state = state.replace(health={**state.health, "rollbacks": count})
         self._seed_data()
+        self._bring_teacher(self._given)
         log.warning("%s. Going back to step %d, and on with other data", diverged, step)
         facts = {"step": diverged.step, "first": diverged.first, "to": step}
         workdir_lib.record(self.workdir, "rollback", **facts, number=rollbacks + 1)
 
     def _evaluate_and_save(self, step: int, writer, stopping: bool = False) -> None:
         """Do what is due after a step; raise Interrupted, the state saved, if asked to stop."""
+        self.tape.flush()  # before the state: a run that goes on from it has all before on its tape
         top1, eval_due = None, self._due(step, "eval")
         if eval_due and not stopping:
             try:
@@ -313,12 +333,16 @@ def train(
     if config.teacher.weights and weights:
         teacher = load_teacher(config, weights, dataset.classes)
     start = workdir_lib.starting_weights(config, workdir, len(dataset.classes))
+    tape = None
+    if config.teacher.tape == "replay":  # that it does not fit is told before anything is written
+        tape = open_tape(config, workdir, dataset, teacher)
     with workdir_lib.held(workdir):
         workdir_lib.claim(workdir, config, dataset.classes, allowed)
         if weights and not teacher:
             train(teacher_config(config), weights, stop, allowed)
             teacher = load_teacher(config, weights, dataset.classes)
-        trainer = Trainer(config, workdir, dataset, teacher, start, stop)
+        tape = tape or open_tape(config, workdir, dataset, teacher)
+        trainer = Trainer(config, workdir, dataset, teacher, start, stop, tape=tape)
         if results := workdir_lib.finished(workdir, trainer.total_steps):
             log.info("%s: already finished", workdir)
             return results
@@ -336,23 +360,13 @@ def prepared(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Dataset]:
     dataset = open_dataset(config.data)
     if len(dataset.classes) < 2:
         raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
-    _check_length(config, len(dataset.train))
+    optim.check_length(config, len(dataset.train))
     return config, dataset
-
-
-def _check_length(config: ConfigDict, num_images: int) -> None:
-    per_epoch = max(1, num_images // config.batch_size)
-    for key, epochs in (("epochs", config.epochs), ("teacher.epochs", config.teacher.epochs)):
-        if (steps := optim.whole_steps(epochs, per_epoch)) > INT32:
-            raise UserError(
-                f"config.{key}={epochs}: these are {steps} steps of {config.batch_size} images; "
-                f"lower it, there can be {INT32} at most"
-            )
 
 
 def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
     config, dataset, workdir = trainer.config, trainer.dataset, trainer.workdir
-    log.info(_summary(trainer))
+    log.info(summary(trainer))
     if len(dataset.train) < config.batch_size:
         log.warning(
             "a batch repeats images: there are %d, config.batch_size=%d; a lower one would not",
@@ -368,19 +382,6 @@ def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
     if jax.process_index() == 0:
         metrics.write_json(workdir / "results.json", results)
     return results
-
-
-def _summary(trainer: Trainer) -> str:
-    config, dataset = trainer.config, trainer.dataset
-    count = sum(x.size for x in jax.tree.leaves(trainer.state.params))
-    return (
-        f"{config.model.name}: {count / 1e6:.2f} M parameters; {len(dataset.train)} training and "
-        f"{len(dataset.eval)} evaluation images in {len(dataset.classes)} classes; "
-        f"{trainer.total_steps} steps of {config.batch_size}, {trainer.order.steps_per_epoch} an "
-        f"epoch; {trainer.mesh.size} {jax.devices()[0].device_kind} device(s), "
-        f"{config_lib.compute_dtype(config.dtype).name} compute; images decoded by "
-        f"{choose(config.data.decoder)}"
-    )
 
 
 def _draw(trainer: Trainer, results: dict[str, Any]) -> None:

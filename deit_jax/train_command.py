@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from deit_jax import cli, distributed, evaluate, interrupt, replay, train
+from deit_jax import cli, distributed, evaluate, interrupt, replay, run_tape, train
 from deit_jax import config as config_lib
 from deit_jax import workdir as workdir_lib
 from deit_jax.errors import UserError
@@ -94,6 +94,9 @@ def replay_step(config: ConfigDict, workdir: str | Path, number: int) -> Path:
     if weights:
         teacher = load_teacher(config, weights, dataset.classes)
     start = workdir_lib.starting_weights(config, workdir, len(dataset.classes))
+    tape = None  # nor is a step that is looked at recorded
+    if config.teacher.tape == "replay":
+        tape = run_tape.open_tape(config, workdir, dataset, teacher)
     return replay.replay(
-        train.Trainer(config, workdir, dataset, teacher, start, read_only=True), number
+        train.Trainer(config, workdir, dataset, teacher, start, read_only=True, tape=tape), number
     )

@@ -1,5 +1,6 @@
 """The fused step: the same on any number of devices, no gradient for the teacher."""
 
+import dataclasses
 import functools
 
 import jax
@@ -244,3 +245,28 @@ def test_nan_logits_are_never_right():
     logits = jnp.full((3, K), jnp.nan)
     counts = step.count_correct(logits, jnp.zeros(3, jnp.int32), jnp.ones(3, bool))
     assert jax.tree.leaves(counts) == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind):
+    """What a step recorded, in the order of the batch, makes the same step without a teacher."""
+    tiny_config.model.drop_path, tiny_config.optim.accum_steps = 0.2, 2
+    tiny_config.distill.kind = kind
+    function, state, teacher_params, mesh = build(tiny_config)
+    parts = dict(function.__wrapped__.keywords)
+    parts["recipe"] = dataclasses.replace(parts["recipe"], record=True)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    places = {"out_shardings": (places, sharding.replicated(mesh))}
+    recording = jax.jit(functools.partial(step.train_step, **parts), **places)
+    parts["teacher"] = None
+    replaying = jax.jit(functools.partial(step.train_step, **parts), **places)
+    batch = sharding.to_devices(make_batch(), mesh, B)
+    fused, told = recording(state, teacher_params, batch)
+    images, *_ = step.model_inputs(state.step, batch, parts["recipe"])
+    teacher, params = make_teacher()
+    logits = np.asarray(teacher.logits(params, images))
+    expected = logits.argmax(-1) if kind == "hard" else logits
+    np.testing.assert_allclose(told["signal"], expected, atol=1e-5)
+    batch |= sharding.to_devices({"signal": np.asarray(told["signal"])}, mesh, B)
+    replayed, _ = replaying(state, None, batch)
+    jax.tree.map(np.testing.assert_array_equal, fused, replayed)

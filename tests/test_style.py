@@ -10,6 +10,7 @@ FILES = sorted((ROOT / "deit_jax").rglob("*.py"))
 COMMANDS = {
     "train",
     "train_command",
+    "tape_command",
     "evaluate",
     "predict",
     "convert",
