@@ -121,7 +121,7 @@ def get_config() -> ConfigDict:
     c.optim.b2 = 0.999
     c.optim.eps = 1e-8
     c.optim.clip_norm = 0.0  # of the global gradient; 0 = no clipping
-    c.optim.accum_steps = 1  # micro-batches per update
+    c.optim.accum_steps = 1  # micro-batches per update, for memory's sake
     c.optim.ema_decay = 0.99996  # exponential moving average of the weights; 0 = none
 
     c.mesh = ConfigDict()
@@ -137,6 +137,9 @@ def get_config() -> ConfigDict:
     c.train.save_every_epochs = 1.0
     c.train.keep_checkpoints = 2  # the latest ones; the best one is kept besides
     c.train.eval_batch_size = 1024
+    # A device takes at most so many examples at a time, with the same gradient but for rounding:
+    # 0 = all of its share, None = what is fastest (parts of a transformer's large batch on TPUs).
+    c.train.micro_batch = placeholder(int)
     # A step whose loss or gradient is not finite changes no weight. After more than so many in a
     # row: stop, or rollback = go back to the last good checkpoint and on with other random data.
     c.train.max_bad_steps = 5

@@ -27,6 +27,7 @@ HARMLESS = (
     "mesh.slices",
     "mesh.tensor",
     "teacher.tape_path",
+    "train.micro_batch",
     "teacher.tape_top_k",
     "train.eval_batch_size",
     "train.eval_every_epochs",

@@ -158,7 +158,7 @@ def lower_step(config, mesh, num_classes: int, num_images: int):
         (state, params, batch),
         (places, teacher_places, batch_places),
     )
-    recipe = Recipe.from_config(config, num_classes)
+    recipe = Recipe.from_config(config, num_classes, mesh)
     notes = sharding.unsplit(mesh, state.params, model)
     return (
         jit_train_step(model, teacher, tx, recipe, mesh, places).lower(*arguments),

@@ -94,6 +94,7 @@ RANGES = {
     "optim.eps": Range(1e-30, 1),  # a 0 of float32 would divide 0 by 0 where a gradient vanishes
     "optim.clip_norm": _SIZE,
     "optim.accum_steps": _BATCH,
+    "train.micro_batch": Range(0, INT32),
     "optim.ema_decay": _NOT_QUITE_ONE,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
@@ -107,4 +108,9 @@ RANGES = {
     "train.max_bad_steps": Range(0, INT32),
     "train.max_rollbacks": Range(0, INT32),
 }
-OPTIONAL = ("model.image_size", "teacher.image_size", "teacher.model.image_size")
+OPTIONAL = (
+    "model.image_size",
+    "teacher.image_size",
+    "teacher.model.image_size",
+    "train.micro_batch",
+)

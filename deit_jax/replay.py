@@ -43,7 +43,7 @@ def replay(trainer, number: int) -> Path:
 
 
 def _look(trainer, batch):
-    recipe = Recipe.from_config(trainer.config, len(trainer.dataset.classes))
+    recipe = Recipe.from_config(trainer.config, len(trainer.dataset.classes), trainer.mesh)
 
     @jax.jit
     def look(state, teacher_params, batch):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from deit_jax.erasing import random_erase
 from deit_jax.health import new_health, watch
 from deit_jax.losses import distillation
+from deit_jax.micro import accumulate, micro_batches
 from deit_jax.mixing import mix
 from deit_jax.models.heads import Heads
 from deit_jax.teacher import Teacher
@@ -50,13 +51,14 @@ class Recipe:
     smoothing: float
     mixing: Any
     distill: Any
-    accum_steps: int
+    micro_batches: int
+    mesh: Any  # over which micro-batches sum their gradients; None leaves that to the compiler
     ema_decay: float
     record: bool = False  # whether the metrics hold the teacher's signal, as metrics["signal"]
 
     @classmethod
-    def from_config(cls, config, num_classes: int) -> "Recipe":
-        """Gather the fields from their places in the config."""
+    def from_config(cls, config, num_classes: int, mesh=None) -> "Recipe":
+        """Gather the fields from their places in the config; `mesh` is what the step runs on."""
         return cls(
             seed=config.seed,
             num_classes=num_classes,
@@ -67,7 +69,8 @@ class Recipe:
             smoothing=config.loss.smoothing,
             mixing=config.mixing,
             distill=config.distill,
-            accum_steps=config.optim.accum_steps,
+            micro_batches=micro_batches(config, mesh),
+            mesh=mesh,
             ema_decay=config.optim.ema_decay,
         )
 
@@ -123,9 +126,13 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Rec
 
     `inputs` are images [B H W C], targets [B K] and the teacher's signal, None to ask the teacher.
     """
+    key_scales, key = jax.random.split(key)
+    # Drawn for the whole batch: the gradient does not depend on how it is cut into micro-batches.
+    draw = getattr(model, "draw_scales", None)
+    inputs = (*inputs, draw and draw(key_scales, len(inputs[0])))
 
-    def loss_and_grads(stats, inputs, key):
-        images, targets, signal = inputs
+    def loss_and_grads(params, teacher_params, stats, inputs, key):
+        images, targets, signal, scales = inputs
         if signal is None and teacher is not None:
             signal = teacher.signal(teacher_params, images, recipe.distill.kind)
         # The student's program must not depend on who else reads the images, nor on where the
@@ -134,14 +141,17 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Rec
         images, targets, signal = jax.lax.optimization_barrier((images, targets, signal))
 
         def objective(params):
-            heads, new_stats = apply_train(model, params, stats, images, key)
+            heads, new_stats = apply_train(model, params, stats, images, key, scales)
             loss, terms = distillation(heads, targets, signal, recipe.distill, recipe.label_loss)
             return loss, ({"loss": loss, **terms}, new_stats)
 
-        (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return grads, *aux, signal
 
-    return accumulate(loss_and_grads, state.batch_stats, inputs, key, recipe.accum_steps)
+    weights = (state.params, teacher_params)
+    return accumulate(
+        loss_and_grads, weights, state.batch_stats, inputs, key, recipe.micro_batches, recipe.mesh
+    )
 
 
 def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
@@ -175,42 +185,21 @@ def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
     return TrainState(state.step + 1, *kept, health), metrics
 
 
-def apply_train(model, params, stats, images: Float[Array, "B H W C"], key: Key[Array, ""]):
-    """Run the model in training mode; return its heads and the new batch statistics."""
+def apply_train(model, params, stats, images: Float[Array, "B H W C"], key, scales=None):
+    """Run the model in training mode; return its heads and the new batch statistics.
+
+    `scales` is what the model's draw_scales returns, None for a model without it.
+    """
+    drawn = {} if scales is None else {"scales": scales}
     heads, updated = model.apply(
         {"params": params, "batch_stats": stats},
         images,
         train=True,
         rngs={"dropout": key},
         mutable=["batch_stats"],
+        **drawn,
     )
     return heads, updated.get("batch_stats", {})
-
-
-def accumulate(loss_and_grads, stats, inputs, key: Key[Array, ""], steps: int):
-    """Return gradients, metrics and batch statistics averaged over `steps` micro-batches.
-
-    Micro-batch i holds the examples i, i + steps, i + 2 steps, …: every device works on a share of
-    its own examples, and none moves. The signals come last, again in the order of the batch.
-    """
-    if steps == 1:
-        return loss_and_grads(stats, inputs, key)
-    split = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), inputs)
-
-    def body(carry, micro):
-        stats, total = carry
-        grads, metrics, stats, signal = loss_and_grads(stats, *micro)
-        total = jax.tree.map(lambda t, x: t + x / steps, total, (grads, metrics))
-        return (stats, total), signal
-
-    first = (jax.tree.map(lambda x: x[0], split), key)
-    shapes = jax.eval_shape(lambda *micro: loss_and_grads(stats, *micro)[:2], *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (stats, (grads, metrics)), signal = jax.lax.scan(
-        body, (stats, zeros), (split, jax.random.split(key, steps))
-    )
-    signal = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), signal)
-    return grads, metrics, stats, signal
 
 
 def eval_step(variables, batch, *, model, mean, std) -> dict[str, dict[str, Int[Array, ""]]]:

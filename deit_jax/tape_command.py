@@ -17,7 +17,8 @@ from deit_jax import workdir as workdir_lib
 from deit_jax.data import pipeline
 from deit_jax.errors import Interrupted, UserError
 from deit_jax.interrupt import StopRequest
-from deit_jax.step import Recipe, accumulate, model_inputs
+from deit_jax.micro import accumulate
+from deit_jax.step import Recipe, model_inputs
 from deit_jax.tape import Layout, Tape, pack
 from deit_jax.teacher import load_teacher, teacher_config, weights_path
 
@@ -145,7 +146,7 @@ class Labeller:
         network, params = teacher
         places = sharding.state_shardings(self.mesh, params, network.model)
         self._params = jax.device_put(params, places)
-        recipe = Recipe.from_config(config, len(dataset.classes))
+        recipe = Recipe.from_config(config, len(dataset.classes), self.mesh)
         self._label = jax.jit(
             lambda *args: label(*args, teacher=network, recipe=recipe, layout=self.layout),
             out_shardings=sharding.replicated(self.mesh),
@@ -167,13 +168,14 @@ def label(teacher_params, step, batch, *, teacher, recipe: Recipe, layout: Layou
     It is asked in the same micro-batches, as a product of other shapes is rounded otherwise.
     """
 
-    def ask(stats, inputs, key):
-        images, _, _ = inputs
+    def ask(teacher_params, stats, inputs, key):
+        (images,) = inputs
         return {}, {}, stats, teacher.signal(teacher_params, images, recipe.distill.kind)
 
-    images, targets, key = model_inputs(step, batch, recipe)
-    inputs = (images, targets, None)
-    *_, signal = accumulate(ask, {}, inputs, key, recipe.accum_steps)
+    images, _, key = model_inputs(step, batch, recipe)
+    *_, signal = accumulate(
+        ask, (teacher_params,), {}, (images,), key, recipe.micro_batches, recipe.mesh
+    )
     return pack(signal, layout)
 
 

@@ -132,7 +132,7 @@ class Trainer:
         self.teacher, params = needed or (None, None)
         places = sharding.state_shardings(self.mesh, params, getattr(self.teacher, "model", None))
         self.teacher_params = jax.device_put(params, places)
-        recipe = Recipe.from_config(self.config, len(self.dataset.classes))
+        recipe = Recipe.from_config(self.config, len(self.dataset.classes), self.mesh)
         parts = (self.model, self.teacher, self.tx, recipe, self.mesh, self.state_shardings)
         self._step = jit_train_step(*parts, tape=self.tape)
 

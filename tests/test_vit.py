@@ -1,5 +1,6 @@
 """The transformer: sizes, initialisation, tokens, and logits against timm."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -78,15 +79,24 @@ def test_stochastic_depth_grows_linearly_or_is_constant():
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
-    from deit_jax.models.vit import DropPath
-
-    x = jnp.ones((4000, 2, 3))
-    out = DropPath(0.25).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
-    per_example = np.asarray(out).reshape(4000, -1)
-    assert np.all(per_example == per_example[:, :1])
-    assert set(np.unique(per_example).round(5)) == {0.0, np.float32(1 / 0.75).round(5)}
-    assert stats.binomtest(int((per_example[:, 0] == 0).sum()), 4000, 0.25).pvalue > 0.01
-    np.testing.assert_array_equal(DropPath(0.25).apply({}, x, False), x)
+    model = small(depth=2, drop_path=0.25, constant_drop_path=True)
+    scales = np.asarray(model.draw_scales(jax.random.key(0), 4000))
+    assert scales.shape == (4000, 4)  # two branches a block
+    assert set(np.unique(scales).round(5)) == {0.0, np.float32(1 / 0.75).round(5)}
+    dropped = (scales == 0).sum(0)
+    assert all(stats.binomtest(int(n), 4000, 0.25).pvalue > 0.001 for n in dropped)
+    both = int(((scales[:, 0] == 0) & (scales[:, 1] == 0)).sum())  # independent of each other
+    assert stats.binomtest(both, 4000, 0.25**2).pvalue > 0.001
+    # A block of which both branches are dropped passes its input on; evaluation drops nothing.
+    variables = init(model)
+    run = functools.partial(jax.jit(model.apply, static_argnames="train"), images=images())
+    silent = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if {"proj", "fc2"} & {p.key for p in path[2:]} else x, variables
+    )
+    none = run(variables, train=True, scales=jnp.zeros((2, 4)))
+    np.testing.assert_allclose(none.cls, run(silent).cls, atol=1e-5)
+    all_on = run(variables, train=True, scales=jnp.ones((2, 4)))
+    np.testing.assert_allclose(all_on.cls, run(variables).cls, atol=1e-5)
 
 
 def test_a_plain_model_has_one_head_and_a_distilled_one_two():

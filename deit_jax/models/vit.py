@@ -4,16 +4,16 @@ Layer names are timm's, so that a parameter path reads `blocks_0/attn/qkv/kernel
 Shapes: B batch, H W pixels, C channels, N tokens, D width, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from deit_jax.models import limits
+from deit_jax.models import kernels, limits
 from deit_jax.models.heads import Heads
 
 # timm's trunc_normal_(std=.02) cuts at an absolute +-2, which is 100 sigma: a plain normal. JAX's
@@ -68,14 +68,12 @@ class QKV(nn.Module):
         kernel = self.param("kernel", INIT, (width, 3 * width))
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        # The kernel is taken apart, not its product: the heads are then an axis of their own all
-        # along, and no activation is rearranged, on one device nor between several.
-        kernel = rearrange(
-            kernel, "w (three heads d) -> three w heads d", three=3, heads=self.num_heads
-        )
-        bias = rearrange(bias, "(three heads d) -> three heads d", three=3, heads=self.num_heads)
+        # The kernel is taken apart, not its product: no activation is rearranged, on one device nor
+        # between several.
+        kernel = rearrange(kernel, "w (three out) -> three w out", three=3)
+        bias = rearrange(bias, "(three out) -> three out", three=3)
         return tuple(
-            jnp.einsum("bnw,whd->bnhd", x, part) + offset
+            rearrange(x @ part + offset, "b n (heads d) -> b n heads d", heads=self.num_heads)
             for part, offset in zip(kernel, bias, strict=True)
         )
 
@@ -90,9 +88,7 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         width = x.shape[-1]
         q, k, v = QKV(self.num_heads, self.dtype, name="qkv")(x)
-        # Scales by head_dim^-1/2 and takes the softmax in float32 whatever the dtype.
-        out = jax.nn.dot_product_attention(q, k, v)
-        out = rearrange(out, "b n heads d -> b n (heads d)")
+        out = rearrange(kernels.attention(q, k, v), "b n heads d -> b n (heads d)")
         return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="proj")(out)
 
 
@@ -132,23 +128,21 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
         width = x.shape[-1]
         x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=INIT, name="fc1")(x)
-        x = nn.gelu(x, approximate=False)
+        x = kernels.gelu(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="fc2")(x)
 
 
-class DropPath(nn.Module):
-    """Drop the residual branch of a random subset of examples, scaling the rest by 1/keep."""
+def drop_path_scales(
+    key: Key[Array, ""], rates: Sequence[float], batch: int
+) -> Float[Array, "B branches"]:
+    """Draw stochastic depth: 0 for a residual branch that an example does without, else 1 / keep.
 
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
-        if not train or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        mask = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
-        return jnp.where(mask, x / keep, jnp.zeros_like(x))
+    `rates` has one entry per block, each of which has two branches.
+    """
+    keep = 1.0 - jnp.repeat(jnp.array(rates, jnp.float32), 2)
+    # One draw for all branches: as many random numbers as needed, and one small program.
+    return jax.random.bernoulli(key, keep, (batch, len(keep))) / keep
 
 
 class LayerScale(nn.Module):
@@ -167,13 +161,14 @@ class Block(nn.Module):
 
     num_heads: int
     mlp_ratio: float
-    drop_path: float
     dropout: float
     layer_scale: float | None
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
+    def __call__(
+        self, x: Float[Array, "B N D"], train: bool, scales: Float[Array, "B 2"] | None
+    ) -> Float[Array, "B N D"]:
         def norm(name):
             return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
 
@@ -181,7 +176,9 @@ class Block(nn.Module):
             branch = nn.Dropout(self.dropout, deterministic=not train)(branch)
             if self.layer_scale is not None:
                 branch = LayerScale(self.layer_scale, name=f"ls{index}")(branch)
-            return x + DropPath(self.drop_path, name=f"drop_path{index}")(branch, train)
+            if scales is not None:  # of DropPath, in float32: 1 / keep would lose in bfloat16
+                branch = (branch * scales[:, index - 1, None, None]).astype(branch.dtype)
+            return x + branch
 
         x = residual(x, Attention(self.num_heads, self.dtype, name="attn")(norm("norm1")(x)), 1)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dropout, self.dtype, name="mlp")
@@ -264,25 +261,38 @@ class VisionTransformer(nn.Module):
             return [self.drop_path] * self.depth
         return [self.drop_path * i / (self.depth - 1) for i in range(self.depth)]
 
+    def draw_scales(self, key: Key[Array, ""], batch: int) -> Float[Array, "B branches"] | None:
+        """Return the stochastic depth of a batch, None without any."""
+        return drop_path_scales(key, self.drop_path_rates(), batch) if self.drop_path else None
+
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W C"], train: bool = False) -> Heads:
-        """Return the float32 logits [B K] of each head for normalised images."""
+    def __call__(
+        self,
+        images: Float[Array, "B H W C"],
+        train: bool = False,
+        scales: Float[Array, "B branches"] | None = None,
+    ) -> Heads:
+        """Return the float32 logits [B K] of each head for normalised images.
+
+        In training `scales` is what `draw_scales` returns; drawn here where it is not given.
+        """
         if images.shape[1:3] != (self.image_size, self.image_size):
             raise ValueError(f"expected {self.image_size} px images, got shape {images.shape}")
         x = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
         x = self._add_tokens_and_positions(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         block_cls = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        for i, rate in enumerate(self.drop_path_rates()):
+        if train and scales is None and self.drop_path:
+            scales = self.draw_scales(self.make_rng("dropout"), len(x))
+        for i in range(self.depth):
             x = block_cls(
                 num_heads=self.num_heads,
                 mlp_ratio=self.mlp_ratio,
-                drop_path=rate,
                 dropout=self.dropout,
                 layer_scale=self.layer_scale,
                 dtype=self.dtype,
                 name=f"blocks_{i}",
-            )(x, train)
+            )(x, train, None if scales is None else scales[:, 2 * i : 2 * i + 2])
         x = x[:, : self.num_prefix_tokens]  # the norm acts per token: patches are no longer needed
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         two_heads = self.distilled and self.dist_head

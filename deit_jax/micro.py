@@ -1,0 +1,99 @@
+"""Micro-batches: the gradient of a batch in several passes, to save memory or time."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from deit_jax import config as config_lib
+from deit_jax.sharding import BATCH_AXES
+
+# Attention weights in bfloat16 of so many bytes a layer still fit in a TPU core's own memory next
+# to what else is there: 32 images of DeiT-B at 224 px (v5e, by XLA's estimate).
+FAST_BYTES = 40e6
+
+
+def micro_batches(config, mesh) -> int:
+    """Return in how many parts a device takes its share of the batch.
+
+    `optim.accum_steps` and `train.micro_batch` say so; without either, a transformer on TPUs takes
+    the fewest parts of which one layer's attention weights fit into FAST_BYTES.
+    """
+    most, steps = config.train.micro_batch, config.optim.accum_steps
+    if mesh is None or steps > 1:
+        return steps
+    share = config.batch_size // (mesh.size // mesh.shape["tensor"])
+    if most is None:
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        most = fast_images(config, mesh.shape["tensor"]) if on_tpu else 0
+    if not 0 < most < share:
+        return 1
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+
+
+def fast_images(config, tensor: int) -> int:
+    """Return the most images in a micro-batch; 0 = all, where parts would be another computation.
+
+    They would where dropout draws a number per activation, and with batch norm.
+    """
+    model = config_lib.build_model(config.model, num_classes=2)
+    if not hasattr(model, "draw_scales") or model.dropout:
+        return 0
+    tokens = model.grid_size**2 + model.num_prefix_tokens
+    padded = -(-tokens // 128) * 128  # a row of a TPU's registers
+    return max(1, int(FAST_BYTES / (2 * model.num_heads / tensor * tokens * padded)))
+
+
+def accumulate(loss_and_grads, weights, stats, inputs, key, steps: int, mesh=None):
+    """Return gradients, metrics and batch statistics averaged over `steps` micro-batches.
+
+    `loss_and_grads(*weights, stats, inputs, key)` returns them for one, and the signals, which come
+    last here too, in the order of the batch. Where the mesh splits nothing but the batch, each
+    device sums its own micro-batches and the devices' sums meet once, at the end.
+    """
+    if steps == 1:
+        return loss_and_grads(*weights, stats, inputs, key)
+
+    def over_own(weights, stats, inputs, key):
+        return _scan(lambda *a: loss_and_grads(*weights, *a), stats, inputs, key, steps)
+
+    # Batch norm takes its statistics from all devices, and split weights need the compiler.
+    if mesh is None or stats or mesh.size != mesh.shape["data"]:
+        return over_own(weights, stats, inputs, key)
+
+    def over_all(weights, inputs, key):
+        grads, metrics, _, signal = over_own(weights, {}, inputs, key)
+        return *jax.lax.pmean((grads, metrics), BATCH_AXES), signal
+
+    whole, share = PartitionSpec(), PartitionSpec(BATCH_AXES)
+    sharded = jax.shard_map(
+        over_all,
+        mesh=mesh,
+        in_specs=(whole, share, whole),
+        out_specs=(whole, whole, share),
+        check_vma=False,  # it would sum the gradients of every micro-batch over the devices
+    )
+    grads, metrics, signal = sharded(weights, inputs, key)
+    return grads, metrics, {}, signal
+
+
+def _scan(loss_and_grads, stats, inputs, key, steps: int):
+    """Take micro-batch i = the examples i, i + steps, i + 2 steps, …, one i after the other.
+
+    Every device works on a share of its own examples, and none moves.
+    """
+    split = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1), inputs)
+
+    def body(carry, micro):
+        stats, total = carry
+        grads, metrics, stats, signal = loss_and_grads(stats, *micro)
+        total = jax.tree.map(lambda t, x: t + x / steps, total, (grads, metrics))
+        return (stats, total), signal
+
+    first = (jax.tree.map(lambda x: x[0], split), key)
+    shapes = jax.eval_shape(lambda *micro: loss_and_grads(stats, *micro)[:2], *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (stats, (grads, metrics)), signal = jax.lax.scan(
+        body, (stats, zeros), (split, jax.random.split(key, steps))
+    )
+    signal = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), signal)
+    return grads, metrics, stats, signal
