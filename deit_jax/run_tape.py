@@ -63,6 +63,9 @@ class Recorder(NoTape):
 
     def begin(self, start: int, stop: int, rollbacks: int) -> None:
         """Make room; let go of what a rollback undid and of what was not flushed."""
+        for _, _, futures in self._writing:  # or they would meet what takes their place
+            for future in futures:
+                future.exception()
         self._rollbacks, self._buffer, self._writing = rollbacks, {}, []
         if self._tape is not None:
             self._tape.make_room(stop)
@@ -173,7 +176,7 @@ def run_steps(config, num_images: int) -> int:
 
 def layout_of(config, num_classes: int) -> Layout:
     """Return the arrays that a config's tape has."""
-    top_k = min(config.teacher.tape_top_k, num_classes)
+    top_k = min(config.teacher.tape_top_k, num_classes) if config.distill.kind == "soft" else 1
     return Layout(config.distill.kind, config.batch_size, num_classes, top_k)
 
 
@@ -216,6 +219,7 @@ def writable(config, workdir: Path, dataset, teacher, layout: Layout) -> Tape:
         return Tape.create(path, layout, own, run_steps(config, len(dataset.train)))
     tape = Tape.open(path)
     check_fingerprint(path, tape.fingerprint, own)
+    tape.must_be_writable()
     if tape.layout != layout:
         raise UserError(
             f"{path}: keeps {tape.layout.top_k} classes, config.teacher.tape_top_k asks for "

@@ -11,9 +11,11 @@ The arrays are zarr, chunked over steps. Steps count from 0, as batches do. What
 `recorded` counts for nothing, so that a tape may be cut off at any moment.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ LOWEST = -6e4  # of a logarithm that float16 holds
 # Bits of labels that are never set lie together and shrink to nothing.
 COMPRESSOR = {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 2, "blocksize": 0}
 REMEDY = "restore it from a copy, or remove it and record it again with `deit tape record`"
+ELSEWHERE = "choose another config.teacher.tape_path"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,8 @@ def fingerprint(config, dataset, teacher) -> dict[str, Any]:
         "image_size": config_lib.image_size(config.model),
         "dtype": config_lib.compute_dtype(config.dtype).name,
     }
-    known = dict.fromkeys(("teacher.model", "teacher.sha256", "teacher.image_size"))
+    fields = ("model", "sha256", "image_size", "mean", "std")
+    known = dict.fromkeys(f"teacher.{field}" for field in fields)
     if teacher is not None:
         network, params = teacher
         count = sum(x.size for x in jax.tree.leaves(params))
@@ -134,6 +138,8 @@ def fingerprint(config, dataset, teacher) -> dict[str, Any]:
             "teacher.model": f"{type(network.model).__name__} of {count} parameters",
             "teacher.sha256": parameters_sha256(params),
             "teacher.image_size": network.image_size,
+            "teacher.mean": list(network.mean),
+            "teacher.std": list(network.std),
         }
     return found | known
 
@@ -217,8 +223,7 @@ class Tape:
             temporary.replace(path / NAME)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path}: the label tape cannot be written ({_first_line(error)}); choose another "
-                "config.teacher.tape_path, or make this one writable"
+                f"{path}: the label tape cannot be written ({_first_line(error)}); {ELSEWHERE}"
             ) from error
         return cls.open(path)
 
@@ -252,18 +257,29 @@ class Tape:
         labels = parts["labels" if self.layout.kind == "hard" else "indices"]
         return bool(np.all((labels >= 0) & (labels < self.layout.num_classes)))
 
+    def must_be_writable(self) -> None:
+        """Raise UserError if the tape cannot be added to."""
+        for place in (self.path, *(self.path / name for name in (*self._arrays, "recorded"))):
+            if not os.access(place, os.W_OK):
+                raise UserError(f"{place}: cannot be written; make it writable, or {ELSEWHERE}")
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except ValueError as error:  # as TensorStore reports what the system says
+            raise UserError(
+                f"{self.path}: cannot be written ({_first_line(error)}); make room, or {ELSEWHERE}"
+            ) from error
+
     def make_room(self, steps: int) -> None:
         """Let there be at least so many steps; raise UserError if it cannot be written."""
         if steps <= len(self):
             return
-        try:  # `recorded` last: its length is the tape's
+        with self._writing():  # `recorded` last: its length is the tape's
             for name, array in self._arrays.items():
                 self._arrays[name] = _longer(array, steps)
             self._claims = _longer(self._claims, steps)
-        except ValueError as error:
-            raise UserError(
-                f"{self.path}: cannot be made longer ({_first_line(error)}); make it writable"
-            ) from error
         more = np.full(steps - len(self), -1, np.int64)
         self.recorded = np.concatenate([self.recorded, more])
         self._crc = np.concatenate([self._crc, more])
@@ -273,7 +289,8 @@ class Tape:
         stale = first + np.flatnonzero(~np.isin(self.recorded[first:], (-1, keep)))
         if len(stale):
             self.recorded[stale] = self._crc[stale] = -1
-            self._write_claims(int(stale[0]), int(stale[-1]) + 1)
+            with self._writing():
+                self._write_claims(int(stale[0]), int(stale[-1]) + 1)
 
     def write(self, first: int, parts: dict[str, np.ndarray]) -> list[Any]:
         """Start writing some consecutive steps, one more axis in front; return what to wait for."""

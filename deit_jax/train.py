@@ -335,10 +335,10 @@ def train(
     start = workdir_lib.starting_weights(config, workdir, len(dataset.classes))
     tape = None
     if config.teacher.tape == "replay":  # that it does not fit is told before anything is written
-        tape = open_tape(config, workdir, dataset, teacher)
+        tape, teacher = open_tape(config, workdir, dataset, teacher), None  # which keeps it on hand
     with workdir_lib.held(workdir):
         workdir_lib.claim(workdir, config, dataset.classes, allowed)
-        if weights and not teacher:
+        if weights and not config.teacher.weights:
             train(teacher_config(config), weights, stop, allowed)
             teacher = load_teacher(config, weights, dataset.classes)
         tape = tape or open_tape(config, workdir, dataset, teacher)

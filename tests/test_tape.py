@@ -358,11 +358,15 @@ def test_json_that_says_nothing_is_refused(tmp_path, content):
         tape.Tape.open(tmp_path)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     layout = LAYOUTS[0]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file: the label tape cannot be written"):
         tape.Tape.create(tmp_path / "file", layout, given(layout), 6)
+    made = tape.Tape.create(tmp_path / "tape", layout, given(layout), 6)
+    monkeypatch.setattr(tape.os, "access", lambda path, _: path.name != "labels")
+    with pytest.raises(UserError, match=r"tape/labels: cannot be written; make it writable"):
+        made.must_be_writable()
     with pytest.raises(UserError, match=r"holds other files"):
         tape.Tape.create(tmp_path, layout, given(layout), 6)
 
