@@ -13,14 +13,15 @@ def flops_per_image(config, num_classes: int) -> float:
     recomputation is not counted.
     """
     size = config_lib.image_size(config.model)
-    flops = 3 * _forward_flops(config.model, num_classes, size)
+    flops = 3 * forward_flops(config.model, num_classes, size)
     if config.distill.kind != "none":
         size = config.teacher.image_size or size
-        flops += _forward_flops(config.teacher.model, num_classes, size)
+        flops += forward_flops(config.teacher.model, num_classes, size)
     return flops
 
 
-def _forward_flops(model_config, num_classes: int, size: int) -> float:
+def forward_flops(model_config, num_classes: int, size: int) -> float:
+    """Return the floating-point operations of a model's answer to one image of `size` pixels."""
     model = config_lib.build_model(model_config, num_classes)
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
