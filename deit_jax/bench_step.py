@@ -25,7 +25,7 @@ log = logging.getLogger("deit_jax")
 
 UNKNOWN_CLASSES = 1000
 PROFILED_STEPS = 5
-TRACE, PERFETTO = "*.xplane.pb", "perfetto_trace.json.gz"  # as JAX names them
+PERFETTO = "perfetto_trace.json.gz"  # as JAX names it
 
 
 def data_or_random(config) -> tuple[Dataset, str]:
