@@ -91,6 +91,14 @@ def cost(text: str) -> Cost:
     return total
 
 
+def peak_bytes(compiled) -> int:
+    """Return the bytes that one execution takes on a device, its arguments and results included."""
+    found = compiled.memory_analysis()
+    # The new state takes the place of the old: only what has no place among the arguments adds.
+    added = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + added
+
+
 def shape_bytes(shape: str) -> int:
     """Return the bytes of an array's shape, or of all in a tuple's, without padding."""
     total = 0

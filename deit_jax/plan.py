@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deit_jax import bench, cli, hlo, metrics, optim, sharding
+from deit_jax import cli, hlo, metrics, optim, sharding
 from deit_jax import config as config_lib
+from deit_jax.bench_step import without_teacher_weights
 from deit_jax.chips import CHIPS, TPUS
 from deit_jax.data.sources import open_dataset
 from deit_jax.errors import UserError
+from deit_jax.flops import flops_per_image
 from deit_jax.plan_report import advice, report, sweep_report
 from deit_jax.step import Recipe, init_state
 from deit_jax.teacher import Teacher
@@ -176,7 +178,7 @@ def plan(config, topology: str, classes: int = 0, images: int = 0) -> dict[str, 
     config = config.copy_and_resolve_references()
     devices = devices_of(topology, config.mesh.slices)
     config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    config_lib.validate(bench.without_teacher_weights(config), len(devices))
+    config_lib.validate(without_teacher_weights(config), len(devices))
     classes, images = data_size(config, classes, images)
     chips *= config.mesh.slices
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -221,8 +223,7 @@ def memory(compiled, arguments, needed: int | None, chip) -> dict[str, Any]:
     if compiled is not None:
         found = compiled.memory_analysis()
         argument, temp = found.argument_size_in_bytes, found.temp_size_in_bytes
-        # The new state takes the place of the old: only what has no place among the arguments adds.
-        peak = argument + temp + found.output_size_in_bytes - found.alias_size_in_bytes
+        peak = hlo.peak_bytes(compiled)
     sizes = {"argument_bytes": argument, "temp_bytes": temp, "peak_bytes": peak}
     sizes = {k: v and v * chip.devices for k, v in sizes.items()} | {"hbm_bytes": chip.hbm_bytes}
     return {
@@ -235,7 +236,7 @@ def speed(config, compiled, chip, chips: int, classes: int, images: int) -> dict
     """Return operations, communication and estimated times of one step and of the whole run."""
     keys = ("flops_per_step", "collectives", "collective_counts", "estimated_cycles")
     keys += ("estimated_step_ms", "images_per_second_per_chip", "mfu", "hours", "not_estimated")
-    analytic = bench.flops_per_image(config, classes) * config.batch_size
+    analytic = flops_per_image(config, classes) * config.batch_size
     result = dict.fromkeys(keys) | {"analytic_flops_per_step": analytic}
     if compiled is None:
         return result

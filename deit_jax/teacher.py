@@ -93,6 +93,22 @@ def check_teacher(config: ConfigDict, num_devices: int) -> None:
             )
 
 
+def random_teacher(config, num_classes: int) -> tuple[Teacher, Any] | None:
+    """Return what load_teacher would, with random weights, None if there is nothing to distil.
+
+    It is as fast as a trained one, and as large.
+    """
+    if config.distill.kind == "none":
+        return None
+    data, size = config.data, config.teacher.image_size or config_lib.image_size(config.model)
+    dtype = config_lib.compute_dtype(config.dtype)
+    model = config_lib.build_model(config.teacher.model, num_classes, config.dtype)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    model, params = weights_lib.folded(model, variables)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return Teacher(model, data.mean, data.std, data.mean, data.std, size), params
+
+
 def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any]:
     """Return the teacher in any kind of weights and its parameters, batch norm folded into them.
 

@@ -7,7 +7,16 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from deit_jax import cli, distributed, evaluate, interrupt, replay, run_tape, train
+from deit_jax import (
+    cli,
+    compile_cache,
+    distributed,
+    evaluate,
+    interrupt,
+    replay,
+    run_tape,
+    train,
+)
 from deit_jax import config as config_lib
 from deit_jax import workdir as workdir_lib
 from deit_jax.errors import UserError
@@ -32,6 +41,7 @@ def main(argv: list[str]) -> None:
     cli.no_words(command.parse(argv, required=() if again else ("config", "workdir")))
     options = command.flags
     with distributed.joined(options):
+        compile_cache.enable()
         _train(options, command, again)
 
 

@@ -1,14 +1,17 @@
 """Check `deit bench`: its figures agree with each other and with counts made by hand."""
 
+import gzip
+import itertools
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from configs import deit, quickstart
 from deit_jax import __main__ as program
-from deit_jax import bench, chips
+from deit_jax import bench_input, bench_step, chips, flops, sharding
 from deit_jax.data import pipeline
 from deit_jax.data.sources import ArraySource, Dataset
 from deit_jax.errors import UserError
@@ -26,25 +29,27 @@ def run(capsys, *words):
 )
 def test_flops_are_six_per_multiply_accumulate(variant, gmacs):
     config = deit.get_config(f"variant={variant}")
-    flops = bench.flops_per_image(config, 1000)
-    assert flops == pytest.approx(6e9 * gmacs, rel=0.06)
+    found = flops.flops_per_image(config, 1000)
+    assert found == pytest.approx(6e9 * gmacs, rel=0.06)
 
 
 def test_a_teacher_adds_its_forward_pass_only():
-    plain = bench.flops_per_image(deit.get_config("variant=tiny,distilled=True,kind=none"), 1000)
-    distilled = bench.flops_per_image(deit.get_config("variant=tiny,distilled=True"), 1000)
+    plain = flops.flops_per_image(deit.get_config("variant=tiny,distilled=True,kind=none"), 1000)
+    distilled = flops.flops_per_image(deit.get_config("variant=tiny,distilled=True"), 1000)
     assert distilled - plain == pytest.approx(2 * 15.96e9, rel=0.05)  # RegNetY-16GF in timm
 
 
 def test_what_a_device_needs_is_its_peak_times_the_assumed_share():
-    found = bench.need(6 * 4.61e9, "v5e-8", 0.0)
+    found = bench_input.need(6 * 4.61e9, "v5e-8", 0.0)
     assert found["assumed_mfu"] == 0.3
     assert found["images_per_second"] == pytest.approx(0.3 * 8 * 197e12 / (6 * 4.61e9))
-    assert bench.need(1e9, "H100x8", 0.5)["images_per_second"] == pytest.approx(0.5 * 8 * 989e3)
-    assert bench.parse_device("h200") == ("h200", 1)
+    assert bench_input.need(1e9, "H100x8", 0.5)["images_per_second"] == pytest.approx(
+        0.5 * 8 * 989e3
+    )
+    assert bench_input.parse_device("h200") == ("h200", 1)
     for text in ("", "v5e-0", "tpu", "h1000x8", "v5e 8"):
         with pytest.raises(UserError, match="as in v5e-8"):
-            bench.parse_device(text)
+            bench_input.parse_device(text)
 
 
 class SlowSource(ArraySource):
@@ -59,8 +64,8 @@ def test_stages_count_reading_once_for_all_copies_of_an_image(tiny_config):
     images = np.zeros((20, 32, 32, 3), np.uint8)
     source = SlowSource("slow", images, np.zeros(20, np.int32))
     tiny_config.augment.repeats = 4
-    times = bench.stages(tiny_config, Dataset(source, source, ["a"]), seconds=0.5)
-    assert list(times) == list(bench.STAGES[:4])
+    times = bench_input.stages(tiny_config, Dataset(source, source, ["a"]), seconds=0.5)
+    assert list(times) == list(bench_input.STAGES[:4])
     assert 2500 <= times["read"] < 10_000  # 10 ms, a quarter for each copy
     assert all(value > 0 for value in times.values())
 
@@ -81,7 +86,7 @@ def test_the_views_that_are_timed_are_those_of_the_pipeline(tiny_config):
         index = int(order.shuffled()[order.slot(row)])
         rng = pipeline.example_rng(tiny_config.seed, row)
         pixels = decode.read(source[index]["image"], "x", choose("auto"))
-        view = bench.crop(pixels, c, tiny_config.model.image_size, rng, resize_pillow)
+        view = bench_input.crop(pixels, c, tiny_config.model.image_size, rng, resize_pillow)
         view = make_augment(c.auto, c.color_jitter)(view, rng)
         assert np.array_equal(view, batch["image"][row])
 
@@ -97,7 +102,7 @@ def test_input_figures_agree_with_each_other(capsys):
     assert set(result["stages_us"]) == {"read", "decode", "crop", "augment", "wait"}
     assert sum(result["stages_us"].values()) >= 0.99e6 / result["images_per_second_per_core"]
     assert result["need"]["cores"] == pytest.approx(result["need"]["images_per_second"] / per_core)
-    report = bench.input_report(result)
+    report = bench_input.report(result)
     assert "images/s per core" in report
     assert "assumed" in report
 
@@ -105,12 +110,87 @@ def test_input_figures_agree_with_each_other(capsys):
 def test_the_step_is_timed_on_random_images_without_data_or_teacher(tiny_config):
     tiny_config.data.source = "folder:/nowhere"
     tiny_config.teacher.epochs = 0.0
-    result = bench.bench_step(tiny_config, seconds=0.1)
+    result = bench_step.measure(tiny_config, seconds=0.1)
     assert result["steps"] >= 2
     assert result["images_per_second"] == pytest.approx(32e3 / result["step_ms"])
+    assert 0 < result["step_ms_p10"] <= result["step_ms"] <= result["step_ms_p90"]
     assert result["compile_s"] > 0
     assert result["mfu"] is None  # a CPU's peak is not known
-    assert "share of the peak: not known" in bench.step_report(result)
+    # A CPU does not tell its memory, the compiler does: more than the state, four times 25,000
+    # parameters of the student in float32, and less than 100 MB.
+    assert 400e3 < result["peak_bytes"] < 100e6
+    assert result["peak_bytes_by"] == "compiler"
+    assert result["input_wait"] is None
+    assert "/nowhere" in result["input_wait_unknown"]
+    report = bench_step.report(result)
+    assert "share of the peak: not known" in report
+    assert "waiting for input: not measured, " in report
+
+
+def test_a_real_run_is_fed_and_traced(capsys, tmp_path):
+    words = [f"--config={quickstart.__file__}", "--config.model.depth=1", "--config.batch_size=32"]
+    words += ["--config.distill.kind=none", "--seconds=0.2", "--json", f"--profile={tmp_path}/new"]
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    result = json.loads(out)
+    assert 0 <= result["input_wait"] <= 1
+    assert result["input_wait_unknown"] is None
+    folder = Path(result["profile"])
+    assert folder.is_relative_to(tmp_path / "new")
+    assert list(folder.glob("*.xplane.pb"))
+    with gzip.open(folder / "perfetto_trace.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("train") == bench_step.PROFILED_STEPS
+    report = bench_step.report(result)
+    assert "https://ui.perfetto.dev" in report
+    assert f"xprof {tmp_path}/new" in report
+
+
+def slow(values, seconds):
+    """Return a step that is done when it returns, after so many of these seconds."""
+    pauses = itertools.cycle(seconds)
+
+    def step(batch):
+        time.sleep(next(pauses))
+        return values
+
+    return step
+
+
+def test_steps_have_a_median_and_a_spread():
+    times = bench_step.step_times(slow(np.zeros(1), [0.01, 0.01, 0.01, 0.04]), None, 0.8)
+    assert np.median(times) == pytest.approx(0.01, rel=0.5)
+    assert np.percentile(times, 90) == pytest.approx(0.04, rel=0.5)
+
+
+@pytest.mark.parametrize(("loading", "step", "share"), [(0.08, 0.02, 0.75), (0.005, 0.05, 0.0)])
+def test_the_wait_for_input_is_what_loading_takes_longer_than_the_step(
+    monkeypatch, tiny_config, loading, step, share
+):
+    """In a row, loading beside the step: of 80 ms for a batch, 20 pass while the step runs."""
+
+    def batches(batches, start, stop, threads, prefetch):
+        ready = time.perf_counter()
+        while True:  # loads one batch ahead
+            ready = max(ready, time.perf_counter() - loading) + loading
+            time.sleep(max(0.0, ready - time.perf_counter()))
+            yield {"image": np.zeros((32, 1), np.uint8)}
+
+    monkeypatch.setattr(pipeline, "load", batches)
+    mesh, fed = sharding.make_mesh(tiny_config.mesh), slow(np.zeros(1), [step])
+    found, why = bench_step.input_wait(tiny_config, None, mesh, fed, 0.5)
+    assert found == pytest.approx(share, abs=0.15)
+    assert why == ""
+
+
+def test_images_that_cannot_be_loaded_leave_the_wait_unknown(monkeypatch, tiny_config):
+    def batches(*_):
+        raise UserError("picture.jpg: not an image")
+        yield
+
+    monkeypatch.setattr(pipeline, "load", batches)
+    found = bench_step.input_wait(tiny_config, None, None, None, 0.1)
+    assert found == (None, "picture.jpg: not an image")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +219,8 @@ def test_each_mistake_is_one_line(capsys):
         ([config, "--input-only", "--config.data.source=folder:/nowhere"], 1, "no such folder"),
         ([config, "--config.batch_size=100"], 1, "batch_size=100"),
         ([config, "--seconds=-1"], 2, "seconds"),
+        ([config, "--profile=/dev/null/x"], 1, "--profile=/dev/null/x: cannot be written"),
+        ([config, "--profile=x", "--input-only"], 2, "leave out --input-only"),
     ):
         got, _, err = run(capsys, *words)
         assert got == code, err

@@ -17,6 +17,8 @@ COMMANDS = {
     "prepare",
     "inspect_data",
     "bench",
+    "bench_input",
+    "bench_step",
     "plan",
     "picture",
     "__main__",

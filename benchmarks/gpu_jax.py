@@ -1,0 +1,171 @@
+"""JAX's side of benchmarks/gpu.py: our training step and prediction, and a plain Flax ViT's."""
+
+import functools
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from configs import deit
+from deit_jax import config as config_lib
+from deit_jax import optim, sharding
+from deit_jax.chips import CHIPS, device_of
+from deit_jax.flops import flops_per_image, forward_flops
+from deit_jax.step import Recipe, init_state, normalise, train_step
+from deit_jax.teacher import random_teacher
+
+STEPS_PER_EPOCH = 1000  # only the learning rate follows from it
+
+
+def build(row: dict):
+    """Return a function that starts a step, one that waits for it, and one that tells the rest."""
+    config, classes = config_of(row), 10 if row["toy"] else 1000
+    make = forward if row["part"] == "forward" else flax_train if row["peer"] == "flax" else train
+    run, carry = make(config, classes, random_batch(config, classes))
+    latest = [carry]
+
+    def step():
+        latest[0] = run(latest[0])
+
+    size = config_lib.image_size(config.model)
+    if row["part"] == "forward":
+        flops = forward_flops(config.model, classes, size)
+    else:
+        flops = flops_per_image(config, classes)
+    return step, lambda: jax.block_until_ready(latest[0]), lambda: about(flops)
+
+
+def about(flops: float) -> dict:
+    """Return what the row's process knows of the device, its memory and the versions."""
+    device = jax.devices()[0]
+    chip = CHIPS.get(device_of(device.device_kind))
+    return {
+        "device": device.device_kind,
+        "flops_per_image": flops,
+        "peak_tflops": chip and chip.peak_tflops,
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+    }
+
+
+def config_of(row: dict):
+    """Return the paper's config for a row; no moving average, which the peers do not keep."""
+    c = deit.get_config(f"variant={row['model']},distilled={row['part'] != 'plain'}")
+    c.model.image_size, c.batch_size = row["image_size"], row["batch"]
+    c.mixing.group_size = min(c.mixing.group_size, c.batch_size)
+    c.optim.ema_decay, c.dtype = 0.0, "bfloat16"
+    if row["toy"]:
+        c.model.width, c.model.depth = 24, 1
+        c.teacher.model.name, c.teacher.model.stem_width = "regnety_002", 8
+        c.teacher.model.widths, c.teacher.model.depths = (8, 16), (1, 1)
+    return c
+
+
+def random_batch(config, classes: int) -> dict[str, jax.Array]:
+    """Return uint8 images and labels, on the first device."""
+    rng, size = np.random.default_rng(0), config_lib.image_size(config.model)
+    batch = {
+        "image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8),
+        "label": rng.integers(0, classes, config.batch_size, np.int32),
+    }
+    return jax.device_put(batch, sharding.batch_sharding(_mesh(config)))
+
+
+def _mesh(config):
+    return sharding.make_mesh(config.mesh, jax.devices()[:1])
+
+
+def jit_step(config, classes: int):
+    """Return the step of `deit train`, compiled as it is there, the state and the teacher.
+
+    Put together here, as the trainer imports the input pipeline's libraries.
+    """
+    model = config_lib.build_model(config.model, classes, config.dtype)
+    schedule = optim.make_schedule(config.optim, config.epochs, STEPS_PER_EPOCH)
+    tx = optim.make_optimizer(config.optim, schedule)
+    size, mesh = config_lib.image_size(config.model), _mesh(config)
+    init = functools.partial(init_state, model=model, image_size=size, tx=tx, ema_decay=0.0)
+    key = jax.random.key(config.seed)
+    places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
+    teacher, params = random_teacher(config, classes) or (None, None)
+    params = jax.device_put(params, sharding.replicated(mesh)) if teacher else None
+    recipe = Recipe.from_config(config, classes)
+    step = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
+    out = (places, sharding.replicated(mesh))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
+    return compiled, jax.jit(init, out_shardings=places)(key), params
+
+
+def train(config, classes: int, batch):
+    """Return a function from state to state, and the first one."""
+    step, state, teacher_params = jit_step(config, classes)
+    return lambda state: step(state, teacher_params, batch)[0], state
+
+
+def forward(config, classes: int, batch):
+    """Return a function that predicts, whatever it is given."""
+    model = config_lib.build_model(config.model, classes, config.dtype)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *batch["image"].shape[1:])))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
+    mean, std = config.data.mean, config.data.std
+
+    @jax.jit
+    def predict(params, images):
+        return model.apply({"params": params}, normalise(images, mean, std), train=False).fused()
+
+    return lambda _: predict(params, batch["image"]), None
+
+
+class PlainViT(nn.Module):
+    """A ViT of Flax's own layers, pre-norm, with one class token, as big_vision writes it."""
+
+    width: int
+    depth: int
+    heads: int
+    classes: int
+    patch: int = 16
+
+    @nn.compact
+    def __call__(self, images):
+        """Return logits [B K] in float32."""
+        half = {"dtype": jnp.bfloat16}
+        patch = (self.patch, self.patch)
+        x = nn.Conv(self.width, patch, patch, padding="VALID", **half)(images)
+        x = x.reshape(x.shape[0], -1, self.width)
+        cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+        x = jnp.concatenate([jnp.tile(cls.astype(x.dtype), (x.shape[0], 1, 1)), x], axis=1)
+        shape = (1, x.shape[1], self.width)
+        x = x + self.param("position", nn.initializers.normal(0.02), shape).astype(x.dtype)
+        for _ in range(self.depth):
+            y = nn.LayerNorm(**half)(x)
+            x = x + nn.MultiHeadDotProductAttention(self.heads, **half)(y)
+            y = nn.Dense(4 * self.width, **half)(nn.LayerNorm(**half)(x))
+            x = x + nn.Dense(self.width, **half)(nn.gelu(y))
+        x = nn.LayerNorm(**half)(x)[:, 0]
+        return nn.Dense(self.classes)(x.astype(jnp.float32))
+
+
+def flax_train(config, classes: int, batch):
+    """Return what `train` does, for the plain ViT with smoothed labels and AdamW."""
+    spec = config_lib.build_model(config.model, classes)
+    model = PlainViT(spec.width, spec.depth, spec.num_heads, classes)
+    tx = optax.adamw(5e-4, weight_decay=config.optim.weight_decay)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *batch["image"].shape[1:])))
+    smooth = 0.1
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(carry, batch):
+        params, moments = carry
+        images = normalise(batch["image"], config.data.mean, config.data.std)
+        targets = (1 - smooth) * jax.nn.one_hot(batch["label"], classes) + smooth / classes
+
+        def loss(params):
+            return optax.softmax_cross_entropy(model.apply(params, images), targets).mean()
+
+        updates, moments = tx.update(jax.grad(loss)(params), moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    return lambda carry: step(carry, batch), (params, tx.init(params))

@@ -1,0 +1,152 @@
+"""How fast the input pipeline is on this machine, and what a device needs: `--input-only`."""
+
+import contextlib
+import itertools
+import re
+import time
+from typing import Any
+
+import cv2
+import numpy as np
+
+from deit_jax import config as config_lib
+from deit_jax.chips import CHIPS
+from deit_jax.data import decode, pipeline
+from deit_jax.data.augment import make_augment
+from deit_jax.data.resize import choose, resize_pillow
+from deit_jax.data.sources import Dataset, open_dataset
+from deit_jax.errors import UserError
+from deit_jax.flops import flops_per_image
+from deit_jax.inspect_data import train_batches
+
+STAGES = ("read", "decode", "crop", "augment", "wait")
+
+
+def parse_device(text: str) -> tuple[str, int]:
+    """Return the kind and number of devices that `v5e-8` or `h100x8` means; raise UserError."""
+    match = re.fullmatch(r"([a-z]+\d+[a-z]?)(?:[-x](\d+))?", text.lower())
+    kind, count = (match[1], int(match[2] or 1)) if match else ("", 0)
+    if kind not in CHIPS or count < 1:
+        raise UserError(f"--device={text}: give one of {', '.join(CHIPS)}, as in v5e-8")
+    return kind, count
+
+
+def assumed_mfu(flops: float) -> float:
+    """Return the share of the peak that a model of this size is assumed to reach."""
+    # A guess: small matrices use less of a chip. 6 x 2 and 6 x 8 GMAC lie between Ti, S and B.
+    return 0.2 if flops < 12e9 else 0.3 if flops < 48e9 else 0.4
+
+
+def need(flops: float, device: str, mfu: float) -> dict[str, Any]:
+    """Return how many images a second a device can use, at an assumed share of its peak."""
+    kind, count = parse_device(device)
+    mfu = mfu or assumed_mfu(flops)
+    rate = CHIPS[kind].peak_tflops * 1e12 * count * mfu / flops
+    return {"device": f"{kind}-{count}", "assumed_mfu": mfu, "images_per_second": rate}
+
+
+def stages(config, dataset: Dataset, seconds: float) -> dict[str, float]:
+    """Return µs per produced image of each stage, one after the other in this thread.
+
+    Reading and decoding are shared by the copies of an image, and so counted by share. At least
+    one image of each copy is timed, and 16 before that are not.
+    """
+    cv2.setNumThreads(0)  # as the pipeline does
+    data, augment, size = config.data, config.augment, config_lib.image_size(config.model)
+    order = pipeline.EpochOrder(len(dataset.train), config.batch_size, augment.repeats, config.seed)
+    decoder, apply = choose(data.decoder), make_augment(augment.auto, augment.color_jitter)
+    indices, clock, times = order.shuffled(), time.perf_counter, dict.fromkeys(STAGES[:4], 0.0)
+    warm_up, images, start = 16 * augment.repeats, 0, clock()
+    for position in itertools.count(0, augment.repeats):
+        index = int(indices[position // augment.repeats])
+        t0 = clock()
+        example = dataset.train[index]
+        t1 = clock()
+        try:
+            pixels = decode.read(example["image"], dataset.train.describe(index), decoder)
+        except UserError:
+            if not data.skip_unreadable:
+                raise
+            continue
+        resize = resize_pillow if isinstance(example["image"], np.ndarray) else decoder.resize
+        t2 = clock()
+        spent = [t1 - t0, t2 - t1, 0.0, 0.0]
+        for copy in range(augment.repeats):
+            rng = pipeline.example_rng(config.seed, position + copy)
+            t0 = clock()
+            view = crop(pixels, augment, size, rng, resize)
+            t1 = clock()
+            apply(view, rng)
+            spent[2], spent[3] = spent[2] + t1 - t0, spent[3] + clock() - t1
+        if position >= warm_up:
+            times = {k: times[k] + s for k, s in zip(times, spent, strict=True)}
+            images += augment.repeats
+        if images and clock() - start > seconds:
+            return {k: v / images * 1e6 for k, v in times.items()}
+    raise AssertionError
+
+
+def crop(pixels: np.ndarray, augment, size: int, rng, resize) -> np.ndarray:
+    """Crop, resize and flip an image as the config's `augment` says."""
+    if augment.crop == "simple":
+        view = decode.simple_random_crop(pixels, size, rng, resize)
+    else:
+        height, width, _ = pixels.shape
+        box = decode.random_box(width, height, rng, augment.crop_scale, augment.crop_ratio)
+        view = decode.resized_crop(pixels, box, size, resize)
+    return view[:, ::-1] if rng.random() < augment.flip_prob else view
+
+
+def input_rate(config, dataset: Dataset, seconds: float, threads: int) -> float:
+    """Return images per second of the real pipeline, nobody waiting for a model."""
+    batches = train_batches(config, dataset, range(config.batch_size))
+    loader = pipeline.load(batches, 0, 2**31, threads, config.data.prefetch_batches)
+    with contextlib.closing(loader):
+        next(loader)  # starts the threads
+        began, times = time.perf_counter(), []
+        while not times or times[-1] < seconds:
+            next(loader)
+            times.append(time.perf_counter() - began)
+    return len(times) * config.batch_size / times[-1]
+
+
+def measure(config, seconds: float, device: str = "v5e-8", mfu: float = 0.0) -> dict[str, Any]:
+    """Measure the input for some seconds; return rates, stages and what the model needs.
+
+    `stages_us` is the time a core has for one image, by what it does with it; "wait" is the rest:
+    the loader, memory, threads waiting for each other.
+    """
+    parse_device(device)
+    dataset = open_dataset(config.data)
+    cores = pipeline.usable_cores()
+    threads = min(config.data.threads or cores, cores)
+    stages_us = stages(config, dataset, seconds / 3)
+    # Short batches, so that one does not take longer than the whole measurement.
+    config = config.copy_and_resolve_references()
+    config.batch_size = min(config.batch_size, 128 * config.augment.repeats)
+    rate = input_rate(config, dataset, 2 * seconds / 3, config.data.threads)
+    stages_us["wait"] = max(0.0, threads / rate * 1e6 - sum(stages_us.values()))
+    flops = flops_per_image(config, len(dataset.classes))
+    needed = need(flops, device, mfu)
+    return {
+        "images_per_second": rate,
+        "images_per_second_per_core": rate / threads,
+        "cores": threads,
+        "decoder": str(choose(config.data.decoder)),
+        "stages_us": stages_us,
+        "need": needed | {"cores": needed["images_per_second"] / (rate / threads)},
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return what `measure` found, in lines."""
+    needed, us = result["need"], result["stages_us"]
+    return "\n".join(
+        [
+            f"input: {result['images_per_second']:.0f} images/s on {result['cores']} core(s), "
+            f"{result['images_per_second_per_core']:.0f} images/s per core ({result['decoder']})",
+            "µs per image and core: " + ", ".join(f"{k} {us[k]:.0f}" for k in STAGES),
+            f"{needed['device']} needs about {needed['images_per_second']:.0f} images/s at an "
+            f"assumed {needed['assumed_mfu']:.0%} of its peak: {needed['cores']:.0f} such cores",
+        ]
+    )

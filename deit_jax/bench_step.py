@@ -1,0 +1,227 @@
+"""How fast the training step is on the devices at hand, and whether its input keeps up."""
+
+import contextlib
+import itertools
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deit_jax import config as config_lib
+from deit_jax import hlo, sharding
+from deit_jax.chips import CHIPS, device_of
+from deit_jax.data import pipeline
+from deit_jax.data.sources import ArraySource, Dataset, open_dataset
+from deit_jax.errors import UserError
+from deit_jax.flops import flops_per_image
+from deit_jax.teacher import random_teacher
+from deit_jax.train import Trainer
+
+log = logging.getLogger("deit_jax")
+
+UNKNOWN_CLASSES = 1000
+PROFILED_STEPS = 5
+PERFETTO = "perfetto_trace.json.gz"  # as JAX names it
+
+
+def data_or_random(config) -> tuple[Dataset, str]:
+    """Return the config's data and "", or random images in 1000 classes and why it is them."""
+    try:
+        return open_dataset(config.data), ""
+    except UserError as error:
+        classes = [str(i) for i in range(UNKNOWN_CLASSES)]
+        images = np.zeros((config.batch_size, 1, 1, 3), np.uint8)
+        source = ArraySource("random", images, np.zeros(config.batch_size, np.int32))
+        return Dataset(source, source, classes), str(error)
+
+
+def without_teacher_weights(config):
+    """Return the config as one that may be measured: its teacher needs no weights for that."""
+    config = config.copy_and_resolve_references()
+    if config.distill.kind != "none" and not config.teacher.weights:
+        config.teacher.epochs = 1.0  # stands for the weights that a bench does not need
+    config.init.required = False
+    return config
+
+
+def random_batch(config, num_classes: int, mesh) -> dict[str, jax.Array]:
+    """Return random images and labels, on the devices as a training batch is."""
+    share = len(sharding.local_rows(mesh, config.batch_size))
+    rng, size = np.random.default_rng(0), config_lib.image_size(config.model)
+    batch = {
+        "image": rng.integers(0, 256, (share, size, size, 3), np.uint8),
+        "label": rng.integers(0, num_classes, share, np.int32),
+    }
+    return sharding.to_devices(batch, mesh, config.batch_size)
+
+
+class Steps:
+    """The compiled step of a Trainer and the state that it carries on."""
+
+    def __init__(self, trainer: Trainer, batch):
+        self.state, self._teacher_params = trainer.state, trainer.teacher_params
+        began = time.perf_counter()
+        lowered = trainer._step.lower(self.state, self._teacher_params, batch)
+        self.compiled = lowered.compile()
+        self.compile_s = time.perf_counter() - began
+
+    def __call__(self, batch) -> Any:
+        """Start a step and return its metrics, which may not be there yet."""
+        self.state, values = self.compiled(self.state, self._teacher_params, batch)
+        return values
+
+
+def measure(config, seconds: float, profile: Path | None = None) -> dict[str, Any]:
+    """Compile and time the training step; return its time, rate, memory and wait for input.
+
+    The batch is on the devices already; half of the time goes to steps that the config's own data
+    feeds, if it is there: `input_wait` is their share of waiting, None without data. `mfu` is None
+    where the device's peak is not known; `peak_bytes` is of the fullest device, or what the
+    compiler says where the backend does not tell. `profile` is where a trace is written, if
+    anywhere; raise UserError if it cannot be.
+    """
+    config_lib.validate(without_teacher_weights(config), jax.device_count())
+    dataset, missing = data_or_random(config)
+    if missing:
+        log.info("random images in %d classes, since %s", UNKNOWN_CLASSES, missing)
+    folder = profile and _writable(profile)
+    teacher = random_teacher(config, len(dataset.classes))
+    with contextlib.ExitStack() as stack:
+        workdir = stack.enter_context(tempfile.TemporaryDirectory())
+        trainer = Trainer(config, Path(workdir), dataset, teacher)
+        stack.enter_context(contextlib.closing(trainer.checkpointer))
+        batch = random_batch(config, len(dataset.classes), trainer.mesh)
+        steps = Steps(trainer, batch)
+        times = step_times(steps, batch, seconds if missing else seconds / 2)
+        result = figures(config, len(dataset.classes), times)
+        result |= {"compile_s": steps.compile_s, **peak_memory(steps.compiled)}
+        result["input_wait"] = None
+        if not missing:
+            feed = trainer.batches(), trainer.mesh
+            result["input_wait"], missing = input_wait(config, *feed, steps, seconds / 2)
+        result["input_wait_unknown"] = missing or None
+        result["profile"] = folder and write_profile(steps, batch, folder)
+    return result
+
+
+def step_times(step, batch, seconds: float) -> list[float]:
+    """Return the seconds of two or more steps after a first.
+
+    As in training, a step is started before the one before it is waited for: what counts is the
+    time from one end to the next.
+    """
+    running, ends = step(batch), []
+    began = time.perf_counter()
+    while len(ends) < 4 or time.perf_counter() - began < seconds:
+        running, before = step(batch), running
+        jax.block_until_ready(before)
+        ends.append(time.perf_counter())
+    jax.block_until_ready(running)
+    return np.diff(ends[1:]).tolist()
+
+
+def input_wait(config, batches, mesh, step, seconds: float) -> tuple[float | None, str]:
+    """Return the share of time that steps fed by a run's own loader wait for it.
+
+    Three steps or more are timed, after two: the loader starts with nothing in store. (None, why)
+    if an image cannot be loaded.
+    """
+    threads, prefetch = config.data.threads, config.data.prefetch_batches
+    loader, in_flight = pipeline.load(batches, 0, 2**31, threads, prefetch), None
+    waited = began = 0.0
+    try:
+        with contextlib.closing(loader):
+            for number in itertools.count():  # as Trainer does
+                if number == 2:
+                    began, waited = time.perf_counter(), 0.0
+                if number >= 5 and time.perf_counter() - began >= seconds:
+                    return waited / (time.perf_counter() - began), ""
+                asked = time.perf_counter()
+                batch = next(loader)
+                waited += time.perf_counter() - asked
+                batch = sharding.to_devices(batch, mesh, config.batch_size)
+                in_flight, before = step(batch), in_flight
+                jax.block_until_ready(before)
+    except UserError as error:
+        return None, str(error)
+    raise AssertionError
+
+
+def figures(config, num_classes: int, times: list[float]) -> dict[str, Any]:
+    """Return the steps' time, spread and rate, and the share of the devices' peak."""
+    tenth, median, ninetieth = np.percentile(times, (10, 50, 90)).tolist()
+    kind = jax.devices()[0].device_kind
+    flops = flops_per_image(config, num_classes) * config.batch_size
+    chip = CHIPS.get(device_of(kind))
+    # JAX's devices are whole chips but for tpu7x, of which it makes two.
+    peak = chip and chip.peak_tflops / chip.devices
+    return {
+        "device": kind,
+        "devices": jax.device_count(),
+        "batch_size": config.batch_size,
+        "steps": len(times),
+        "step_ms": median * 1e3,
+        "step_ms_p10": tenth * 1e3,
+        "step_ms_p90": ninetieth * 1e3,
+        "images_per_second": config.batch_size / median,
+        "flops_per_step": flops,
+        "mfu": peak and flops / median / (peak * 1e12 * jax.device_count()),
+    }
+
+
+def peak_memory(compiled) -> dict[str, Any]:
+    """Return the bytes of the fullest device, and whether the device or the compiler says so."""
+    used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
+    if peak := max((u for u in used if u), default=None):
+        return {"peak_bytes": peak, "peak_bytes_by": "device"}
+    return {"peak_bytes": hlo.peak_bytes(compiled), "peak_bytes_by": "compiler"}
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--profile={folder}: cannot be written ({error.strerror})") from error
+    return folder
+
+
+def write_profile(step, batch, folder: Path) -> str:
+    """Write a trace of a few steps; return the folder that holds it."""
+    # Without Python's own calls, of which there are more than a viewer can show.
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options):
+        for number in range(PROFILED_STEPS):
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                jax.block_until_ready(step(batch))
+    return str(max(folder.rglob(PERFETTO), key=lambda path: path.stat().st_mtime).parent)
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return what `measure` found, in lines."""
+    mfu, wait = result["mfu"], result["input_wait"]
+    by = "" if result["peak_bytes_by"] == "device" else ", by the compiler"
+    lines = [
+        f"step: {result['step_ms']:.1f} ms ({result['step_ms_p10']:.1f} to "
+        f"{result['step_ms_p90']:.1f}), {result['images_per_second']:.0f} images/s (batch "
+        f"{result['batch_size']} on {result['devices']} x {result['device']}, median and 10th to "
+        f"90th percentile of {result['steps']} steps)",
+        f"compiling: {result['compile_s']:.1f} s; "
+        f"peak memory: {result['peak_bytes'] / 1e9:.2f} GB a device{by}; "
+        f"share of the peak: {'not known' if mfu is None else f'{mfu:.1%}'}",
+        f"waiting for input: not measured, {result['input_wait_unknown']}"
+        if wait is None
+        else f"waiting for input: {wait:.1%} of the time",
+    ]
+    if folder := result["profile"]:
+        lines += [
+            f"trace of {PROFILED_STEPS} steps: {folder}",
+            f"  open {PERFETTO} from there at https://ui.perfetto.dev, or "
+            f"`pip install xprof` and `xprof {Path(folder).parents[2]}`",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""benchmarks/gpu.py at toy size: every row runs, none twice, and its table adds up."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import gpu, gpu_jax
+from deit_jax import train
+
+ROOT = Path(__file__).parent.parent
+ROWS = gpu.rows(list(gpu.PEERS), [], turns=1, toy=True)
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_every_row_is_measured(request, key):
+    if ROWS[key]["peer"] in ("eager", "compile"):
+        request.getfixturevalue("timm")
+    found = gpu.measure(ROWS[key], seconds=0.0)
+    assert len(found["windows_ms"]) == gpu.WINDOWS
+    assert min(found["windows_ms"]) > 0
+    middle = sorted(found["windows_ms"])[gpu.WINDOWS // 2]
+    assert found["images_per_second"] == pytest.approx(8e3 / middle)
+    assert found["versions"]
+
+
+def test_the_step_that_is_measured_is_the_one_that_a_run_compiles(monkeypatch):
+    config = gpu_jax.config_of(ROWS["train/tiny/32/8/ours/1"])
+    teacher = gpu_jax.random_teacher(config, 10)
+    monkeypatch.setattr(gpu_jax, "random_teacher", lambda *_: teacher)  # made once: it compiles
+    step, state, teacher_params = gpu_jax.jit_step(config, 10)
+    batch = gpu_jax.random_batch(config, 10)
+    model = gpu_jax.config_lib.build_model(config.model, 10, config.dtype)
+    schedule = gpu_jax.optim.make_schedule(config.optim, config.epochs, gpu_jax.STEPS_PER_EPOCH)
+    own = train.jit_train_step(
+        model,
+        teacher[0],
+        gpu_jax.optim.make_optimizer(config.optim, schedule),
+        gpu_jax.Recipe.from_config(config, 10),
+        gpu_jax._mesh(config),
+        jax.tree.map(lambda x: x.sharding, state),
+    )
+    texts = [f.lower(state, teacher_params, batch).as_text() for f in (step, own)]
+    assert texts[0] == texts[1]
+
+
+def test_it_needs_no_library_of_the_input_pipeline():
+    code = "import sys, benchmarks.gpu_jax; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    loaded = done.stdout.split()
+    assert "benchmarks.gpu_jax" in loaded, done.stderr
+    assert not {"grain", "tensorflow_datasets", "simplejpeg", "kornia_rs", "torch"} & set(loaded)
+
+
+def start(out: Path, *words) -> str:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--toy", f"--out={out}", "--seconds=0"]
+    command += ["--part=plain", "--peers=flax", *words]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path):
+    out, key = tmp_path / "gpu.json", "plain/tiny/32/8/flax/1"
+    assert "the time is up" in start(out, "--minutes=0")
+    assert not out.exists()
+    start(out, "--limit=0.1")
+    assert json.loads(out.read_text())["rows"][key]["error"] == "took longer than 0 s"
+    assert "took longer" in start(out)  # in the table: a failed row stays
+    assert f"{key}: " in start(out, "--retry")
+    saved = json.loads(out.read_text())
+    assert saved["device"] == "cpu"
+    assert saved["versions"]["jax"] == jax.__version__
+    rate = saved["rows"][key]["images_per_second"]
+    text = start(out)
+    assert f"{key}: " not in text
+    assert f"| {rate:.0f} |" in text
+
+
+def row(peer, turn, rate, **more):
+    facts = {"part": "train", "model": "small", "image_size": 224, "batch": 128}
+    return {**facts, "peer": peer, "turn": turn, "images_per_second": rate, **more}
+
+
+def test_ratios_are_within_a_turn_and_of_those_the_median():
+    rates = {"ours": (100, 300, 50), "eager": (50, 100, 100)}
+    rows = {f"{p}{t}": row(p, t, r) for p, each in rates.items() for t, r in enumerate(each)}
+    rows["ours1"] |= {"mfu": 0.25, "peak_bytes": 2e9}
+    rows["compile0"] = row("compile", 0, 0) | {"error": "out of memory"}
+    del rows["compile0"]["images_per_second"]
+    *_, last, empty = gpu.table(rows).split("\n")
+    cells = ["small", "224", "128", "100", "100", "out of memory", "2.00", "-", "25.0%"]
+    assert last.strip("| ").split(" | ") == [*cells, "2.0", "-", "-"]
+    assert empty == ""
+
+
+def test_one_file_is_of_one_device(tmp_path):
+    results = gpu.Results(tmp_path / "gpu.json")
+    results.add("a", row("ours", 1, 1.0, device="NVIDIA H100"))
+    results.add("b", {"error": "out of memory"})  # which does not say where
+    with pytest.raises(SystemExit, match="give another --out"):
+        gpu.Results(tmp_path / "gpu.json").add("c", row("ours", 1, 1.0, device="NVIDIA H200"))
+
+
+def test_a_reader_finds_every_case_of_the_paper():
+    planned = gpu.rows(["train", "forward"], [], turns=2, toy=False)
+    assert "forward/base/384/256/ours/2" in planned
+    assert "train/base/224/128/compile/1" in planned
+    assert len(planned) == 2 * (3 * 3 * 2 + 4 * 3)
