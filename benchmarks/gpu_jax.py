@@ -92,7 +92,7 @@ def jit_step(config, classes: int):
     places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
     teacher, params = random_teacher(config, classes) or (None, None)
     params = jax.device_put(params, sharding.replicated(mesh)) if teacher else None
-    recipe = Recipe.from_config(config, classes)
+    recipe = Recipe.from_config(config, classes, mesh)
     step = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
     out = (places, sharding.replicated(mesh))
     compiled = jax.jit(step, donate_argnums=0, out_shardings=out)

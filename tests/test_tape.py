@@ -25,6 +25,7 @@ def full_config():
     c.dtype, c.model.drop_path, c.optim.accum_steps = "float32", 0.2, 2
     c.data.decoder = "pillow"
     c.train.save_every_epochs, c.train.keep_checkpoints = 0.2, 100  # every step
+    c.train.eval_every_epochs = 100.0
     return c
 
 
