@@ -87,7 +87,8 @@ def test_parts_that_devices_sum_for_themselves_give_the_whole_batchs_step(tiny_c
 
 def test_the_gradient_crosses_devices_once_however_many_parts(tiny_config):
     # Groups of 8 among 4 images a device would mix across devices.
-    tiny_config.mixing.prob, tiny_config.distill.kind = 0.0, "none"
+    tiny_config.mixing.prob, tiny_config.augment.erase_prob = 0.0, 0.0
+    tiny_config.distill.kind = "none"
     moved = []
     for parts in (1, 4):
         jitted, *arguments = step_over(tiny_config, parts)
@@ -95,5 +96,6 @@ def test_the_gradient_crosses_devices_once_however_many_parts(tiny_config):
         assert not cost.bytes["all_gather"] + cost.bytes["all_to_all"], cost.messages
         moved.append(cost.bytes["all_reduce"])
     size = sum(x.size for x in jax.tree.leaves(arguments[0].params))
-    assert 4 * size <= moved[1] < 1.1 * 4 * size
+    # The head that no loss reaches has no gradient to send.
+    assert 0.95 * 4 * size < moved[1] < 1.05 * 4 * size
     assert moved[0] == pytest.approx(moved[1], rel=0.1)
