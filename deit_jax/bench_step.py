@@ -48,6 +48,14 @@ def without_teacher_weights(config):
     return config
 
 
+def signal_of(config, labels, num_classes: int) -> dict[str, np.ndarray]:
+    """Return {"signal": what a label tape might say}, {} where none answers for the teacher."""
+    if config.distill.kind == "none" or config.teacher.tape != "replay":
+        return {}
+    soft = config.distill.kind == "soft"
+    return {"signal": np.eye(num_classes, dtype=np.float32)[labels] if soft else labels}
+
+
 def random_batch(config, num_classes: int, mesh) -> dict[str, jax.Array]:
     """Return random images and labels, on the devices as a training batch is."""
     share = len(sharding.local_rows(mesh, config.batch_size))
@@ -56,6 +64,7 @@ def random_batch(config, num_classes: int, mesh) -> dict[str, jax.Array]:
         "image": rng.integers(0, 256, (share, size, size, 3), np.uint8),
         "label": rng.integers(0, num_classes, share, np.int32),
     }
+    batch |= signal_of(config, batch["label"], num_classes)
     return sharding.to_devices(batch, mesh, config.batch_size)
 
 
@@ -89,7 +98,8 @@ def measure(config, seconds: float, profile: Path | None = None) -> dict[str, An
     if missing:
         log.info("random images in %d classes, since %s", UNKNOWN_CLASSES, missing)
     folder = profile and _writable(profile)
-    teacher = random_teacher(config, len(dataset.classes))
+    replay = config.teacher.tape == "replay"
+    teacher = None if replay else random_teacher(config, len(dataset.classes))
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = Trainer(config, Path(workdir), dataset, teacher)
@@ -101,7 +111,7 @@ def measure(config, seconds: float, profile: Path | None = None) -> dict[str, An
         result |= {"compile_s": steps.compile_s, **peak_memory(steps.compiled)}
         result["input_wait"] = None
         if not missing:
-            feed = trainer.batches(), trainer.mesh
+            feed = len(dataset.classes), trainer.batches(), trainer.mesh
             result["input_wait"], missing = input_wait(config, *feed, steps, seconds / 2)
         result["input_wait_unknown"] = missing or None
         result["profile"] = folder and write_profile(steps, batch, folder)
@@ -124,7 +134,9 @@ def step_times(step, batch, seconds: float) -> list[float]:
     return np.diff(ends[1:]).tolist()
 
 
-def input_wait(config, batches, mesh, step, seconds: float) -> tuple[float | None, str]:
+def input_wait(
+    config, classes: int, batches, mesh, step, seconds: float
+) -> tuple[float | None, str]:
     """Return the share of time that steps fed by a run's own loader wait for it.
 
     Three steps or more are timed, after two: the loader starts with nothing in store. (None, why)
@@ -143,6 +155,7 @@ def input_wait(config, batches, mesh, step, seconds: float) -> tuple[float | Non
                 asked = time.perf_counter()
                 batch = next(loader)
                 waited += time.perf_counter() - asked
+                batch |= signal_of(config, batch["label"], classes)
                 batch = sharding.to_devices(batch, mesh, config.batch_size)
                 in_flight, before = step(batch), in_flight
                 jax.block_until_ready(before)

@@ -10,11 +10,11 @@ def flops_per_image(config, num_classes: int) -> float:
     """Return the floating-point operations that one training example takes.
 
     6 per multiply-accumulate of the student (2 forward, 4 backward), 2 of the frozen teacher;
-    recomputation is not counted.
+    recomputation is not counted. A label tape takes the teacher's place for nothing.
     """
     size = config_lib.image_size(config.model)
     flops = 3 * forward_flops(config.model, num_classes, size)
-    if config.distill.kind != "none":
+    if config.distill.kind != "none" and config.teacher.tape != "replay":
         size = config.teacher.image_size or size
         flops += forward_flops(config.teacher.model, num_classes, size)
     return flops

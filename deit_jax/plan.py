@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deit_jax import cli, hlo, metrics, optim, sharding
+from deit_jax import cli, hlo, metrics, micro, optim, sharding
 from deit_jax import config as config_lib
 from deit_jax.bench_step import without_teacher_weights
 from deit_jax.chips import CHIPS, TPUS
@@ -123,8 +123,11 @@ def data_size(config, classes: int, images: int) -> tuple[int, int]:
 
 
 def abstract_teacher(config, num_classes: int):
-    """Return a teacher and the shapes of its parameters, batch norm folded; no weights are read."""
-    if config.distill.kind == "none":
+    """Return a teacher and the shapes of its parameters, batch norm folded; no weights are read.
+
+    (None, None) where the step does without, as a label tape answers for it.
+    """
+    if config.distill.kind == "none" or config.teacher.tape == "replay":
         return None, None
     data, size = config.data, config.teacher.image_size or config_lib.image_size(config.model)
     model = config_lib.build_model(config.teacher.model, num_classes, config.dtype)
@@ -154,6 +157,12 @@ def lower_step(config, mesh, num_classes: int, num_images: int):
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32),
     }
+    if config.distill.kind != "none" and teacher is None:  # from a label tape
+        rows = (config.batch_size,)
+        batch["signal"] = {
+            "hard": jax.ShapeDtypeStruct(rows, np.int32),
+            "soft": jax.ShapeDtypeStruct((*rows, num_classes), np.float32),
+        }[config.distill.kind]
     batch_places = dict.fromkeys(batch, sharding.batch_sharding(mesh))
     arguments = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -202,7 +211,8 @@ def plan(config, topology: str, classes: int = 0, images: int = 0) -> dict[str, 
         "notes": notes,
     }
     result |= memory(compiled, arguments, needed, CHIPS[kind])
-    return result | speed(config, compiled, CHIPS[kind], chips, classes, images)
+    parts = micro.micro_batches(config, mesh)
+    return result | speed(config, compiled, CHIPS[kind], chips, classes, images, parts)
 
 
 def used_bytes(message: str) -> int | None:
@@ -232,8 +242,11 @@ def memory(compiled, arguments, needed: int | None, chip) -> dict[str, Any]:
     }
 
 
-def speed(config, compiled, chip, chips: int, classes: int, images: int) -> dict[str, Any]:
-    """Return operations, communication and estimated times of one step and of the whole run."""
+def speed(config, compiled, chip, chips, classes, images, parts) -> dict[str, Any]:
+    """Return operations, communication and estimated times of one step and of the whole run.
+
+    The step is taken in so many `parts`, micro-batches.
+    """
     keys = ("flops_per_step", "collectives", "collective_counts", "estimated_cycles")
     keys += ("estimated_step_ms", "images_per_second_per_chip", "mfu", "hours", "not_estimated")
     analytic = flops_per_image(config, classes) * config.batch_size
@@ -244,8 +257,8 @@ def speed(config, compiled, chip, chips: int, classes: int, images: int) -> dict
     seconds = cost.cycles / (chip.clock_ghz * 1e9)
     steps = optim.whole_steps(config.epochs, max(1, images // config.batch_size))
     return result | {
-        # XLA counts a loop's body once; here it is the micro-batches' loop that matters.
-        "flops_per_step": compiled.cost_analysis()["flops"] * chips * chip.devices,
+        # XLA counts a loop's body once, and all but the update is in the micro-batches' loop.
+        "flops_per_step": compiled.cost_analysis()["flops"] * parts * chips * chip.devices,
         "collectives": {kind: cost.bytes[kind] for kind in hlo.COLLECTIVES},
         "collective_counts": {kind: cost.counts[kind] for kind in hlo.COLLECTIVES},
         "estimated_cycles": cost.cycles,

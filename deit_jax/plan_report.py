@@ -26,8 +26,8 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
-            f"operations per step: {result['flops_per_step'] / 1e12:.1f} TFLOP compiled (a loop's "
-            f"body once), {result['analytic_flops_per_step'] / 1e12:.1f} counted from the model",
+            f"operations per step: {result['flops_per_step'] / 1e12:.1f} TFLOP compiled, "
+            f"{result['analytic_flops_per_step'] / 1e12:.1f} counted from the model",
             f"communication per step and chip: {moved or 'none'}",
             f"the compiler's estimate, not a measurement: {result['estimated_cycles'] / 1e6:.1f} M "
             f"cycles = {result['estimated_step_ms']:.1f} ms a step, "

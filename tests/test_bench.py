@@ -178,7 +178,7 @@ def test_the_wait_for_input_is_what_loading_takes_longer_than_the_step(
 
     monkeypatch.setattr(pipeline, "load", batches)
     mesh, fed = sharding.make_mesh(tiny_config.mesh), slow(np.zeros(1), [step])
-    found, why = bench_step.input_wait(tiny_config, None, mesh, fed, 0.5)
+    found, why = bench_step.input_wait(tiny_config, 10, None, mesh, fed, 0.5)
     assert found == pytest.approx(share, abs=0.15)
     assert why == ""
 
@@ -189,7 +189,7 @@ def test_images_that_cannot_be_loaded_leave_the_wait_unknown(monkeypatch, tiny_c
         yield
 
     monkeypatch.setattr(pipeline, "load", batches)
-    found = bench_step.input_wait(tiny_config, None, None, None, 0.1)
+    found = bench_step.input_wait(tiny_config, 10, None, None, None, 0.1)
     assert found == (None, "picture.jpg: not an image")
 
 

@@ -55,12 +55,13 @@ def test_data_parallel_moves_each_gradient_once_and_no_image(tpu):
     assert result["chips"] == 4
 
 
-def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tape", ["off", "replay"])
+def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, monkeypatch, tape):
     """On the same CPU devices, the plan's program is the Trainer's, to the letter."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-    tiny_config.mesh.fsdp = 2
+    tiny_config.mesh.fsdp, tiny_config.teacher.tape = 2, tape
     dataset, _ = bench_step.data_or_random(tiny_config)
-    teacher = random_teacher(tiny_config, 10)
+    teacher = random_teacher(tiny_config, 10) if tape == "off" else None
     trainer = train.Trainer(tiny_config, tmp_path, dataset, teacher)
     trainer.checkpointer.close()
     batch = bench_step.random_batch(tiny_config, 10, trainer.mesh)
@@ -97,6 +98,15 @@ def test_deit_b_distilled_fits_a_v5e_at_128_images_a_chip(tpu):
     assert result["mfu"] == pytest.approx(
         result["analytic_flops_per_step"] / (4 * 197e12 * seconds)
     )
+
+
+@pytest.mark.long  # two or three minutes
+def test_the_student_alone_takes_less_than_200_m_cycles(tpu):
+    config = deit.get_config("variant=base,distilled=True")
+    config.batch_size, config.distill.kind = 128 * 16, "none"
+    result = plan.plan(config, "v5e:4x4")
+    assert result["estimated_cycles"] < 200e6
+    assert not result["not_estimated"]["custom_calls"]  # kernels that the estimate cannot see
 
 
 @pytest.mark.long
