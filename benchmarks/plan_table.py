@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TOPOLOGIES = {"v4-64": "v4:4x4x2", "v5e-64": "v5e:8x8", "v5p-32": "v5p:2x2x4", "v6e-64": "v6e:8x8"}
 CONFIGS = {
     "DeiT-B distilled": ["configs/deit.py:variant=base,distilled=True"],
-    "DeiT III-H, fsdp 16": ["configs/deit3.py:size=huge", "--config.mesh.fsdp=16"],
     "DeiT-S distilled": ["configs/deit.py:variant=small,distilled=True"],
     "DeiT-Ti distilled": ["configs/deit.py:variant=tiny,distilled=True"],
     "DeiT-B distilled, fine-tuning at 384": ["configs/deit_finetune384.py:variant=base"],
