@@ -174,7 +174,7 @@ def test_the_wait_for_input_is_what_loading_takes_longer_than_the_step(
         while True:  # loads one batch ahead
             ready = max(ready, time.perf_counter() - loading) + loading
             time.sleep(max(0.0, ready - time.perf_counter()))
-            yield {"image": np.zeros((32, 1), np.uint8)}
+            yield {"image": np.zeros((32, 1), np.uint8), "label": np.zeros(32, np.int32)}
 
     monkeypatch.setattr(pipeline, "load", batches)
     mesh, fed = sharding.make_mesh(tiny_config.mesh), slow(np.zeros(1), [step])
