@@ -30,6 +30,7 @@ def train(workdir, cache, **more):
     """Train two steps on one CPU device as a stranger's shell would; return stderr and the hits."""
     environment = {k: v for k, v in os.environ.items() if "CACHE" not in k}
     flags = "--xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false"
+    flags += " --xla_backend_optimization_level=0"
     environment |= {"XLA_FLAGS": flags, "XDG_CACHE_HOME": str(cache), **more}
     words = [*driver.WORDS, "--config.epochs=0.4", f"--workdir={workdir}"]
     words += ["--config.distill.kind=none"]  # one training, not also its teacher's

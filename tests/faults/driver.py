@@ -58,7 +58,8 @@ def environment(cache: Path) -> dict[str, str]:
     return {
         **{k: v for k, v in os.environ.items() if k not in ("JAX_ENABLE_COMPILATION_CACHE",)},
         # One thread: how sums are split must not depend on the cores that happen to be free.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false "
+        "--xla_backend_optimization_level=0",  # most of a test's time is compiling
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
