@@ -139,6 +139,7 @@ def get_config() -> ConfigDict:
     c.train.eval_batch_size = 1024
     # A device takes at most so many examples at a time, with the same gradient but for rounding:
     # 0 = all of its share, None = what is fastest (parts of a transformer's large batch on TPUs).
+    # Batch norm and dropout would make another gradient of parts: accum_steps alone parts those.
     c.train.micro_batch = placeholder(int)
     # A step whose loss or gradient is not finite changes no weight. After more than so many in a
     # row: stop, or rollback = go back to the last good checkpoint and on with other random data.

@@ -27,11 +27,11 @@ HARMLESS = (
     "mesh.slices",
     "mesh.tensor",
     "teacher.tape_path",
-    "train.micro_batch",
     "teacher.tape_top_k",
     "train.eval_batch_size",
     "train.eval_every_epochs",
     "train.keep_checkpoints",
+    "train.micro_batch",
     "train.log_every_steps",
     "train.save_every_epochs",
 )

@@ -73,7 +73,7 @@ def _any(mesh: Mesh):
 
 
 def _exit(code: int, text: str) -> None:
-    os.write(2, f"deit train: {text}; the same command goes on from the last checkpoint\n".encode())
+    os.write(2, f"deit: {text}; the same command goes on from the last checkpoint\n".encode())
     os._exit(code)
 
 

@@ -16,28 +16,34 @@ def micro_batches(config, mesh) -> int:
     """Return in how many parts a device takes its share of the batch.
 
     `optim.accum_steps` and `train.micro_batch` say so; without either, a transformer on TPUs takes
-    the fewest parts of which one layer's attention weights fit into FAST_BYTES.
+    the fewest parts of which one layer's attention weights fit into FAST_BYTES. With batch norm and
+    with dropout, which draws a number per activation, parts would be another computation: only
+    accum_steps asks for that.
     """
     most, steps = config.train.micro_batch, config.optim.accum_steps
     if mesh is None or steps > 1:
         return steps
-    share = config.batch_size // (mesh.size // mesh.shape["tensor"])
-    if most is None:
-        on_tpu = mesh.devices.flat[0].platform == "tpu"
-        most = fast_images(config, mesh.shape["tensor"]) if on_tpu else 0
-    if not 0 < most < share:
+    model = config_lib.build_model(config.model, num_classes=2)
+    if most == 0 or not hasattr(model, "draw_scales") or model.dropout:
         return 1
+    share = config.batch_size // (mesh.size // mesh.shape["tensor"])
+    if most is not None:
+        return _parts(share, most)
+    if mesh.devices.flat[0].platform != "tpu":
+        return 1
+    most = fast_images(model, mesh.shape["tensor"])
+    parts = _parts(share, most)
+    # A share with no fitting divisor (74 = 2 x 37) is faster whole than in crumbs.
+    return parts if 2 * (share // parts) >= most else 1
+
+
+def _parts(share: int, most: int) -> int:
+    """Return the fewest equal parts of at most `most` examples."""
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
 
 
-def fast_images(config, tensor: int) -> int:
-    """Return the most images in a micro-batch; 0 = all, where parts would be another computation.
-
-    They would where dropout draws a number per activation, and with batch norm.
-    """
-    model = config_lib.build_model(config.model, num_classes=2)
-    if not hasattr(model, "draw_scales") or model.dropout:
-        return 0
+def fast_images(model, tensor: int) -> int:
+    """Return of how many images a layer's attention weights fit into FAST_BYTES."""
     tokens = model.grid_size**2 + model.num_prefix_tokens
     padded = -(-tokens // 128) * 128  # a row of a TPU's registers
     return max(1, int(FAST_BYTES / (2 * model.num_heads / tensor * tokens * padded)))

@@ -20,7 +20,7 @@ import numpy as np
 
 from deit_jax import cli, hlo, metrics, micro, optim, sharding
 from deit_jax import config as config_lib
-from deit_jax.bench_step import without_teacher_weights
+from deit_jax.bench_step import signal_of, without_teacher_weights
 from deit_jax.chips import CHIPS, TPUS
 from deit_jax.data.sources import open_dataset
 from deit_jax.errors import UserError
@@ -157,12 +157,9 @@ def lower_step(config, mesh, num_classes: int, num_images: int):
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32),
     }
-    if config.distill.kind != "none" and teacher is None:  # from a label tape
-        rows = (config.batch_size,)
-        batch["signal"] = {
-            "hard": jax.ShapeDtypeStruct(rows, np.int32),
-            "soft": jax.ShapeDtypeStruct((*rows, num_classes), np.float32),
-        }[config.distill.kind]
+    labels = np.zeros(config.batch_size, np.int32)
+    for name, x in signal_of(config, labels, num_classes).items():
+        batch[name] = jax.ShapeDtypeStruct(x.shape, x.dtype)
     batch_places = dict.fromkeys(batch, sharding.batch_sharding(mesh))
     arguments = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -15,6 +15,7 @@ from deit_jax.data.pipeline import EpochOrder
 from deit_jax.errors import UserError
 from deit_jax.tape import (
     CHUNK_STEPS,
+    NAME,
     Layout,
     Tape,
     check_fingerprint,
@@ -215,7 +216,7 @@ def recorder(config, workdir: Path, dataset, teacher) -> Recorder:
 def writable(config, workdir: Path, dataset, teacher, layout: Layout) -> Tape:
     """Open or make the tape that a config records; raise UserError if it is another run's."""
     path, own = tape_path(config, workdir), fingerprint(config, dataset, teacher)
-    if not (path / "tape.json").exists():
+    if not (path / NAME).exists():
         return Tape.create(path, layout, own, run_steps(config, len(dataset.train)))
     tape = Tape.open(path)
     check_fingerprint(path, tape.fingerprint, own)

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from deit_jax import cli, distributed, interrupt, run_tape, sharding, train
-from deit_jax import config as config_lib
+from deit_jax import cli, compile_cache, distributed, interrupt, run_tape, sharding, train
 from deit_jax import workdir as workdir_lib
 from deit_jax.data import pipeline
 from deit_jax.errors import Interrupted, UserError
+from deit_jax.inspect_data import train_batches
 from deit_jax.interrupt import StopRequest
 from deit_jax.micro import accumulate
 from deit_jax.step import Recipe, model_inputs
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
         if options.tape:
             config.teacher.tape_path = options.tape
     with distributed.joined(options), interrupt.listening() as stop:
+        compile_cache.enable()
         path = record(config, options.workdir, stop)
         if jax.process_index() == 0:
             _print(info(path), options.json)
@@ -135,14 +136,7 @@ class Labeller:
         self.layout = run_tape.layout_of(config, len(dataset.classes))
         self.steps = run_tape.run_steps(config, len(dataset.train))
         self.rows = sharding.local_rows(self.mesh, config.batch_size)
-        order = pipeline.EpochOrder(
-            len(dataset.train), config.batch_size, config.augment.repeats, config.seed
-        )
-        data, size = config.data, config_lib.image_size(config.model)
-        self.batches = pipeline.TrainBatches(
-            *(dataset.train, order, config.augment, size, self.rows),
-            *(data.decoder, data.skip_unreadable),
-        )
+        self.batches = train_batches(config, dataset, self.rows)
         network, params = teacher
         places = sharding.state_shardings(self.mesh, params, network.model)
         self._params = jax.device_put(params, places)

@@ -1,5 +1,7 @@
 """Attention and GELU against JAX's own and PyTorch's, values and gradients, in every precision."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,19 +69,24 @@ def test_cudnn_is_asked_only_for_what_it_takes():
     assert not takes(jnp.bfloat16, 136)
 
 
-def test_a_gpu_gets_cudnn(monkeypatch):
-    asked = {}
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("9.0", True), ("10.0", True), ("7.5", False), ("gfx90a", False)]
+)
+def test_a_gpu_with_it_gets_cudnn(monkeypatch, capability, expected):
+    asked, device = {}, types.SimpleNamespace(compute_capability=capability)
+    operands_of = {k: operands(k)[:3] for k in (jnp.bfloat16, jnp.float32)}
 
     def recorded(q, k, v, **options):
         asked.update(options)
         return q
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
-    kernels.attention(*operands(jnp.bfloat16)[:3])
-    assert asked == {"implementation": "cudnn"}
+    kernels.attention(*operands_of[jnp.bfloat16])
+    assert asked == ({"implementation": "cudnn"} if expected else {})
     asked.clear()
-    kernels.attention(*operands(jnp.float32)[:3])
+    kernels.attention(*operands_of[jnp.float32])
     assert asked == {}
 
 

@@ -55,6 +55,9 @@ def config_of(name, batch, **fields):
         ("deit_base_distilled_patch16_224", 2048, mesh_of(16), {"optim__accum_steps": 2}, 2),
         ("deit_base_distilled_patch16_224", 2048, mesh_of(16), {"model__dropout": 0.1}, 1),
         ("regnety_160", 2048, mesh_of(16), {}, 1),
+        ("regnety_160", 2048, mesh_of(16), {"train__micro_batch": 32}, 1),
+        ("deit_base_distilled_patch16_224", 74 * 16, mesh_of(16), {}, 1),  # or 74 parts of one
+        ("deit_base_distilled_patch16_224", 74 * 16, mesh_of(16), {"train__micro_batch": 40}, 2),
     ],
 )
 def test_the_number_of_parts(name, batch, mesh, fields, parts):

@@ -5,6 +5,8 @@ are XLA's estimate for a block of DeiT-B, forward, backward and update, 32 image
 4.59 M cycles with JAX's own of both, 3.66 M as here (`python -m benchmarks.block`).
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,10 +20,11 @@ def attention(
 ) -> Float[Array, "B N heads d"]:
     """Return softmax(q k^T / sqrt(d)) v, the softmax's statistics in float32 whatever the dtype.
 
-    On a GPU, cuDNN's flash attention where it takes the operands (half precision, d a multiple of 8
-    up to 128), which never writes the N x N scores; elsewhere softmax_attention.
+    On NVIDIA GPUs since Ampere, cuDNN's flash attention where it takes the operands (half
+    precision, d a multiple of 8 up to 128), which never writes the N x N scores; elsewhere
+    softmax_attention.
     """
-    if jax.default_backend() == "gpu" and cudnn_takes(q):
+    if cudnn_takes(q) and _on_ampere_or_later():
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return softmax_attention(q, k, v)
 
@@ -29,6 +32,13 @@ def attention(
 def cudnn_takes(q: Float[Array, "B N heads d"]) -> bool:
     """Return whether cuDNN has a kernel for such queries on any GPU since Ampere."""
     return q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def _on_ampere_or_later() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0  # AMD: gfx90a
 
 
 @jax.custom_vjp
