@@ -85,6 +85,7 @@ def get_config() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.kind = "softmax"  # or binary: one sigmoid a class, targets 1 for every class in the mix
     c.loss.smoothing = 0.1  # of the labels, not of a teacher's
+    c.loss.heads = "cls"  # learns the labels; "both": without a teacher, the distillation head too
 
     c.distill = ConfigDict()
     c.distill.kind = (

@@ -41,6 +41,7 @@ CHOICES = {
     "augment.crop": ("random_resized", "simple"),
     "init.head": ("error", "drop", "cls"),
     "loss.kind": ("softmax", "binary"),
+    "loss.heads": ("cls", "both"),
     "distill.kind": ("none", "soft", "hard"),
     "distill.reduction": ("batchmean", "numel"),
     "teacher.tape": ("off", "record", "replay"),
@@ -83,6 +84,15 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "loss.smoothing",
         "must be 0 with loss.kind=binary, where it would make every class a target",
     )
+    if config.loss.heads == "both":
+        model = build_model(config.model, num_classes=2)
+        two = getattr(model, "distilled", False) and model.dist_head
+        check(two, "loss.heads", f"{config.model.name} as configured has no distillation head")
+        check(
+            config.distill.kind == "none",
+            "loss.heads",
+            "with a teacher the distillation head learns from it; set config.distill.kind=none",
+        )
     check(
         bool(config.init.weights) or not config.init.required,
         "init.weights",

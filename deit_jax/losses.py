@@ -65,16 +65,20 @@ def distillation(
     teacher_signal: Float[Array, "B K"] | Int[Array, "B"] | None,
     distill,
     label_loss: str = "softmax",
+    label_heads: str = "cls",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return (1 - alpha) label loss of the class head + alpha * teacher's term, and both terms.
 
     The teacher's term acts on the distillation head or, in a model without one, on the class head
     (rows "usual" and "hard" of DeiT's Table 3). `distill` is the config of that name;
     `teacher_signal` the teacher's labels for hard, its logits for soft, None without distillation;
-    `label_loss` is "softmax" or "binary".
+    `label_loss` is "softmax" or "binary". With `label_heads` "both" and no teacher, the
+    distillation head learns the labels too, with equal weight: two class tokens (section 5.2).
     """
     label_term = LABEL_LOSSES[label_loss](heads.cls, targets)
     if distill.kind == "none":
+        if label_heads == "both" and heads.dist is not None:
+            label_term = (label_term + LABEL_LOSSES[label_loss](heads.dist, targets)) / 2
         return label_term, {"loss_label": label_term}
     logits = heads.cls if heads.dist is None else heads.dist
     if distill.kind == "hard":

@@ -48,6 +48,7 @@ class Recipe:
     std: tuple[float, float, float]
     erase_prob: float
     label_loss: str
+    label_heads: str
     smoothing: float
     mixing: Any
     distill: Any
@@ -66,6 +67,7 @@ class Recipe:
             std=config.data.std,
             erase_prob=config.augment.erase_prob,
             label_loss=config.loss.kind,
+            label_heads=config.loss.heads,
             smoothing=config.loss.smoothing,
             mixing=config.mixing,
             distill=config.distill,
@@ -142,7 +144,8 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Rec
 
         def objective(params):
             heads, new_stats = apply_train(model, params, stats, images, key, scales)
-            loss, terms = distillation(heads, targets, signal, recipe.distill, recipe.label_loss)
+            kinds = (recipe.distill, recipe.label_loss, recipe.label_heads)
+            loss, terms = distillation(heads, targets, signal, *kinds)
             return loss, ({"loss": loss, **terms}, new_stats)
 
         (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)

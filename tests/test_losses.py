@@ -85,6 +85,14 @@ def test_distillation_combines_the_terms_through_the_right_head(kind, dist_head)
         np.testing.assert_allclose(terms["loss_teacher"], teacher_term[kind], rtol=2e-5)
 
 
+def test_both_heads_learn_the_labels_where_asked_and_without_a_teacher():
+    heads, none = Heads(jnp.array(LOGITS), jnp.array(OTHER)), ConfigDict({"kind": "none"})
+    loss, terms = losses.distillation(heads, jnp.array(TARGETS), None, none, label_heads="both")
+    two = [numpy_cross_entropy(x, TARGETS) for x in (LOGITS, OTHER)]
+    np.testing.assert_allclose(loss, np.mean(two), rtol=1e-6)
+    assert set(terms) == {"loss_label"}
+
+
 def test_losses_agree_with_pytorch(torch):
     functional = torch.nn.functional
     logits, teacher = torch.tensor(LOGITS), torch.tensor(TEACHER)

@@ -1,0 +1,311 @@
+"""Write what the study measured into the docs: tables, figures, and what is owed.
+
+    python benchmarks/evidence/render.py --scale=cpu
+
+Replaces what stands between `<!-- evidence -->` and `<!-- /evidence -->` in docs/results.md, the
+like between `<!-- evidence: table 3 -->` marks in README.md, and the pictures in docs/figures/.
+"""
+
+import argparse
+import json
+import math
+import textwrap
+from pathlib import Path
+
+import figures
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "evidence"
+
+
+class Found:
+    """The results file of a table, or that there is none."""
+
+    def __init__(self, table: str, scale: str):
+        path = RESULTS / f"{table}-{scale}.json"
+        self.table, self.all = table, json.loads(path.read_text()) if path.exists() else {}
+
+    def seeds(self, arm: str, key: str) -> dict[str, float]:
+        """Return a figure of an arm by seed; `key` is as "fused", "ema.cls" or "learned_cosine"."""
+        found = {}
+        for seed, values in self.all.get("arms", {}).get(arm, {"seeds": {}})["seeds"].items():
+            for part in key.split("."):
+                values = values.get(part) if isinstance(values, dict) else None
+            if values is not None:
+                found[seed] = values
+        return found
+
+    def cell(self, arm: str, key: str, digits: int = 2) -> str:
+        """Return mean ± standard error, with the number of seeds where it is not all."""
+        values = list(self.seeds(arm, key).values())
+        wanted = self.all.get("scale", {}).get("seeds", 0)
+        return spread(values, digits) + (f" (n={len(values)})" if 0 < len(values) < wanted else "")
+
+    def difference(self, arm: str, key: str, base: str, base_key: str, digits: int = 2) -> str:
+        """Return the mean of the differences of runs of the same seed, ± its standard error."""
+        own, other = self.seeds(arm, key), self.seeds(base, base_key)
+        return spread([own[s] - other[s] for s in own if s in other], digits, sign=True)
+
+    def conditions(self) -> str:
+        """Return devices, versions and dates of the runs."""
+        every = [v for arm in self.all["arms"].values() for v in arm["seeds"].values()]
+        kinds = sorted({f"{v['device']}, jax {v['jax']}, {v['date']}" for v in every})
+        return "; ".join(kinds)
+
+
+def spread(values: list[float], digits: int, sign: bool = False) -> str:
+    """Return mean ± standard error of the mean, "owed" for nothing, the value alone for one."""
+    if not values:
+        return "owed"
+    mean = sum(values) / len(values)
+    text = f"{mean:{'+' if sign else ''}.{digits}f}"
+    if len(values) == 1:
+        return text
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return f"{text} ± {math.sqrt(variance / len(values)):.{digits}f}"
+
+
+def markdown(header: str, rows: list[list[str]]) -> str:
+    """Return a table; the header's cells are separated by |."""
+    lines = [header, "|".join(["---"] * (header.count("|") + 1))]
+    return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(r) for r in rows)])
+
+
+def table3(found: Found) -> str:
+    """Return how the teacher's word reaches the student."""
+    kinds = [
+        ("no teacher", "none", "fused", "81.8"),
+        ("soft, class token", "soft", "fused", "81.8"),
+        ("hard, class token", "hard", "fused", "83.0"),
+        ("distillation token: class head", "token", "cls", "83.0"),
+        ("distillation token: distillation head", "token", "dist", "83.1"),
+        ("distillation token: both", "token", "fused", "83.4"),
+    ]
+    rows = [
+        [name, found.cell(arm, head), found.difference(arm, head, "none", "fused"), paper]
+        for name, arm, head, paper in kinds
+    ]
+    head = "distillation | top-1 % | against no teacher, same seed | paper: DeiT-B on ImageNet"
+    return markdown(head, rows)
+
+
+def table2(found: Found) -> str:
+    """Return what each teacher makes of the student."""
+    kinds = [
+        ("small convnet", "by-small-convnet", "RegNetY-4GF 80.0 → 82.7"),
+        ("convnet", "token", "RegNetY-8GF 81.7 → 82.7"),
+        ("large convnet", "by-large-convnet", "RegNetY-16GF 82.9 → 83.1"),
+        ("transformer", "by-transformer", "DeiT-B 81.8 → 81.9"),
+    ]
+    rows = [
+        [
+            name,
+            spread(list(found.seeds(arm, "teacher").values())[:1], 2),
+            found.cell(arm, "fused"),
+            found.difference(arm, "fused", "token", "fused") if arm != "token" else "",
+            paper,
+        ]
+        for name, arm, paper in kinds
+    ]
+    head = "teacher | its top-1 % | student, both heads | against the convnet's | paper"
+    return markdown(head, rows)
+
+
+def tokens(found: Found) -> str:
+    """Return how alike the two tokens are, and what a second class token is worth."""
+    kinds = [
+        ("distillation token", "token", "0.06, then 0.93"),
+        ("two class tokens, same target", "two-class-tokens", "0.999"),
+    ]
+    rows = [
+        [
+            name,
+            found.cell(arm, "learned_cosine", 3),
+            *(spread([c[i] for c in found.seeds(arm, "cosines").values()], 3) for i in (0, -1)),
+            found.difference(arm, "fused", "none", "fused"),
+            paper,
+        ]
+        for name, arm, paper in kinds
+    ]
+    head = "tokens | cosine as learned | at the input, with positions | after the last block | "
+    return markdown(f"{head}top-1 against one token | paper: cosine", rows)
+
+
+def table4(found: Found) -> str:
+    """Return the share of images on which two classifiers differ."""
+    runs = list(found.all.get("arms", {}).get("token", {"seeds": {}})["seeds"].values())
+    names = {
+        "truth": "labels",
+        "convnet": "convnet",
+        "none": "DeiT",
+        "cls": "class head",
+        "dist": "distillation head",
+        "fused": "both",
+    }
+    shares = [run["disagreement"] for run in runs]
+    every = range(len(names))
+    rows = [
+        [name, *(spread([s[i][j] for s in shares], 3) if i != j else "0" for j in every)]
+        for i, name in enumerate(names.values())
+    ]
+    return markdown(" | ".join(["", *names.values()]), rows)
+
+
+def table8(found: Found) -> str:
+    """Return the recipe without each of its parts."""
+    kinds = [
+        ("DeiT's recipe", "none", "81.8"),
+        ("SGD", "sgd", "74.5"),
+        ("no RandAugment", "no-randaugment", "79.6"),
+        ("no mixup", "no-mixup", "78.7"),
+        ("no cutmix", "no-cutmix", "80.0"),
+        ("neither mixup nor cutmix", "no-mixup-no-cutmix", "75.8"),
+        ("no erasing", "no-erasing", "4.3"),
+        ("no stochastic depth", "no-stochastic-depth", "3.4"),
+        ("no repeated augmentation", "no-repeated-augmentation", "76.5"),
+        ("with dropout", "dropout", "81.3"),
+    ]
+    rows = [
+        [
+            name,
+            found.cell(arm, "fused"),
+            found.difference(arm, "fused", "none", "fused") if arm != "none" else "",
+            paper,
+        ]
+        for name, arm, paper in kinds
+    ]
+    own = ["moving average", found.cell("none", "ema.fused")]
+    rows.append([*own, found.difference("none", "ema.fused", "none", "fused"), "81.9"])
+    return markdown("recipe | top-1 % | against the recipe | paper: DeiT-B", rows)
+
+
+def table10(found: Found) -> str:
+    """Return what a higher resolution adds."""
+    kinds = [
+        ("32 pixels", "token", "81.8; distilled 83.4"),
+        ("and on at 32, with the teacher", "token-on-at-32", ""),
+        ("and on at 48, labels alone", "token-48-labels", "at 384: 83.1"),
+        ("and on at 48, with the teacher", "token-48-teacher", "at 384: 84.5"),
+    ]
+    rows = [
+        [
+            name,
+            found.cell(arm, "fused"),
+            found.difference(arm, "fused", "token", "fused") if arm != "token" else "",
+            paper,
+        ]
+        for name, arm, paper in kinds
+    ]
+    return markdown("training | both heads, top-1 % | against 32 pixels | paper: DeiT-B", rows)
+
+
+def figure3(found: Found) -> str:
+    """Return what three times the epochs add."""
+    rows = [
+        [
+            name,
+            found.cell(arm, "fused"),
+            found.cell(f"{arm}-3x", "fused"),
+            found.difference(f"{arm}-3x", "fused", arm, "fused"),
+            paper,
+        ]
+        for name, arm, paper in (
+            ("no teacher", "none", "saturates after 400 epochs"),
+            ("distillation token", "token", "83.4 → 84.2 (300 → 1000 epochs)"),
+        )
+    ]
+    return markdown("training | epochs as above | three times | gain | paper: DeiT-B", rows)
+
+
+def table7(found: Found) -> str:
+    """Return what starting from clothes is worth on digits."""
+    starts = (("from scratch", "scratch"), ("from DeiT", "from-none"), ("distilled", "from-token"))
+    rows = [
+        [
+            str(count),
+            *(found.cell(f"digits-{count}-{start}", "fused") for _, start in starts),
+            found.difference(
+                f"digits-{count}-from-none", "fused", f"digits-{count}-scratch", "fused"
+            ),
+        ]
+        for count in (100, 400, 1438)
+    ]
+    head = (
+        "digits to train on | from scratch | from DeiT on clothes | from the distilled one | gain"
+    )
+    return markdown(head, rows)
+
+
+def tape(found: Found) -> str:
+    """Return whether a tape gives the same weights, and how fast."""
+    live = found.seeds("token", "weights")
+    rows = []
+    for name, arm in (
+        ("live teacher", "token"),
+        ("recording", "token-recorded"),
+        ("replayed, no teacher", "token-replayed"),
+    ):
+        own = found.seeds(arm, "weights")
+        same = sum(own[s] == live[s] for s in own if s in live)
+        said = f"{same} of {len(own)} seeds" if own and arm != "token" else ""
+        rows.append([name, said, found.cell(arm, "images_per_second", 0)])
+    return markdown("teacher | same weights as live, every bit | images/s", rows)
+
+
+SECTIONS = (
+    ("table3", "Distillation (table 3)", table3),
+    ("table2", "Teachers (table 2)", table2),
+    ("tokens", "The two tokens (section 5.2)", tokens),
+    ("table4", "Who disagrees with whom (table 4)", table4),
+    ("table8", "The recipe, part by part (table 8)", table8),
+    ("table10", "A higher resolution (tables 3 and 10)", table10),
+    ("figure3", "Longer training (figure 3)", figure3),
+    ("table7", "Transfer (table 7)", table7),
+    ("tape", "Label tape (not in the paper)", tape),
+)
+
+
+def section(table: str, title: str, draw, scale: str) -> str:
+    """Return one table with its expectation, its reading and its command."""
+    found = Found(table, scale)
+    if not found.all:
+        return f"### {title}\n\nOwed: `python benchmarks/evidence/{table}.py` has not been run.\n"
+    reading = RESULTS / f"{table}-{scale}.md"
+    said = reading.read_text().strip() if reading.exists() else "(Not read yet.)"
+    expected = textwrap.fill(" ".join(found.all["expectation"].split()), 118)
+    picture = figures.NAMES.get(table)
+    parts = [
+        f"### {title}",
+        f"*Expected.* {expected}",
+        draw(found),
+        *([f"![{title}](figures/{picture})"] if picture else []),
+        f"*Found.* {said}",
+        f"`python benchmarks/evidence/{table}.py --scale={scale}`; {found.conditions()}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def put(path: Path, mark: str, text: str) -> None:
+    """Replace what stands between a mark and its end."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    whole = path.read_text()
+    before, _, rest = whole.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{path}: no {begin.strip()} … {end}")
+    path.write_text(f"{before}{begin}{text.strip()}\n{end}{after}")
+
+
+def main() -> None:
+    """Write docs/results.md, README.md and docs/figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", default="cpu")
+    scale = parser.parse_args().scale
+    figures.draw({name: Found(name, scale) for name, _, _ in SECTIONS}, ROOT / "docs" / "figures")
+    text = "\n".join(section(*which, scale) for which in SECTIONS)
+    put(ROOT / "docs" / "results.md", "evidence", text)
+    put(ROOT / "README.md", "evidence: table 3", table3(Found("table3", scale)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""What the tables of the evidence share: data, students, teachers, and runs that are kept.
+
+The data is Fashion-MNIST (Debian's `dataset-fashion-mnist`, or its four idx files in --data). The
+students are a DeiT-Ti made small, with the paper's recipe but for what a scale names; only the
+seed differs between the runs of an arm, and arms differ in what their row says. A run is known by
+its arm and seed and shared by the tables; one that is finished is not trained again, one that was
+stopped goes on. benchmarks/results/evidence/ has what was measured, render.py makes docs of it.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import gzip
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+# A run's last bits must not depend on how many cores are free, and two tables may run at a time.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))  # for configs, wherever this is started
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from configs import base, deit, teacher  # noqa: E402
+from deit_jax import compile_cache, train  # noqa: E402
+from deit_jax.data import idx_source  # noqa: E402
+from deit_jax.errors import UserError  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "evidence"
+DATA = "fashion_mnist"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large a study is. `images` are to train on, the same number of each class; 0 = all."""
+
+    images: int
+    epochs: float
+    teacher_epochs: float
+    batch: int
+    lr: float
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    seeds: int
+    # (widths, depths) of the RegNetYs, and width, depth and epochs of the transformer that teaches
+    convnets: tuple = (((16, 32), (1, 1)), ((32, 64), (1, 2)), ((48, 96, 192), (1, 2, 2)))
+    transformer: tuple = (96, 6, 1.0)
+
+
+SCALES = {
+    # What two cores do in some hours: patches of 8, for those of 4 cost five times as much.
+    "cpu": Scale(10_000, 20.0, 20.0, 64, 2e-3, 8, 64, 4, 4, seeds=3),
+    "gpu": Scale(0, 100.0, 50.0, 512, 2e-3, 4, 192, 6, 3, seeds=5),
+    "toy": Scale(200, 2.0, 1.0, 32, 2e-3, 8, 16, 2, 2, seeds=2, transformer=(16, 1, 1.0)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The runs of a row: changes to the student's config, which arm teaches, which it starts from.
+
+    `tape` is the arm whose label tape stands for the teacher.
+    """
+
+    name: str
+    changes: dict = dataclasses.field(default_factory=dict)
+    teacher: str = ""
+    start: str = ""
+    tape: str = ""
+
+
+PLAIN = {"model.name": "deit_tiny_patch16_224", "distill.kind": "none"}
+NONE = Arm("none", PLAIN)
+SOFT = Arm(
+    "soft",
+    {**PLAIN, "distill.kind": "soft", "distill.alpha": 0.1, "distill.tau": 3.0},
+    teacher="convnet",
+)
+HARD = Arm("hard", {**PLAIN, "distill.kind": "hard"}, teacher="convnet")
+TOKEN = Arm("token", {"distill.kind": "hard"}, teacher="convnet")
+TWO_CLASS_TOKENS = Arm("two-class-tokens", {"distill.kind": "none", "loss.heads": "both"})
+
+
+def student_config(scale: Scale, data: Path):
+    """Return the distilled student with the paper's recipe, at a scale."""
+    c = deit.get_config("variant=tiny,distilled=True")
+    c.data.source, c.data.dir = DATA, str(data)
+    c.data.eval_crop_ratio, c.data.threads = 1.0, 1
+    c.model.image_size, c.model.patch_size = 32, scale.patch
+    c.model.width, c.model.depth, c.model.num_heads = scale.width, scale.depth, scale.heads
+    c.augment.crop = "simple"  # as the reference does where the input has 32 pixels or fewer
+    c.batch_size, c.epochs, c.optim.lr = scale.batch, scale.epochs, scale.lr
+    c.mixing.group_size = min(64, scale.batch)
+    return c
+
+
+def teacher_config(name: str, scale: Scale, data: Path):
+    """Return the config of a teacher: the students' recipe but for mixup and cutmix.
+
+    With them it would be little better than its students after so few steps.
+    """
+    c = student_config(scale, data)
+    c.mixing.prob = 0.0
+    if name == "transformer":
+        width, depth, longer = scale.transformer
+        c.model = base.get_model_config("deit_tiny_patch16_224")
+        c.model.image_size, c.model.patch_size = 32, scale.patch
+        c.model.width, c.model.depth, c.model.num_heads = width, depth, 4
+        c.distill.kind, c.epochs = "none", scale.teacher_epochs * longer
+    else:
+        size = ("small-convnet", "convnet", "large-convnet").index(name)
+        own = teacher.get_config("variant=002")
+        c.model, c.optim, c.model.image_size = own.model, own.optim, 32
+        c.model.widths, c.model.depths = scale.convnets[size]
+        # One group: XLA's grouped convolutions are slow on a CPU.
+        c.model.group_width, c.model.stem_width = c.model.widths[-1], 16
+        c.optim.lr = 0.1 * scale.batch / 128
+        c.distill.kind, c.epochs = "none", scale.teacher_epochs
+    return c
+
+
+def finish(config, images: int, seed: int):
+    """Return a config whose warm-up and averaging take the paper's share of the training."""
+    steps = config.epochs * images / config.batch_size
+    config.seed = seed
+    config.optim.warmup_epochs = config.epochs * 5 / 300
+    if config.optim.ema_decay:  # 0.99996 remembers a fifteenth of the paper's 375 300 steps
+        config.optim.ema_decay = 1 - min(0.5, 15 / steps)
+    config.train.eval_every_epochs = config.train.save_every_epochs = config.epochs
+    config.train.keep_checkpoints, config.train.eval_batch_size = 1, 500
+    config.train.log_every_steps = 20
+    return config
+
+
+def subset(scale: Scale, source: str, folder: Path) -> Path:
+    """Write as many images of every class, the first by a fixed shuffle, and the whole test set."""
+    files = {
+        f"{part}-{kind}": folder / f"{part}-{kind}-ubyte.gz"
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    }
+    dataset = idx_source.open_idx(DATA, source)
+    labels = dataset.train.labels
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    each = (scale.images or len(labels)) // len(dataset.classes)
+    chosen = [shuffled[labels[shuffled] == k][:each] for k in range(len(dataset.classes))]
+    chosen = np.sort(np.concatenate(chosen))
+    if not all(path.exists() for path in files.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        images = np.stack([dataset.train[int(i)]["image"] for i in chosen])
+        test = np.stack([dataset.eval[i]["image"] for i in range(len(dataset.eval))])
+        write_idx(files["train-images-idx3"], images)
+        write_idx(files["train-labels-idx1"], labels[chosen])
+        write_idx(files["t10k-images-idx3"], test)
+        write_idx(files["t10k-labels-idx1"], dataset.eval.labels)
+    return folder
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write bytes as MNIST's files are: a magic number, the sizes, the values."""
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    temporary = path.with_suffix(".tmp")
+    with gzip.open(temporary, "wb", compresslevel=1) as file:
+        file.write(head + array.astype(np.uint8).tobytes())
+    temporary.replace(path)
+
+
+class Study:
+    """The runs of one table at one scale, and the file of what they measured."""
+
+    def __init__(self, table: str, expectation: str, description: str):
+        options = _options(description)
+        self.table, self.name = table, options.scale
+        self.scale = SCALES[options.scale]
+        if options.epochs:
+            self.scale = dataclasses.replace(self.scale, epochs=options.epochs)
+        self.seeds = range(options.seeds or self.scale.seeds)
+        self.runs = Path(options.runs) / options.scale
+        self.data = subset(self.scale, options.data, self.runs / "data")
+        self.images = self.scale.images or 60_000
+        self.out = options.out
+        self.file = Path(options.out or RESULTS) / f"{table}-{options.scale}.json"
+        self.found = json.loads(self.file.read_text()) if self.file.exists() else {"arms": {}}
+        self.found |= {
+            "table": table,
+            "expectation": expectation,
+            "scale": {"name": options.scale, **dataclasses.asdict(self.scale)},
+        }
+        compile_cache.enable()
+
+    def run(self, arms, measure=None) -> None:
+        """Train what is missing, all arms of one seed after the other, and keep what it gave.
+
+        `measure(study, arm, seed)` returns more figures of a finished run.
+        """
+        for seed in self.seeds:
+            for arm in arms:
+                done = self.found["arms"].setdefault(arm.name, {"seeds": {}})
+                done["changes"] = {k: v for k, v in arm.changes.items() if k != "data.dir"}
+                done |= {"teacher": arm.teacher, "start": arm.start}
+                if str(seed) in done["seeds"]:
+                    continue
+                results = self.train(arm, seed)
+                values = {k: v["top1"] for k, v in results.items() if "top1" in _dict(v)}
+                values["ema"] = {k: v["top1"] for k, v in _dict(results.get("ema")).items()}
+                values |= measure(self, arm, seed) if measure else {}
+                done["seeds"][str(seed)] = {**values, **conditions()}
+                self.write()
+        print(f"results: {self.file}")
+
+    def write(self) -> None:
+        """Write the results file whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.found, indent=1) + "\n")
+        temporary.replace(self.file)
+
+    def workdir(self, name: str, seed: int) -> Path:
+        """Return where a run is kept."""
+        return self.runs / f"{name}-{seed}"
+
+    def teacher(self, name: str) -> Path:
+        """Train a teacher, unless it is there; every student of every table has the same one."""
+        workdir = self.workdir(f"teacher-{name}", 0)
+        train_once(finish(teacher_config(name, self.scale, self.data), self.images, 0), workdir)
+        return workdir
+
+    def train(self, arm: Arm, seed: int) -> dict:
+        """Train a run, or what is missing of it, and return its results."""
+        config = student_config(self.scale, self.data)
+        if arm.teacher:
+            config.teacher.weights = str(self.teacher(arm.teacher))
+        if arm.start:
+            config.init.weights = str(self.workdir(arm.start, seed))
+        if arm.tape:
+            config.teacher.tape_path = str(self.workdir(arm.tape, seed) / "tape")
+        changes = dict(arm.changes)
+        config.epochs *= changes.pop("epochs", 1.0)  # in those of the scale
+        config.update_from_flattened_dict(changes)
+        return train_once(finish(config, self.images, seed), self.workdir(arm.name, seed))
+
+
+def train_once(config, workdir: Path) -> dict:
+    """Train, or go on, or return the results of a run that is finished; memory is given back."""
+    print(f"== {workdir}", flush=True)
+    try:
+        return train.train(config, workdir)
+    except UserError as error:
+        sys.exit(f"{workdir}: {error}")
+    finally:
+        jax.clear_caches()
+
+
+def conditions() -> dict:
+    """Return what a figure was measured with, and when."""
+    from importlib.metadata import version
+
+    device = jax.devices()[0]
+    return {
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "date": datetime.date.today().isoformat(),
+        "jax": version("jax"),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, one core"
+
+
+def _dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _options(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    scale = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    parser.add_argument("--scale", choices=sorted(SCALES), default=scale)
+    parser.add_argument("--seeds", type=int, help="how many, from 0; the scale's if left out")
+    parser.add_argument("--epochs", type=float, help="of a student; the scale's if left out")
+    parser.add_argument("--runs", default=str(ROOT / "runs" / "evidence"), help="where runs are")
+    parser.add_argument("--data", default="", help="folder of the idx files, if not Debian's")
+    parser.add_argument("--out", default="", help="folder of the results")
+    return parser.parse_args()
