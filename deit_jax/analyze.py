@@ -29,9 +29,9 @@ log = logging.getLogger("deit_jax")
 
 ANALYZE_DOC = """usage: deit analyze --workdir=DIR[,DIR…] [--images=N] [--out=FILE]
 
-Print the figures of one or several runs as JSON: curves, accuracies, confusion, mistakes, the cosine
-of the two tokens, attention maps, disagreement. The runs may be under way. docs/report.md lists
-the keys; `deit report` draws them.
+Print the figures of one or several runs as JSON: curves, accuracies, confusion, mistakes, cosines
+of the two tokens, attention maps, disagreement. The runs may be under way. docs/report.md lists the
+keys; `deit report` draws them.
 
   deit analyze --workdir=runs/quickstart --out=figures.json"""
 IMAGES = 5000
@@ -185,15 +185,16 @@ def disagreement(seen: Sequence[_Seen]) -> dict[str, Any] | None:
     runs = [s for s in seen if s.said]
     if not runs or not all(_comparable(runs[0], other) for other in runs[1:]):
         return None
-    labels = {}
+    classifiers, labels = [], {}
     for run in runs:
         single = "dist" not in run.said.labels  # whose fused prediction is the class head's
         for head in ("teacher", "cls", "dist", *(() if single else ("fused",))):
             if head in run.said.labels:
-                labels[run.figures["name"], head] = run.said.labels[head]
+                classifiers.append({"run": run.figures["name"], "head": head})
+                labels[str(len(labels))] = run.said.labels[head]
     return {
         "images": len(runs[0].said.numbers),
-        "classifiers": [{"run": run, "head": head} for run, head in labels],
+        "classifiers": classifiers,
         "percent": (100 * analysis.disagreement(labels)).tolist(),
     }
 

@@ -44,7 +44,9 @@ def spaced(total: int, count: int) -> Int[np.ndarray, "n"]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
 
 
-def pixels(source: Source, numbers: Sequence[int], opened) -> UInt8[np.ndarray, "n H W 3"]:
+def pixels(
+    source: Source, numbers: Sequence[int] | np.ndarray, opened
+) -> UInt8[np.ndarray, "n H W 3"]:
     """Return images as a model is given them in evaluation, before normalisation."""
     some = Some(source, np.asarray(numbers, np.int64))
     batches = pipeline.EvalBatches(
@@ -74,9 +76,7 @@ def ask(opened, teacher, source: Source, numbers: Int[np.ndarray, "n"], title: s
     answer, params = _compiled(opened, teacher)
     some, found = Some(source, numbers), []
     size = min(BATCH, len(some))
-    batches = pipeline.EvalBatches(
-        some, size, opened.image_size, opened.crop_ratio, range(size)
-    )
+    batches = pipeline.EvalBatches(some, size, opened.image_size, opened.crop_ratio, range(size))
     threads = opened.run.config.data.threads
     loader = pipeline.load(batches, 0, len(batches), threads, prefetch=2)
     bar = tqdm(total=len(some), unit="image", desc=title, leave=False, disable=None)
@@ -152,7 +152,7 @@ def _mistakes(answers: Answers, source: Source, classes: Sequence[str]) -> list[
     found = []
     for i in wrong[np.argsort(-sure, kind="stable")[:MISTAKES]]:
         number = int(answers.numbers[i])
-        opinions = {k: _opinion(answers, k, i, classes) for k in answers.labels}
+        opinions = {k: _opinion(answers, k, int(i), classes) for k in answers.labels}
         found.append(
             {
                 "example": number,
