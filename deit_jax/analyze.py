@@ -101,6 +101,8 @@ def _run(workdir: Path, name: str, images: int) -> _Seen:
         figures |= model_views.learned(opened)
     except UserError as error:
         opened, notes["checkpoint"] = None, str(error)
+        if figures["step"] == 0 and (workdir / "teacher" / "config.json").is_file():
+            notes["checkpoint"] += f"; its teacher is a run of its own, {workdir / 'teacher'}"
     try:
         dataset = open_dataset(config_lib.from_json(figures["config"]).data)
         _add_length(figures, dataset)

@@ -43,7 +43,8 @@ def page(found: analyze.Analysis) -> str:
         element("title", f"{title}: deit report"),
         element("style", resources.files("deit_jax").joinpath("report.css").read_text()),
     )
-    made = f"Made by deit_jax {found.figures['deit_jax']} on {found.figures['generated']}."
+    made = "Made by deit_jax {deit_jax} on {generated}, computed on: {device}."
+    made = made.format(**found.figures)
     header = element("header", element("h1", title), _overview(runs), element("p", made))
     body = element("body", header, _contents(sections), element("main", sections))
     return document(element("html", head, body, lang="en"))

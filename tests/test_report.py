@@ -1,6 +1,7 @@
 """`deit report` and `deit analyze`: their figures against the run's own files and numpy."""
 
 import copy
+import functools
 import html.parser
 import itertools
 import json
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 
 import deit_jax
 from deit_jax import __main__ as program
-from deit_jax import analyze, answers, charts, dialects, report, report_run, run_files
+from deit_jax import analyze, answers, charts, dialects, report, report_run, run_files, weights
 from deit_jax import config as config_lib
 from deit_jax import train as train_lib
 from deit_jax.data import decode
@@ -98,8 +99,9 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def student_answers(run):
-    """Return labels and probabilities from the library, image by image through Pillow."""
+@pytest.fixture(scope="module")
+def student(run):
+    """Return the model, its inputs made one by one with Pillow, their labels and its logits."""
     config = make_tiny_config()
     source = open_dataset(config.data).eval
     examples = [source[i] for i in range(len(source))]
@@ -109,11 +111,13 @@ def student_answers(run):
     images = (images / 255 - np.array(config.data.mean)) / np.array(config.data.std)
     truth = np.array([e["label"] for e in examples])
     model, params = deit_jax.load(str(run))
-    heads = model.apply({"params": params}, jnp.asarray(images, jnp.float32), train=False)
-    return images, truth, {k: np.asarray(v) for k, v in zip(("cls", "dist"), heads, strict=True)}
+    images = images.astype(np.float32)
+    heads = jax.jit(functools.partial(model.apply, train=False))({"params": params}, images)
+    logits = {k: np.asarray(v) for k, v in zip(("cls", "dist"), heads, strict=True)}
+    return model, params, images, truth, logits
 
 
-def test_figures_are_those_of_the_files_and_of_numpy(run, found):
+def test_figures_are_those_of_the_files_and_of_numpy(run, found, student):
     (figures,), results = found.figures["runs"], json.loads((run / "results.json").read_text())
     json.dumps(found.figures, allow_nan=False)
     records, timing = lines_of(run / "metrics.jsonl"), lines_of(run / "timing.jsonl")
@@ -134,8 +138,8 @@ def test_figures_are_those_of_the_files_and_of_numpy(run, found):
     counts = np.array(evaluation["confusion"])
     assert counts.sum() == 1618
     assert 100 * np.trace(counts) / counts.sum() == pytest.approx(results["fused"]["top1"])
-    _, truth, logits = student_answers(run)
-    logits["fused"] = (logits["cls"] + logits["dist"]) / 2
+    _, _, _, truth, logits = student
+    logits = logits | {"fused": (logits["cls"] + logits["dist"]) / 2}
     labels = {k: v.argmax(-1) for k, v in logits.items()}
     again = np.array(
         [[np.sum((truth == i) & (labels["fused"] == j)) for j in range(10)] for i in range(10)]
@@ -157,30 +161,25 @@ def test_figures_are_those_of_the_files_and_of_numpy(run, found):
         assert mistake["teacher"]["right"] == (mistake["teacher"]["class"] == mistake["class"])
 
 
-def test_tokens_and_attention_are_of_the_images_shown(run, found):
+def test_tokens_and_attention_are_of_the_images_shown(found, student):
     figures, pictures = found.figures["runs"][0], found.pictures[0]
-    images, truth, _ = student_answers(run)
-    model, params = deit_jax.load(str(run))
+    model, params, images, truth, _ = student
     looked = figures["attention"]
     assert (looked["tokens"], looked["layer"], len(looked["images"])) == (["cls", "dist"], 2, 5)
-    for seen in looked["images"]:
-        number = seen["example"]
-        assert seen["class"] == str(truth[number])
-        config = make_tiny_config()
-        shown = (pictures[number] / 255 - np.array(config.data.mean)) / np.array(config.data.std)
-        np.testing.assert_allclose(shown, images[number], atol=1e-6)
-        maps = deit_jax.analysis.attention_maps(
-            model, params, jnp.asarray(shown[None], jnp.float32)
-        )
-        last = np.asarray(maps)[0, -1, :, :2, 2:].reshape(3, 2, 4, 4).transpose(1, 0, 2, 3)
-        np.testing.assert_allclose(seen["last_layer"], last, atol=3e-5)
-        rolled = deit_jax.analysis.rollout(maps)[0, :2, 2:].reshape(2, 4, 4)
-        np.testing.assert_allclose(seen["rollout"], rolled, atol=3e-5)
-    numbers = answers.spaced(1618, 128)
-    features = deit_jax.analysis.token_features(
-        model, params, jnp.asarray(images[numbers], jnp.float32)
-    )
-    expected = deit_jax.analysis.token_cosines(features)
+    numbers, config = [seen["example"] for seen in looked["images"]], make_tiny_config()
+    shown = np.stack([pictures[n] for n in numbers]) / 255 - np.array(config.data.mean)
+    np.testing.assert_allclose(shown / np.array(config.data.std), images[numbers], atol=1e-6)
+    attend = jax.jit(functools.partial(deit_jax.analysis.attention_maps, model))
+    maps = attend(params, images[numbers])
+    last = np.asarray(maps)[:, -1, :, :2, 2:].reshape(5, 3, 2, 4, 4).swapaxes(1, 2)
+    rolled = deit_jax.analysis.rollout(maps)[:, :2, 2:].reshape(5, 2, 4, 4)
+    for i, seen in enumerate(looked["images"]):
+        assert seen["class"] == str(truth[seen["example"]])
+        np.testing.assert_allclose(seen["last_layer"], last[i], atol=3e-5)
+        np.testing.assert_allclose(seen["rollout"], rolled[i], atol=3e-5)
+    features = jax.jit(functools.partial(deit_jax.analysis.token_features, model))
+    some = features(params, images[answers.spaced(1618, 128)])
+    expected = deit_jax.analysis.token_cosines(some)
     np.testing.assert_allclose(figures["tokens"]["cosines"], expected, atol=1e-5)
     assert figures["tokens"]["images"] == 128
     assert np.array(figures["position_similarity"]).shape == (16, 16)
@@ -371,8 +370,10 @@ def test_a_run_without_checkpoints_or_data(run, tmp_path, capsys):
     assert "Nothing is saved yet to look at" in said
     assert len(drawn(report.page(found), "Training loss")[0]) == 10
     (bare / "metrics.jsonl").unlink()
+    shutil.copytree(run / "teacher", bare / "teacher")
     said = " ".join(Page(report.page(analyze.analyze([bare]))).texts)
     assert "Nothing is written yet" in said
+    assert f"its teacher is a run of its own, {bare}/teacher" in said
     assert "There was no evaluation yet" in said
 
     moved = shutil.copytree(run, tmp_path / "moved")
@@ -465,7 +466,10 @@ def test_names_are_the_shortest_ends_that_differ():
     assert run_files.names(paths) == ["a/b/small", "c/b/small", "base"]
 
 
-def test_who_holds_the_lock_is_under_way(tmp_path):
+def test_who_holds_the_lock_is_under_way(tmp_path, monkeypatch):
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *words: updates.append(words))
+
     def locked_by(pid, host=None):
         host = host or socket.gethostname()
         (tmp_path / "lock").write_text(f"process {pid} on {host} since 2026-01-01\n")
@@ -475,11 +479,33 @@ def test_who_holds_the_lock_is_under_way(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         assert locked_by(other.pid)
+        analyze._leave_accelerator([tmp_path])
+        assert updates == [("jax_platforms", "cpu")]
         assert not locked_by(other.pid, "elsewhere")
         assert not locked_by(os.getpid())
     finally:
         other.communicate(b"\n")
     assert not locked_by(other.pid)
+    analyze._leave_accelerator([tmp_path])
+    assert len(updates) == 1
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_not_the_end(run, tmp_path, monkeypatch):
+    workdir = shutil.copytree(run, tmp_path / "student")
+    real, newest = weights.open_model, workdir / "checkpoints" / "10"
+
+    def open_model(*arguments, **options):
+        if newest.exists():  # as a training does that keeps few of them
+            newest.rename(workdir / "gone")
+            raise weights.WeightsError("array not found")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(weights, "open_model", open_model)
+    assert analyze._open(workdir).run.step == 5
+    for place in (workdir / "checkpoints").iterdir():
+        place.rename(workdir / f"gone-{place.name}")
+    with pytest.raises(analyze.UserError, match="no checkpoint yet"):
+        analyze._open(workdir)
 
 
 def test_each_mistake_is_one_line(run, tmp_path, capsys):
