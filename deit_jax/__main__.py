@@ -6,6 +6,8 @@ import sys
 COMMANDS = {
     "train": "train a model, or continue the run in --workdir",
     "eval": "top-1 and top-5 of each head on a data set",
+    "report": "one or several runs, also under way, as a page to read in a browser",
+    "analyze": "the figures of that page as JSON",
     "predict": "classify image files",
     "convert": "bring weights from one format into another",
     "prepare": "turn images into a TFDS data set, without TensorFlow",

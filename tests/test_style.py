@@ -21,6 +21,8 @@ COMMANDS = {
     "bench_step",
     "plan",
     "picture",
+    "analyze",
+    "report",
     "__main__",
 }
 

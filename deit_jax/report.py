@@ -1,0 +1,205 @@
+"""One page on one or several runs, for a browser; the command `deit report`."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from deit_jax import analyze, cli, report_curves, report_run
+from deit_jax.markup import Element, document, element
+
+log = logging.getLogger("deit_jax")
+
+REPORT_DOC = """usage: deit report --workdir=DIR[,DIR…] [--images=N] [--out=FILE]
+
+Write report.html (in the first DIR unless --out says where): curves, accuracies, confusion,
+mistakes, tokens, attention maps and config of one run, or of several side by side. They may be
+under way. The page needs no other file and no network. docs/report.md says what it shows.
+
+  deit report --workdir=runs/quickstart"""
+# The page may load nothing, whatever is in it.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+NO_TRANSFORMER = "A convolutional network: no tokens, attention or positions to show."
+
+
+def page(found: analyze.Analysis) -> str:
+    """Return the report on an analysis as HTML."""
+    runs = found.figures["runs"]
+    title = ", ".join(run["name"] for run in runs)
+    sections = _shared(found.figures)
+    sections += [
+        section
+        for i, (run, pictures) in enumerate(zip(runs, found.pictures, strict=True), 1)
+        for section in _of_run(run, pictures, f"run-{i}")
+    ]
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("title", f"{title}: deit report"),
+        element("style", resources.files("deit_jax").joinpath("report.css").read_text()),
+    )
+    made = "Made by deit_jax {deit_jax} on {generated}, computed on: {device}."
+    made = made.format(**found.figures)
+    header = element("header", element("h1", title), _overview(runs), element("p", made))
+    body = element("body", header, _contents(sections), element("main", sections))
+    return document(element("html", head, body, lang="en"))
+
+
+def _overview(runs: Sequence[Mapping[str, Any]]) -> Element:
+    items = [
+        element(
+            "li",
+            element("a", run["name"], href=f"#run-{i}"),
+            f": {run['model']} on {run['source']}, {report_run.state(run)}",
+        )
+        for i, run in enumerate(runs, 1)
+    ]
+    return element("ul", items)
+
+
+def _section(level: int, name: str, heading: str, *content) -> Element:
+    return element("section", element(f"h{level}", heading), content, id=name)
+
+
+def _contents(sections: Sequence[Element]) -> Element:
+    """Return the table of contents, a run's sections below the run."""
+    items: list[Element] = []
+    for section in sections:
+        heading = section[0]
+        link = element("a", heading.text, href=f"#{section.get('id')}")
+        if heading.tag == "h3":
+            if items[-1].find("ul") is None:
+                items[-1].append(element("ul"))
+            items[-1].find("ul").append(element("li", link))
+        else:
+            items.append(element("li", link))
+    return element("nav", element("ul", items), aria_label="contents")
+
+
+def _shared(figures: Mapping[str, Any]) -> list[Element]:
+    runs, several = figures["runs"], len(figures["runs"]) > 1
+    nothing = element("p", "Nothing is written yet.")
+    drawn, table = report_curves.curves(runs), report_curves.accuracies(runs)
+    sources = {run["accuracy"]["from"] for run in runs if run["accuracy"]}
+    newest = "of the newest evaluation; the run has not written its results yet."
+    text = f"From {' and '.join(sorted(sources))}" if sources else ""
+    text += f": {newest}" if sources == {"metrics.jsonl"} else "."
+    legends = element("p", "Beside the names: the last value.", class_="faint")
+    found = [
+        _section(2, "curves", "Curves", nothing if drawn is None else [legends, drawn]),
+        _section(
+            2,
+            "accuracy",
+            "Accuracy on held-out images",
+            element("p", "There was no evaluation yet." if table is None else text),
+            table,
+        ),
+        _disagreement(figures, several),
+    ]
+    if several:
+        table = report_curves.config_differences(runs)
+        same = element("p", "None: the configs are the same.")
+        found.append(
+            _section(2, "differences", "Fields that differ", same if table is None else table)
+        )
+    return [section for section in found if section is not None]
+
+
+def _disagreement(figures: Mapping[str, Any], several: bool) -> Element | None:
+    found, evaluated = figures["disagreement"], [r for r in figures["runs"] if r["evaluation"]]
+    if found is None and not (several and evaluated):
+        return None
+    if found is None:
+        why = "The runs were not evaluated on the same images of the same classes."
+        return _section(2, "disagreement", "Disagreement", element("p", why))
+    text = f"The share of {found['images']} held-out images, in percent, that each two classifiers "
+    text += "give different labels (DeiT, table 4)."
+    matrix = report_curves.disagreement(found, several)
+    return _section(2, "disagreement", "Disagreement", element("p", text), matrix)
+
+
+def _of_run(run: Mapping[str, Any], pictures, name: str) -> list[Element]:
+    """Return a run's sections: what it is, then those that there are figures for."""
+    found = [_introduction(run, name)]
+    evaluation = run["evaluation"] and run["evaluation"]["images"]
+    for key, heading, there, content in (
+        ("confusion", "Confusion", evaluation, lambda: report_run.confusion(run)),
+        (
+            "mistakes",
+            "Most confident mistakes",
+            evaluation,
+            lambda: report_run.mistakes(run, pictures),
+        ),
+        ("tokens", "The two tokens", run["tokens"], lambda: report_run.tokens(run)),
+        (
+            "attention",
+            "Attention",
+            run["attention"],
+            lambda: report_run.attention(run, pictures),
+        ),
+        (
+            "positions",
+            "Position embeddings",
+            run["position_similarity"],
+            lambda: report_run.positions(run),
+        ),
+        ("filters", "Patch embedding", run["patch_filters"], lambda: report_run.filters(run)),
+        ("config", "Config", run["config"], lambda: report_run.config(run)),
+        ("versions", "Versions", True, lambda: report_run.versions(run)),
+    ):
+        if there:
+            found.append(_section(3, f"{name}-{key}", heading, content()))
+    return found
+
+
+def _introduction(run: Mapping[str, Any], name: str) -> Element:
+    lines = [f"{run['model']} on {run['source']}, {report_run.state(run)}. {run['workdir']}"]
+    if run["evaluation"]:
+        images = report_run.images_text(run["evaluation"])
+        lines.append(
+            f"What follows is of the checkpoint after step {run['checkpoint_step']}, on {images} "
+            "of the evaluation data."
+        )
+        if not run["attention"]:
+            lines.append(NO_TRANSFORMER)
+        elif not run["tokens"]:
+            lines.append("It has a class token alone: there is no second one to compare it with.")
+    missing = {
+        "checkpoint": "Nothing is saved yet to look at, or it cannot be read",
+        "data": "No figures on images: the data cannot be opened",
+        "teacher": "The teacher's opinion is missing: its weights cannot be opened",
+    }
+    notes = [
+        element("p", f"{missing[key]} ({text})", class_="note")
+        for key, text in run["notes"].items()
+    ]
+    return _section(2, name, run["name"], [element("p", line) for line in lines], notes)
+
+
+def main(argv: list[str]) -> None:
+    """Run `deit report`."""
+    from absl import flags
+
+    command = cli.Command("report", REPORT_DOC)
+    analyze.add_flags(command)
+    own = {"flag_values": command.flags}
+    flags.DEFINE_string("out", "", "where to write it; report.html in the first run if not", **own)
+    flags.DEFINE_boolean("json", False, "print where it is as JSON", **own)
+    cli.no_words(command.parse(argv, required=("workdir",)))
+    values = command.flags
+    found = analyze.analyze(values.workdir, values.images)
+    out = Path(values.out or Path(values.workdir[0]) / "report.html")
+    analyze.write(out, page(found))
+    for run in found.figures["runs"]:
+        for note in run["notes"].values():
+            log.warning("%s: %s", run["name"], note)
+    if values.json:
+        json.dump({"out": str(out), "runs": [r["name"] for r in found.figures["runs"]]}, sys.stdout)
+        print()
+    else:
+        print(f"report: {out}")
