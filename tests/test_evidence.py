@@ -33,7 +33,7 @@ def run(table, folder, *more):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Run table 4 on digits in the place of clothes: a convnet, a student with it and one without."""
+    """Run table 4 on digits for clothes: a convnet, a student with it and one without."""
     folder = tmp_path_factory.mktemp("evidence")
     sys.path.insert(0, str(EVIDENCE))
     study = importlib.import_module("study")
@@ -54,9 +54,8 @@ def test_a_subset_has_as_many_images_of_every_class(toy):
     assert np.bincount(dataset.train.labels).tolist() == [20] * 10
     assert len(dataset.eval) == 500
     everything = idx_source.open_idx("fashion_mnist", str(toy / "idx"))
-    known = {
-        everything.train[i]["image"].tobytes(): everything.train[i]["label"] for i in range(1000)
-    }
+    every = (everything.train[i] for i in range(1000))
+    known = {example["image"].tobytes(): example["label"] for example in every}
     for i in range(200):
         assert known[dataset.train[i]["image"].tobytes()] == dataset.train[i]["label"]
 
