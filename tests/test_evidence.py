@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,11 @@ def evidence(monkeypatch):
 def run(table, folder, *more):
     command = [sys.executable, EVIDENCE / f"{table}.py", "--scale=toy", "--seeds=1"]
     command += [f"--runs={folder / 'runs'}", f"--out={folder}", f"--data={folder / 'idx'}", *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    # One device, and programs that are quick to compile.
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=500, env=env
+    )
 
 
 @pytest.fixture(scope="module")

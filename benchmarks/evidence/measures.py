@@ -1,15 +1,9 @@
 """Figures of finished runs: the cosines of their tokens, where their classifiers disagree."""
 
-import contextlib
-import functools
-
-import jax
 import numpy as np
 
-from deit_jax import analysis, weights
-from deit_jax.data import pipeline
+from deit_jax import analysis, answers, model_views, weights
 from deit_jax.data.sources import open_dataset
-from deit_jax.step import normalise
 
 TOKEN_IMAGES = 1000
 
@@ -19,28 +13,22 @@ def token_cosines(study, arm, seed: int) -> dict:
 
     {} for a model with one token. The features are of the first test images.
     """
-    opened = weights.open_model(study.workdir(arm.name, seed))
-    params = opened.variables["params"]
-    if "dist_token" not in params:
-        return {}
-    images = next(_batches(opened))[0]
-    features = analysis.token_features(opened.model, params, images)
-    return {
-        "learned_cosine": analysis.learned_cosine(params),
-        "cosines": np.asarray(analysis.token_cosines(features)).tolist(),
-    }
+    opened, source = _opened(study.workdir(arm.name, seed))
+    images = answers.pixels(source, range(min(TOKEN_IMAGES, len(source))), opened)
+    found = model_views.tokens(opened, images)
+    return {key: found[key] for key in ("learned_cosine", "cosines")} if found else {}
 
 
 def disagreement(study, arm, seed: int) -> dict:
     """Return on what share of the test images each two classifiers of this run's seed differ.
 
-    They are the labels, the convnet that teaches, the student without it and, once it is trained,
-    each head of the distilled student. {} for the first of the two.
+    They are the labels, the convnet that teaches, the student without it and each head of the
+    distilled student, with whose run they are kept; {} for other runs.
     """
     if arm.name != "token":
         return {}
-    said = predictions(study.workdir("teacher-convnet", 0))
-    found = {"truth": said.pop("truth"), "convnet": said["cls"]}
+    teacher = predictions(study.workdir("teacher-convnet", 0))
+    found = {"truth": teacher["truth"], "convnet": teacher["cls"]}
     found["none"] = predictions(study.workdir("none", seed))["cls"]
     own = predictions(study.workdir("token", seed))
     found |= {name: own[name] for name in ("cls", "dist", "fused")}
@@ -49,26 +37,11 @@ def disagreement(study, arm, seed: int) -> dict:
 
 def predictions(workdir) -> dict[str, np.ndarray]:
     """Return the labels that each head of a run gives to the test images, and the true ones."""
+    opened, source = _opened(workdir)
+    said = answers.ask(opened, None, source, np.arange(len(source)), workdir.name)
+    return {"truth": said.truth, **said.labels}
+
+
+def _opened(workdir):
     opened = weights.open_model(workdir)
-
-    @jax.jit
-    def classify(variables, images):
-        heads = opened.model.apply(variables, images, train=False)
-        logits = {"cls": heads.cls, "dist": heads.dist, "fused": heads.fused()}
-        return {name: x.argmax(-1) for name, x in logits.items() if x is not None}
-
-    parts = []
-    for images, labels, valid in _batches(opened):
-        said = {"truth": labels, **jax.device_get(classify(opened.variables, images))}
-        parts.append({name: x[valid] for name, x in said.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _batches(opened):
-    data = opened.run.config.data
-    source, rows = open_dataset(data).eval, range(TOKEN_IMAGES)
-    batches = pipeline.EvalBatches(source, len(rows), opened.image_size, data.eval_crop_ratio, rows)
-    prepare = jax.jit(functools.partial(normalise, mean=opened.mean, std=opened.std))
-    with contextlib.closing(pipeline.load(batches, 0, len(batches), data.threads, 2)) as loader:
-        for batch in loader:
-            yield prepare(batch["image"]), batch["label"], batch["valid"]
+    return opened, open_dataset(opened.run.config.data).eval

@@ -133,7 +133,7 @@ def finish(config, images: int, seed: int):
     if config.optim.ema_decay:  # 0.99996 remembers a fifteenth of the paper's 375 300 steps
         config.optim.ema_decay = 1 - min(0.5, 15 / steps)
     config.train.eval_every_epochs = config.train.save_every_epochs = config.epochs
-    config.train.keep_checkpoints, config.train.eval_batch_size = 1, 500
+    config.train.keep_checkpoints, config.train.eval_batch_size = 1, 512
     config.train.log_every_steps = 20
     return config
 
