@@ -114,7 +114,8 @@ def model_inputs(step, batch, recipe: Recipe):
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     key_erase, key_mix, key_model = jax.random.split(key, 3)
     images = normalise(batch["image"], recipe.mean, recipe.std)
-    images = random_erase(key_erase, images, recipe.erase_prob)
+    # The barrier: or XLA would draw the noise twice, for an image and for its partner in mixing.
+    images = jax.lax.optimization_barrier(random_erase(key_erase, images, recipe.erase_prob))
     images, targets = mix(
         key_mix, images, batch["label"], recipe.num_classes, recipe.smoothing, recipe.mixing
     )
