@@ -1,20 +1,35 @@
-"""What a label tape of ImageNet takes on disk: random labels, so that real ones take no more.
+"""What a label tape of ImageNet takes on disk, and what recording one takes of a step.
 
     python benchmarks/tape.py
 
-prints one JSON object a kind of tape, scaled to the 375,300 steps of 300 epochs at a batch of 1024.
+prints one JSON object a kind of tape, of random labels, so that real ones take no more, scaled to
+the 375,300 steps of 300 epochs at a batch of 1024; then the quickstart's step on this machine, its
+teacher alive, with and without recording: medians over turns that alternate.
 """
 
+import contextlib
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from deit_jax.tape import CHUNK_STEPS, Layout, Tape, checksum
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from configs import quickstart  # noqa: E402
+from deit_jax.bench_step import random_batch  # noqa: E402
+from deit_jax.data.sources import open_dataset  # noqa: E402
+from deit_jax.run_tape import NoTape, Recorder  # noqa: E402
+from deit_jax.tape import CHUNK_STEPS, Layout, Tape, checksum  # noqa: E402
+from deit_jax.teacher import random_teacher  # noqa: E402
+from deit_jax.train import Trainer  # noqa: E402
 
 BATCH, CLASSES, STEPS = 1024, 1000, 300 * 1251
+TURNS, TURN_STEPS = 9, 40
 
 
 def answers(layout: Layout, copies: int, rng) -> dict[str, np.ndarray]:
@@ -59,7 +74,65 @@ def measure(kind: str, chunks: int, copies: int, folder: Path) -> dict:
     }
 
 
+def trainer(folder: Path, kind: str, record: bool) -> Trainer:
+    """Return the quickstart's run with a teacher of random weights."""
+    config = quickstart.get_config()
+    config.distill.kind = kind
+    dataset, tape = open_dataset(config.data), NoTape()
+    if record:
+        classes = len(dataset.classes)
+        layout = Layout(kind, config.batch_size, classes, min(classes, config.teacher.tape_top_k))
+        given = {"distill.kind": kind, "batch_size": config.batch_size, "data.num_classes": classes}
+        tape = Recorder(Tape.create(folder / "tape", layout, given, 1), layout)
+    teacher = random_teacher(config, len(dataset.classes))
+    return Trainer(config, folder, dataset, teacher, tape=tape)
+
+
+def turn(run: Trainer, batch, first: int) -> float:
+    """Return the seconds a step takes, what was recorded brought to disk at the end."""
+    in_flight, began = None, time.perf_counter()
+    for number in range(first, first + TURN_STEPS):
+        run.state, values = run._step(run.state, run.teacher_params, batch)
+        if in_flight:  # as in training, fetched while the next step runs
+            finish(run, *in_flight)
+        in_flight = (number, values)
+    finish(run, *in_flight)
+    run.tape.flush()
+    return (time.perf_counter() - began) / TURN_STEPS
+
+
+def finish(run: Trainer, number: int, values) -> None:
+    """Fetch a step's metrics and record what is to be recorded, as Trainer does."""
+    values = jax.device_get(values)
+    run.tape.record(number, values.pop("signal", None))
+
+
+def recording(kind: str) -> dict:
+    """Return the milliseconds of a step with and without a tape that records it."""
+    with contextlib.ExitStack() as stack:
+        runs, times = {}, {"off": [], "record": []}
+        for name in times:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            runs[name] = trainer(folder, kind, record=name == "record")
+            stack.callback(runs[name].checkpointer.close)
+        runs["record"].tape.begin(0, (TURNS + 1) * TURN_STEPS, 0)
+        batch = random_batch(runs["off"].config, 10, runs["off"].mesh)
+        for number in range(TURNS + 1):  # the first compiles
+            for name, run in runs.items():
+                times[name].append(turn(run, batch, number * TURN_STEPS))
+    found = {name: 1e3 * np.array(all_times[1:]) for name, all_times in times.items()}
+    return {
+        "kind": kind,
+        "step_ms": round(float(np.median(found["off"])), 3),
+        "recording_ms": round(float(np.median(found["record"])), 3),
+        "median_ratio": round(float(np.median(found["record"] / found["off"])), 4),
+        "ratio_spread": np.percentile(found["record"] / found["off"], (10, 90)).round(3).tolist(),
+    }
+
+
 if __name__ == "__main__":
     for case in (("hard", 4, 1), ("hard", 4, 3), ("soft", 1, 1)):
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(*case, Path(folder) / "tape")), flush=True)
+    for kind in ("hard", "soft"):
+        print(json.dumps(recording(kind)), flush=True)

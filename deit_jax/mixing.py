@@ -70,9 +70,14 @@ def _draw(
 def _beta(key: Key[Array, ""], alpha: float, groups: int) -> Float[Array, "G"]:
     if alpha == 0.0:
         return jnp.ones(groups)
-    if alpha == 1.0:  # Beta(1, 1); the general sampler takes seconds to compile
-        return jax.random.uniform(key, (groups,))
-    return jax.random.beta(key, alpha, alpha, (groups,))
+    # Devroye (1996), from Bailey's t distribution of 2 alpha degrees of freedom: exact for every
+    # alpha, from two uniform numbers. jax.random.beta draws until it may keep what it drew: loops
+    # of unknown length, each turn of which waits for all devices.
+    key_radius, key_angle = jax.random.split(key)
+    u = jax.random.uniform(key_radius, (groups,), minval=jnp.finfo(jnp.float32).tiny)
+    cosine = jnp.cos(2 * jnp.pi * jax.random.uniform(key_angle, (groups,)))
+    squared = jnp.expm1(-jnp.log(u) / alpha) * jnp.square(cosine)
+    return 0.5 + 0.5 * jnp.sign(cosine) * jax.lax.rsqrt(1.0 + 1.0 / squared)
 
 
 def cutmix_box(

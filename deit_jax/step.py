@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from deit_jax.erasing import random_erase
 from deit_jax.health import new_health, watch
 from deit_jax.losses import distillation
-from deit_jax.micro import accumulate, micro_batches
+from deit_jax.micro import accumulate, in_parts, micro_batches, teacher_parts
 from deit_jax.mixing import mix
 from deit_jax.models.heads import Heads
 from deit_jax.teacher import Teacher
@@ -53,6 +53,7 @@ class Recipe:
     mixing: Any
     distill: Any
     micro_batches: int
+    teacher_parts: int
     mesh: Any  # over which micro-batches sum their gradients; None leaves that to the compiler
     ema_decay: float
     record: bool = False  # whether the metrics hold the teacher's signal, as metrics["signal"]
@@ -72,6 +73,7 @@ class Recipe:
             mixing=config.mixing,
             distill=config.distill,
             micro_batches=micro_batches(config, mesh),
+            teacher_parts=teacher_parts(config, mesh),
             mesh=mesh,
             ema_decay=config.optim.ema_decay,
         )
@@ -116,11 +118,19 @@ def model_inputs(step, batch, recipe: Recipe):
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     key_erase, key_mix, key_model = jax.random.split(key, 3)
     images = normalise(batch["image"], recipe.mean, recipe.std)
-    images = random_erase(key_erase, images, recipe.erase_prob)
+    # The barrier: or XLA would draw the noise twice, for an image and for its partner in mixing.
+    images = jax.lax.optimization_barrier(random_erase(key_erase, images, recipe.erase_prob))
     images, targets = mix(
         key_mix, images, batch["label"], recipe.num_classes, recipe.smoothing, recipe.mixing
     )
     return *jax.lax.optimization_barrier((images, targets)), key_model
+
+
+def ask(teacher: Teacher, params, images: Float[Array, "B H W C"], recipe: Recipe):
+    """Return the teacher's signal, in the order of the batch."""
+    return in_parts(
+        lambda part: teacher.signal(params, part, recipe.distill.kind), images, recipe.teacher_parts
+    )
 
 
 def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Recipe):
@@ -128,15 +138,16 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Rec
 
     `inputs` are images [B H W C], targets [B K] and the teacher's signal, None to ask the teacher.
     """
+    images, targets, signal = inputs
+    if signal is None and teacher is not None:
+        signal = ask(teacher, teacher_params, images, recipe)
     key_scales, key = jax.random.split(key)
     # Drawn for the whole batch: the gradient does not depend on how it is cut into micro-batches.
     draw = getattr(model, "draw_scales", None)
-    inputs = (*inputs, draw and draw(key_scales, len(inputs[0])))
+    inputs = (images, targets, signal, draw and draw(key_scales, len(images)))
 
-    def loss_and_grads(params, teacher_params, stats, inputs, key):
+    def loss_and_grads(params, stats, inputs, key):
         images, targets, signal, scales = inputs
-        if signal is None and teacher is not None:
-            signal = teacher.signal(teacher_params, images, recipe.distill.kind)
         # The student's program must not depend on who else reads the images, nor on where the
         # signal comes from: the barriers keep XLA from fusing across, which it might do in another
         # way for each, to other last bits. With them a label tape replays the fused step's bits.
@@ -149,12 +160,18 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Rec
             return loss, ({"loss": loss, **terms}, new_stats)
 
         (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return grads, *aux, signal
+        return grads, *aux
 
-    weights = (state.params, teacher_params)
-    return accumulate(
-        loss_and_grads, weights, state.batch_stats, inputs, key, recipe.micro_batches, recipe.mesh
+    summed = accumulate(
+        loss_and_grads,
+        state.params,
+        state.batch_stats,
+        inputs,
+        key,
+        recipe.micro_batches,
+        recipe.mesh,
     )
+    return *summed, signal
 
 
 def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):

@@ -17,8 +17,7 @@ from deit_jax.data import pipeline
 from deit_jax.errors import Interrupted, UserError
 from deit_jax.inspect_data import train_batches
 from deit_jax.interrupt import StopRequest
-from deit_jax.micro import accumulate
-from deit_jax.step import Recipe, model_inputs
+from deit_jax.step import Recipe, ask, model_inputs
 from deit_jax.tape import Layout, Tape, pack
 from deit_jax.teacher import load_teacher, teacher_config, weights_path
 
@@ -159,18 +158,10 @@ class Labeller:
 def label(teacher_params, step, batch, *, teacher, recipe: Recipe, layout: Layout):
     """Return the tape's arrays for one step: what train_step's teacher says there.
 
-    It is asked in the same micro-batches, as a product of other shapes is rounded otherwise.
+    It is asked in the same parts, as a product of other shapes is rounded otherwise.
     """
-
-    def ask(teacher_params, stats, inputs, key):
-        (images,) = inputs
-        return {}, {}, stats, teacher.signal(teacher_params, images, recipe.distill.kind)
-
-    images, _, key = model_inputs(step, batch, recipe)
-    *_, signal = accumulate(
-        ask, (teacher_params,), {}, (images,), key, recipe.micro_batches, recipe.mesh
-    )
-    return pack(signal, layout)
+    images, *_ = model_inputs(step, batch, recipe)
+    return pack(ask(teacher, teacher_params, images, recipe), layout)
 
 
 def _record(run: Labeller, recorder: run_tape.Recorder, stop: StopRequest) -> None:

@@ -64,6 +64,22 @@ def test_the_number_of_parts(name, batch, mesh, fields, parts):
     assert micro.micro_batches(config_of(name, batch, **fields), mesh) == parts
 
 
+@pytest.mark.parametrize(
+    ("batch", "fields", "parts"),
+    [
+        (2048, {}, 1),  # 128 images at once, the student in four parts
+        (4096, {}, 2),
+        (512, {}, 1),
+        (4096, {"train__micro_batch": 32}, 8),
+        (4096, {"optim__accum_steps": 4}, 4),
+        (2048, {"teacher__image_size": 300}, 2),  # 71 images have as many pixels
+    ],
+)
+def test_the_teacher_takes_more_at_a_time_unless_parts_were_asked_for(batch, fields, parts):
+    config = config_of("deit_base_distilled_patch16_224", batch, **fields)
+    assert micro.teacher_parts(config, mesh_of(16)) == parts
+
+
 def step_over(config, parts):
     """Return (step over all devices that takes its share in `parts`, state, teacher, batch)."""
     function, state, teacher_params, mesh = build(config)
@@ -74,12 +90,11 @@ def step_over(config, parts):
     return jitted, state, teacher_params, sharding.to_devices(make_batch(), mesh, B)
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("hard", 4), ("soft", 2)])
-def test_parts_that_devices_sum_for_themselves_give_the_whole_batchs_step(tiny_config, kind, parts):
-    tiny_config.model.drop_path, tiny_config.distill.kind = 0.3, kind
+def test_parts_that_devices_sum_for_themselves_give_the_whole_batchs_step(tiny_config):
+    tiny_config.model.drop_path = 0.3
     tiny_config.optim.eps = 1e-4  # AdamW's first steps are signs of gradients: tame rounding at 0
     results = []
-    for n in (1, parts):
+    for n in (1, 4):
         jitted, *arguments = step_over(tiny_config, n)
         results.append(jax.device_get(jitted(*arguments)))
     (whole, metrics), (state, values) = results

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from scipy import stats
 
-from deit_jax import erasing, mixing
+from deit_jax import erasing, hlo, mixing
 
 B, H, W, K, GROUP = 64, 12, 20, 5, 8
 RNG = np.random.default_rng(0)
@@ -112,11 +112,22 @@ def test_both_are_on_half_the_time_and_prob_turns_groups_off():
     np.testing.assert_allclose(targets, smoothed(), atol=1e-6)
 
 
-def test_mixup_lambda_follows_the_beta_distribution():
-    groups = 2000
+@pytest.mark.parametrize("alpha", [0.4, 0.8, 3.0])
+def test_mixup_lambda_follows_the_beta_distribution(alpha):
+    groups = 5000
     key = jax.random.key(0)
-    _, lam = jax.jit(lambda k: mixing._draw(k, groups, 4, 4, config(cutmix_alpha=0.0)))(key)
-    assert stats.kstest(np.asarray(lam), stats.beta(0.8, 0.8).cdf).pvalue > 0.01
+    _, lam = jax.jit(
+        lambda k: mixing._draw(k, groups, 4, 4, config(mixup_alpha=alpha, cutmix_alpha=0.0))
+    )(key)
+    lam = np.asarray(lam)
+    assert np.all((lam >= 0) & (lam <= 1))
+    assert stats.kstest(lam, stats.beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def test_drawing_lambda_takes_no_loop_of_unknown_length():
+    """One of unknown length would ask all devices in every turn whether to go on."""
+    draw = jax.jit(lambda k: mixing._draw(k, 8, 4, 4, config()))
+    assert hlo.cost(draw.lower(jax.random.key(0)).compile().as_text()).unknown_loops == 0
 
 
 @pytest.mark.parametrize(("group", "repeats"), [(64, 3), (8, 3), (6, 3), (8, 4)])

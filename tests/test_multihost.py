@@ -18,8 +18,10 @@ from deit_jax import checkpoint, metrics
 from deit_jax import train as train_lib
 from deit_jax.data.pipeline import EpochOrder
 from deit_jax.data.sources import open_dataset
+from tests.test_tape import array
 from tests.tiny import make_tiny_config
 
+TAPE = ("labels", "recorded")
 ROOT = Path(__file__).parent.parent
 TINY = """
 from tests.tiny import make_tiny_config
@@ -80,12 +82,13 @@ def wait_for(ready, *processes):
 
 
 def test_killed_on_four_processes_ends_on_two_as_on_one(words, tmp_path):
+    """Four record their teacher's answers as one did, from whose label tape two then go on."""
     one, many = tmp_path / "one", tmp_path / "many"
     config = make_tiny_config()
-    config.model.depth, config.optim.eps = 1, 1e-4
+    config.model.depth, config.optim.eps, config.teacher.tape = 1, 1e-4, "record"
     train_lib.train(config, one)
     words = [*words, f"--config.teacher.weights={one / 'teacher'}"]
-    four = start_all(4, many, words)
+    four = start_all(4, many, [*words, "--config.teacher.tape=record"])
     wait_for(lambda: (many / "checkpoints" / "3").is_dir(), *four)
     four[3].send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -95,8 +98,15 @@ def test_killed_on_four_processes_ends_on_two_as_on_one(words, tmp_path):
     assert time.monotonic() - killed < 45
     begun = max(int(p.name) for p in (many / "checkpoints").glob("[0-9]*"))
 
+    tapes = {name: [array(run / "tape", name) for run in (one, many)] for name in TAPE}
+    assert (tapes["recorded"][0][:, 0] == 0).all()
+    for whole, cut_off in tapes.values():  # claimed before the state that goes on from there
+        np.testing.assert_array_equal(cut_off[:begun], whole[:begun])
+
+    words += ["--config.teacher.tape=replay", f"--config.teacher.tape_path={one / 'tape'}"]
     outputs = finish(*start_all(2, many, words))
     assert f"continuing at step {begun} of 10" in outputs[0][1]
+    assert "the teacher's answers come from this label tape" in outputs[0][1]
     assert [r["step"] for r in records(many)] == list(range(1, 11))
     for a, b in zip(records(one), records(many), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

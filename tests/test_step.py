@@ -70,19 +70,28 @@ def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-5), a, b)
 
 
+def everything_on(kind):
+    """Return a config with drop-path, mixing, erasing and distillation: all that is random."""
+    c = make_tiny_config()
+    c.model.drop_path, c.model.width, c.model.num_heads, c.distill.kind = 0.2, 32, 4, kind
+    c.optim.eps = 1e-4  # AdamW's first steps are signs of gradients: tame rounding at 0
+    return c
+
+
+@functools.cache
+def run_on_one(kind):
+    return run(everything_on(kind), jax.devices()[:1])
+
+
 @pytest.mark.parametrize(
     ("sizes", "kind"), [((8, 1, 1), "hard"), ((2, 4, 1), "soft"), ((2, 2, 2), "hard")]
 )
-def test_eight_devices_take_the_step_of_one(tiny_config, sizes, kind, monkeypatch):
-    """Drop-path, mixing, erasing and distillation on: every random draw must agree."""
+def test_eight_devices_take_the_step_of_one(sizes, kind, monkeypatch):
+    one, metrics_one = run_on_one(kind)
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-    tiny_config.model.drop_path = 0.2
-    tiny_config.model.width, tiny_config.model.num_heads = 32, 4
-    tiny_config.distill.kind = kind
-    tiny_config.optim.eps = 1e-4  # AdamW's first steps are signs of gradients: tame rounding at 0
-    one, metrics_one = run(tiny_config, jax.devices()[:1])
-    tiny_config.mesh.data, tiny_config.mesh.fsdp, tiny_config.mesh.tensor = sizes
-    eight, metrics_eight = run(tiny_config)
+    config = everything_on(kind)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+    eight, metrics_eight = run(config)
     assert_close(one.params, eight.params, 1e-5)
     assert_close(one.ema, eight.ema, 1e-5)
     assert_close(metrics_one, metrics_eight, 1e-5)

@@ -69,12 +69,12 @@ class QKV(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         # The kernel is taken apart, not its product: no activation is rearranged, on one device nor
-        # between several.
-        kernel = rearrange(kernel, "w (three out) -> three w out", three=3)
-        bias = rearrange(bias, "(three out) -> three out", three=3)
+        # between several. By slices: a reshape would have it, and all that the update reads and
+        # writes for it, in another layout than the state's.
+        parts = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
         return tuple(
             rearrange(x @ part + offset, "b n (heads d) -> b n heads d", heads=self.num_heads)
-            for part, offset in zip(kernel, bias, strict=True)
+            for part, offset in parts
         )
 
 
