@@ -68,8 +68,11 @@ def held(workdir: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
             file.flush()
-        # The file stays: another process may have opened it to wait for the lock.
-        yield
+        try:
+            yield
+        finally:  # the file stays: another process may have opened it to wait for the lock
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 def _now() -> str:

@@ -34,6 +34,7 @@ def test_a_directory_takes_one_run_at_a_time_and_a_killed_one_leaves_it_free(tmp
     process.communicate()
     with workdir.held(tmp_path):
         assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
+    assert (tmp_path / "lock").read_text() == ""  # no run is under way
     with workdir.held(tmp_path):
         pass
 
