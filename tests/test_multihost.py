@@ -116,7 +116,7 @@ def test_killed_on_four_processes_ends_on_two_as_on_one(words, tmp_path):
         *(s.variables["params"] for s in states),
     )
     results = [json.loads((run / "results.json").read_text()) for run in (one, many)]
-    assert results[0].keys() == results[1].keys()
+    assert results[0].keys() - results[1].keys() == {"teacher"}  # who was not asked, is not scored
     (out0, _), (out1, err1) = outputs
     assert "top-1 %" in out0
     assert "top-1" not in out1  # only process 0 speaks (but for the transport itself)
