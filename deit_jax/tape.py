@@ -39,6 +39,8 @@ LOWEST = -6e4  # of a logarithm that float16 holds
 # Bits of labels that are never set lie together and shrink to nothing.
 COMPRESSOR = {"id": "blosc", "cname": "zstd", "clevel": 5, "shuffle": 2, "blocksize": 0}
 REMEDY = "restore it from a copy, or remove it and record it again with `deit tape record`"
+# One more with every change that makes other views of the same fields: 2 draws mixup's lambda anew.
+VIEWS = 2
 ELSEWHERE = "choose another config.teacher.tape_path"
 
 
@@ -122,6 +124,7 @@ def fingerprint(config, dataset, teacher) -> dict[str, Any]:
     names += tuple(k for k in flat if k.startswith(("augment.", "mixing.")))
     labels = getattr(dataset.train, "labels", None)  # TFDS's are not known without reading all
     found = {name: flat[name] for name in names} | {
+        "views": VIEWS,
         "data.images": len(dataset.train),
         "data.labels": None if labels is None else _sha256(np.asarray(labels, np.int64)),
         "data.num_classes": len(dataset.classes),

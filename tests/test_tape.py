@@ -151,7 +151,9 @@ def test_the_teacher_answers_where_the_tape_is_silent(runs, tmp_path, caplog):
     assert_same_bits(runs.root / "fused", tmp_path / "run")
 
 
-def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_difference(runs, tmp_path):
+def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_difference(
+    runs, tmp_path, monkeypatch
+):
     config = replaying(runs.config, runs.tape)
     config.seed, config.augment.flip_prob = 1, 0.25
     with pytest.raises(
@@ -173,6 +175,9 @@ def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_differen
     student.model.drop_path, student.optim.lr, student.epochs = 0.0, 0.1, 1.0
     student.model.depth, student.loss.smoothing, student.optim.accum_steps = 3, 0.0, 1
     run_tape.open_tape(student, tmp_path, dataset, (network, params))  # the student is free
+    monkeypatch.setattr(tape, "VIEWS", tape.VIEWS + 1)  # as a later version of the code has it
+    with pytest.raises(UserError, match=rf"views: {tape.VIEWS - 1} there, {tape.VIEWS} here"):
+        run_tape.open_tape(student, tmp_path, dataset, (network, params))
 
 
 def test_epochs_beyond_the_tape_are_counted(runs, tmp_path):
