@@ -82,7 +82,12 @@ def table3(found: Found) -> str:
         ("distillation token: both", "token", "fused", "83.4"),
     ]
     rows = [
-        [name, found.cell(arm, head), found.difference(arm, head, "none", "fused"), paper]
+        [
+            name,
+            found.cell(arm, head),
+            found.difference(arm, head, "none", "fused") if arm != "none" else "",
+            paper,
+        ]
         for name, arm, head, paper in kinds
     ]
     head = "distillation | top-1 % | against no teacher, same seed | paper: DeiT-B on ImageNet"
