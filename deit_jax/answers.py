@@ -13,30 +13,12 @@ from tqdm import tqdm
 
 from deit_jax import step
 from deit_jax.data import pipeline
-from deit_jax.data.sources import Source
+from deit_jax.data.sources import Source, Subset
 
 BATCH = 128
 MATRIX = 30  # classes: a confusion matrix of more is no picture; then the most confused pairs
 PAIRS = 30
 MISTAKES = 12
-
-
-@dataclasses.dataclass(frozen=True)
-class Some:
-    """Some examples of a source, by their numbers in it."""
-
-    source: Source
-    numbers: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[int(self.numbers[index])]
-
-    def describe(self, index: int) -> str:
-        """Return how a person finds this example."""
-        return self.source.describe(int(self.numbers[index]))
 
 
 def spaced(total: int, count: int) -> Int[np.ndarray, "n"]:
@@ -48,7 +30,7 @@ def pixels(
     source: Source, numbers: Sequence[int] | np.ndarray, opened
 ) -> UInt8[np.ndarray, "n H W 3"]:
     """Return images as a model is given them in evaluation, before normalisation."""
-    some = Some(source, np.asarray(numbers, np.int64))
+    some = Subset(source, np.asarray(numbers, np.int64))
     batches = pipeline.EvalBatches(
         some, len(some), opened.image_size, opened.crop_ratio, range(len(some))
     )
@@ -74,7 +56,7 @@ def ask(opened, teacher, source: Source, numbers: Int[np.ndarray, "n"], title: s
     The classifiers are `cls`, `dist` where there is one, `fused` and `teacher`.
     """
     answer, params = _compiled(opened, teacher)
-    some, found = Some(source, numbers), []
+    some, found = Subset(source, numbers), []
     size = min(BATCH, len(some))
     batches = pipeline.EvalBatches(some, size, opened.image_size, opened.crop_ratio, range(size))
     threads = opened.run.config.data.threads

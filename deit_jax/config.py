@@ -87,7 +87,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     if config.loss.heads == "both":
         model = build_model(config.model, num_classes=2)
         two = getattr(model, "distilled", False) and model.dist_head
-        check(two, "loss.heads", f"{config.model.name} as configured has no distillation head")
+        check(
+            two,
+            "loss.heads",
+            f"{config.model.name} has no distillation head; take a distilled model",
+        )
         check(
             config.distill.kind == "none",
             "loss.heads",

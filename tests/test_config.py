@@ -10,6 +10,7 @@ import pytest
 from configs import base
 from deit_jax import config as config_lib
 from deit_jax import optim, step
+from deit_jax.errors import UserError
 from deit_jax.teacher import Teacher
 
 CONFIGS = [
@@ -120,6 +121,17 @@ def test_differences_name_what_matters_and_only_that(tiny_config):
     tiny_config.mixing.prob = 0.3
     changed = config_lib.differences(old, config_lib.to_json(tiny_config))
     assert changed == ["mixing.prob: 1.0 -> 0.3"]
+
+
+def test_both_heads_learn_labels_in_a_distilled_model_without_a_teacher(tiny_config):
+    tiny_config.loss.heads = "both"
+    with pytest.raises(UserError, match=r"loss\.heads='both': .*set config\.distill\.kind=none"):
+        config_lib.validate(tiny_config, 8)
+    tiny_config.distill.kind = "none"
+    config_lib.validate(tiny_config, 8)
+    tiny_config.model.name = "deit_tiny_patch16_224"
+    with pytest.raises(UserError, match=r"no distillation head; take a distilled model"):
+        config_lib.validate(tiny_config, 8)
 
 
 @pytest.mark.parametrize("text", ["variant=huge", "variants=tiny", "distilled=yes", "epochs=x"])

@@ -63,16 +63,16 @@ SCALES = {
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """The runs of a row: changes to the student's config, which arm teaches, which it starts from.
+    """The runs of a row: changes to the student's config, the name of its teacher, other arms.
 
-    `tape` is the arm whose label tape stands for the teacher.
+    A run starts from the weights of `start`, and is taught by the label tape of `tape`, of its seed.
     """
 
     name: str
     changes: dict = dataclasses.field(default_factory=dict)
     teacher: str = ""
-    start: str = ""
-    tape: str = ""
+    start: "Arm | None" = None
+    tape: "Arm | None" = None
 
 
 PLAIN = {"model.name": "deit_tiny_patch16_224", "distill.kind": "none"}
@@ -203,7 +203,7 @@ class Study:
             for arm in arms:
                 done = self.found["arms"].setdefault(arm.name, {"seeds": {}})
                 done["changes"] = {k: v for k, v in arm.changes.items() if k != "data.dir"}
-                done |= {"teacher": arm.teacher, "start": arm.start}
+                done |= {"teacher": arm.teacher, "start": arm.start.name if arm.start else ""}
                 if str(seed) in done["seeds"]:
                     continue
                 results = self.train(arm, seed)
@@ -236,10 +236,12 @@ class Study:
         config = student_config(self.scale, self.data)
         if arm.teacher:
             config.teacher.weights = str(self.teacher(arm.teacher))
+        for other in filter(None, (arm.start, arm.tape)):
+            self.train(other, seed)
         if arm.start:
-            config.init.weights = str(self.workdir(arm.start, seed))
+            config.init.weights = str(self.workdir(arm.start.name, seed))
         if arm.tape:
-            config.teacher.tape_path = str(self.workdir(arm.tape, seed) / "tape")
+            config.teacher.tape_path = str(self.workdir(arm.tape.name, seed) / "tape")
         changes = dict(arm.changes)
         config.epochs *= changes.pop("epochs", 1.0)  # in those of the scale
         config.update_from_flattened_dict(changes)

@@ -25,9 +25,9 @@ WITH, WITHOUT = {"distill.kind": "hard"}, {"distill.kind": "none", "loss.heads":
 LARGE = {"model.image_size": 48}
 ARMS = [
     TOKEN,
-    Arm("token-on-at-32", FINE_TUNED | WITH, "convnet", start="token"),
-    Arm("token-48-labels", FINE_TUNED | WITHOUT | LARGE, start="token"),
-    Arm("token-48-teacher", FINE_TUNED | WITH | LARGE, "convnet", start="token"),
+    Arm("token-on-at-32", FINE_TUNED | WITH, "convnet", start=TOKEN),
+    Arm("token-48-labels", FINE_TUNED | WITHOUT | LARGE, start=TOKEN),
+    Arm("token-48-teacher", FINE_TUNED | WITH | LARGE, "convnet", start=TOKEN),
 ]
 
 if __name__ == "__main__":

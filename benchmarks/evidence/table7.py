@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
-from study import PLAIN, Arm, Study, write_idx
+from study import NONE, PLAIN, TOKEN, Arm, Study, write_idx
 
 EXPECTED = """Written before the first run. The paper: what DeiT learned on ImageNet carries over,
 and the distilled one is a little better on most data sets. Expected here: starting from clothes
@@ -58,8 +58,8 @@ def arms(study: Study) -> list[Arm]:
         token = {"distill.kind": "none", "loss.heads": "both"}
         found += [
             Arm(f"digits-{count}-scratch", PLAIN | own),
-            Arm(f"digits-{count}-from-none", PLAIN | again, start="none"),
-            Arm(f"digits-{count}-from-token", token | again, start="token"),
+            Arm(f"digits-{count}-from-none", PLAIN | again, start=NONE),
+            Arm(f"digits-{count}-from-token", token | again, start=TOKEN),
         ]
     return found
 

@@ -19,11 +19,8 @@ teacher is a convnet about as expensive as the student's forward pass, so that a
 takes something like three quarters of the time; the recording adds less than 3 %."""
 
 
-ARMS = [
-    TOKEN,
-    Arm("token-recorded", TOKEN.changes | {"teacher.tape": "record"}, TOKEN.teacher),
-    Arm("token-replayed", TOKEN.changes | {"teacher.tape": "replay"}, tape="token-recorded"),
-]
+RECORDED = Arm("token-recorded", TOKEN.changes | {"teacher.tape": "record"}, TOKEN.teacher)
+REPLAYED = Arm("token-replayed", TOKEN.changes | {"teacher.tape": "replay"}, tape=RECORDED)
 
 
 def weights_and_time(study: Study, arm: Arm, seed: int) -> dict:
@@ -36,4 +33,4 @@ def weights_and_time(study: Study, arm: Arm, seed: int) -> dict:
 
 
 if __name__ == "__main__":
-    Study("tape", EXPECTED, __doc__).run(ARMS, weights_and_time)
+    Study("tape", EXPECTED, __doc__).run([TOKEN, RECORDED, REPLAYED], weights_and_time)

@@ -1,6 +1,7 @@
 """Where images come from: random access behind one small interface, without TensorFlow."""
 
 import dataclasses
+import functools
 import os
 from array import array
 from collections.abc import Iterable, Sequence
@@ -143,11 +144,14 @@ class FolderSource:
 
 
 class Subset:
-    """Some examples of another source."""
+    """Some examples of another source; it knows their labels if that does."""
 
-    def __init__(self, source: Labelled, indices: np.ndarray):
-        self.labels = source.labels[indices]
+    def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices = source, indices
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        return self._source.labels[self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)
