@@ -65,7 +65,7 @@ SCALES = {
 class Arm:
     """The runs of a row: changes to the student's config, the name of its teacher, other arms.
 
-    A run starts from the weights of `start`, and is taught by the label tape of `tape`, of its seed.
+    A run starts from the weights of `start` and learns from the label tape of `tape`, same seed.
     """
 
     name: str
