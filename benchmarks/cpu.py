@@ -6,11 +6,12 @@ Both train the 32-pixel DeiT of configs/quickstart.py in float32 on all cores, 9
 memory, the teacher's labels given: forward, hard distillation, backward, AdamW. Ours is the step of
 `deit train` on a label tape, which also erases, mixes, averages the weights and checks its loss;
 PyTorch's is timm's distilled DeiT, eager and through torch.compile. Turns alternate; ratios are of
-neighbours.
+neighbours. All have large pages of memory, as with `deit train`; GLIBC_TUNABLES= takes them away.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from benchmarks import gpu_torch
 from benchmarks.gpu_torch import timm, torch
 from configs import quickstart
+from deit_jax import large_pages
 from deit_jax.bench_step import random_batch
 from deit_jax.data.sources import open_dataset
 from deit_jax.train import Trainer
@@ -89,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write the figures to this file")
     out = parser.parse_args().out
+    large_pages.restart_with()
     torch.set_num_threads(torch.multiprocessing.cpu_count())
     config = quickstart.get_config()
     config.teacher.tape, config.teacher.tape_path = "replay", "given"
@@ -106,6 +109,7 @@ def main() -> None:
             for name, steps in peers.items():
                 times[name].append(turn(steps))
     result = {"cores": torch.get_num_threads(), "steps_per_turn": STEPS, "turns": TURNS}
+    result["memory"] = os.environ.get(large_pages.VARIABLE, "")
     result |= {"jax": jax.__version__, "torch": torch.__version__, "timm": timm.__version__}
     result["step_ms"] = {name: round(float(np.median(t)), 2) for name, t in times.items()}
     for name in ("eager", "compile"):

@@ -2,6 +2,9 @@
 
 import importlib
 import sys
+from pathlib import Path
+
+from deit_jax import large_pages
 
 COMMANDS = {
     "train": "train a model, or continue the run in --workdir",
@@ -16,6 +19,7 @@ COMMANDS = {
     "tape": "record what a teacher says of a run's images, for students to come",
     "plan": "what a training step needs on TPUs that are not there",
 }
+COMPUTING = ("train", "eval", "bench", "tape")
 USAGE = f"""DeiT in JAX: train, evaluate and use data-efficient image transformers.
 
 usage: deit COMMAND [--flag=value …]
@@ -53,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
         print(f"deit: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
+    called = Path(sys.argv[0]).name in ("deit", "__main__.py")  # not from another program
+    if called and name in COMPUTING and "--input-only" not in rest:
+        large_pages.restart_with()
     return _run(name, rest)
 
 

@@ -58,6 +58,21 @@ def test_attention_bears_large_logits_of_either_sign():
     assert all(bool(jnp.isfinite(g).all()) for g in pull(out))
 
 
+@pytest.mark.parametrize(
+    ("platform", "by_product"), [("cpu", False), ("cuda", False), ("tpu", True)]
+)
+def test_only_a_tpu_sums_rows_by_a_product(platform, by_product):
+    q, k, v, grad = operands(jnp.float32)
+    gradient = jax.jit(lambda *qkv: jax.vjp(kernels.softmax_attention, *qkv)[1](grad))
+    program = gradient.trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("stablehlo.dot_general") == 6 + by_product
+    terms = np.asarray(grad)
+    for sums in (kernels._row_sums, kernels._row_sums_by_product):
+        found = sums(jnp.asarray(terms))
+        assert found.shape == (3, 4, 50, 1)
+        np.testing.assert_allclose(found[..., 0], terms.sum(-1).transpose(0, 2, 1), atol=1e-4)
+
+
 def test_cudnn_is_asked_only_for_what_it_takes():
     def takes(dtype, d):
         return kernels.cudnn_takes(jnp.zeros((1, 2, 1, d), dtype))

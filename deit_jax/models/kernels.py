@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float
 
 SQRT_HALF = 0.5**0.5
@@ -69,11 +70,8 @@ def _attention_backward(saved, grad):
     grad_v = jnp.einsum("bhnm,bnhd->bmhd", probs.astype(grad.dtype), grad)
     grad_probs = jnp.einsum("bnhd,bmhd->bhnm", grad, v, preferred_element_type=jnp.float32)
     # sum_m p dp = sum_d do o (FlashAttention, Dao et al. 2022, eq. 4): d numbers a row, not N.
-    # Summed by a product, which a TPU does faster than along a register's lanes; with fewer
-    # columns XLA would sum after all. "high" keeps 16 bits of a summand in bfloat16's passes.
     terms = grad.astype(jnp.float32) * out.astype(jnp.float32)
-    ones = jnp.ones((q.shape[-1], 8), jnp.float32)
-    mean = jnp.einsum("bnhd,de->bhne", terms, ones, precision="high")[..., :1]
+    mean = jax.lax.platform_dependent(terms, tpu=_row_sums_by_product, default=_row_sums)
     grad_logits = probs * (grad_probs - mean)
     grad_logits = (grad_logits * q.shape[-1] ** -0.5).astype(q.dtype)
     grad_q = jnp.einsum("bhnm,bmhd->bnhd", grad_logits, k)
@@ -81,6 +79,17 @@ def _attention_backward(saved, grad):
 
 
 softmax_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _row_sums(terms: Float[Array, "B N heads d"]) -> Float[Array, "B heads N 1"]:
+    return rearrange(terms.sum(-1), "b n h -> b h n 1")
+
+
+def _row_sums_by_product(terms: Float[Array, "B N heads d"]) -> Float[Array, "B heads N 1"]:
+    # A TPU multiplies faster than it sums along a register's lanes; with fewer columns XLA would
+    # sum after all. "high" keeps 16 bits of a summand in bfloat16's passes.
+    ones = jnp.ones((terms.shape[-1], 8), jnp.float32)
+    return jnp.einsum("bnhd,de->bhne", terms, ones, precision="high")[..., :1]
 
 
 @jax.custom_vjp

@@ -1,0 +1,26 @@
+"""Memory in pages of 2 MB: where a CPU is what trains, a step is then up to a third faster."""
+
+import glob
+import os
+import sys
+
+VARIABLE, VALUE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+# GPUs of NVIDIA and AMD, TPUs. To be wrong about them costs some speed and nothing else.
+ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def restart_with() -> None:
+    """Start this program again, as it was called, with large pages for the C library's memory.
+
+    XLA on a CPU asks for a step's whole temporary memory anew in every step; in pages of 4 kB
+    that is tens of thousands of page faults, and then misses of the address cache. The C library
+    asks the kernel for large pages only if the environment said so before it was loaded (glibc
+    2.35, madvise(2)). Nothing happens where GLIBC_TUNABLES is set, be it to nothing, on systems
+    other than Linux, and beside an accelerator: loading images gains nothing from it.
+    """
+    if sys.platform != "linux" or VARIABLE in os.environ or not sys.executable:
+        return
+    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(glob.glob, ACCELERATORS)):
+        return
+    os.environ[VARIABLE] = VALUE
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
