@@ -107,8 +107,9 @@ def teacher_config(name: str, scale: Scale, data: Path):
     """
     c = student_config(scale, data)
     c.mixing.prob = 0.0
-    if name == "transformer":
+    if name.endswith("transformer"):
         width, depth, longer = scale.transformer
+        longer *= 3.0 if name == "long-transformer" else 1.0
         c.model = base.get_model_config("deit_tiny_patch16_224")
         c.model.image_size, c.model.patch_size = 32, scale.patch
         c.model.width, c.model.depth, c.model.num_heads = width, depth, 4

@@ -15,10 +15,14 @@ accuracy, most by leaving out both mixup and cutmix; leaving out repeated augmen
 times as many different images) should gain a little or nothing; dropout should lose. SGD should
 lose much, as in the paper (7.3). The moving average should gain, for the last steps of a short
 training are noisy. If all this comes true, it does not contradict the paper: it says that the
-recipe is for long trainings."""
+recipe is for long trainings.
+
+Added when SGD had collapsed in its first steps at a learning rate of 0.1, before the first run of
+this row: at 0.01 it should learn, and remain far behind AdamW, whose rate was chosen too."""
 
 CHANGES = {
     "sgd": {"optim.name": "sgd", "optim.lr": 0.1},
+    "sgd-slower": {"optim.name": "sgd", "optim.lr": 0.01},
     "no-randaugment": {"augment.auto": "", "augment.color_jitter": 0.0},
     "no-mixup": {"mixing.mixup_alpha": 0.0},
     "no-cutmix": {"mixing.cutmix_alpha": 0.0},
