@@ -8,7 +8,12 @@ import numpy as np
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-NAMES = {"table3": "distillation.svg", "tokens": "tokens.svg", "figure3": "epochs.svg"}
+NAMES = {
+    "table3": "distillation.svg",
+    "tokens": "tokens.svg",
+    "table8": "recipe.svg",
+    "figure3": "epochs.svg",
+}
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # of Okabe and Ito's palette
 
 
@@ -16,7 +21,7 @@ def draw(found: dict, folder: Path) -> None:
     """Draw what has been measured into a folder, the same bytes from the same figures."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"svg.hashsalt": "deit_jax", "font.size": 9, "svg.fonttype": "none"})
-    drawn = {"table3": distillation, "tokens": cosines, "figure3": epochs}
+    drawn = {"table3": distillation, "tokens": cosines, "table8": recipe, "figure3": epochs}
     for table, draw_one in drawn.items():
         if found[table].all:
             figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
@@ -43,6 +48,27 @@ def distillation(axis, found) -> None:
         ("distillation head", "token", "dist", ORANGE),
         ("both", "token", "fused", ORANGE),
     ]
+    _accuracies(axis, found, rows)
+
+
+def recipe(axis, found) -> None:
+    """Draw every seed and the mean of the rows of table 8 that learned."""
+    rows = [
+        ("DeiT's recipe", "none", "fused", BLUE),
+        ("moving average", "none", "ema.fused", GREY),
+        ("no RandAugment", "no-randaugment", "fused", ORANGE),
+        ("no mixup", "no-mixup", "fused", ORANGE),
+        ("no cutmix", "no-cutmix", "fused", ORANGE),
+        ("neither", "no-mixup-no-cutmix", "fused", ORANGE),
+        ("no erasing", "no-erasing", "fused", ORANGE),
+        ("no stochastic depth", "no-stochastic-depth", "fused", ORANGE),
+        ("no repeated augmentation", "no-repeated-augmentation", "fused", ORANGE),
+        ("dropout", "dropout", "fused", GREY),
+    ]
+    _accuracies(axis, found, rows)
+
+
+def _accuracies(axis, found, rows) -> None:
     for place, (_, arm, head, colour) in enumerate(reversed(rows)):
         values = list(found.seeds(arm, head).values())
         if values:
