@@ -18,9 +18,9 @@ training are noisy. If all this comes true, it does not contradict the paper: it
 recipe is for long trainings.
 
 Added when SGD had collapsed at a learning rate of 0.1, and had come to 21 % at 0.01, before the
-first run of this row: for SGD a weight decay of 0.05 is part of the gradient and shrinks the weights
-by exp(-78) over these steps, where AdamW's shrinks them by exp(-0.16). With 5e-5, which RegNetY is
-trained with, SGD should learn, and remain behind AdamW."""
+first run of this row: for SGD a weight decay of 0.05 is part of the gradient and shrinks the
+weights by exp(-78) over these steps, where AdamW's shrinks them by exp(-0.16). With 5e-5, which
+RegNetY is trained with, SGD should learn, and remain behind AdamW."""
 
 CHANGES = {
     "sgd-little-decay": {"optim.name": "sgd", "optim.lr": 0.1, "optim.weight_decay": 5e-5},
