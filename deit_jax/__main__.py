@@ -94,7 +94,13 @@ def _start_logging() -> None:
     """Send our own lines to stderr; of the libraries', none: what they raise is reported."""
     import logging
 
-    handler = logging.StreamHandler()
+    from tqdm import tqdm
+
+    class AboveTheBar(logging.StreamHandler):
+        def emit(self, record):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    handler = AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("deit_jax")
     logger.handlers, logger.propagate = [handler], False

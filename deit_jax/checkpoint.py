@@ -25,6 +25,8 @@ from deit_jax.errors import UserError
 from deit_jax.health import new_health
 
 log = logging.getLogger("deit_jax")
+# Orbax warns of a directory that we open to read that it is only to be read.
+logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
 
 
 @dataclasses.dataclass

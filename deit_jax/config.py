@@ -155,7 +155,11 @@ def _check_batches(config: ConfigDict, num_devices: int, check) -> None:
         f"must be a multiple of {shares}",
     )
     if config.mixing.prob > 0 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha):
-        check(batch % group == 0, "mixing.group_size", f"must divide batch_size={batch}")
+        check(
+            batch % group == 0,
+            "mixing.group_size",
+            f"must divide batch_size={batch}; change either",
+        )
         least = 2 * config.augment.repeats
         check(
             group % 2 == 0 and group >= least,

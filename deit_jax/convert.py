@@ -24,6 +24,8 @@ WRITERS: dict[str, Callable[[weights.Opened, Path], None]] = {
     "huggingface": export.write_hugging_face,
     "deit_jax": export.write_run,
 }
+# How others load it: Python for people to copy.
+CALLS = {"timm": export.timm_call, "huggingface": export.transformers_call}
 SUFFIXES = {".safetensors": "timm", ".pth": "deit", ".pt": "deit"}
 
 
@@ -35,7 +37,12 @@ def convert(
     asked, to = to, to or SUFFIXES.get(path.suffix, "huggingface")
     if to == "huggingface" and path.suffix[1:].isalpha() and not asked:
         known = ", ".join(SUFFIXES)
-        raise UserError(f"{path}: files end in {known}; for such a folder, --to=huggingface")
+        raise UserError(
+            f"{path}: files end in {known}; --to=huggingface makes a folder of any name"
+        )
+    endings = [suffix for suffix, kind in SUFFIXES.items() if kind == to]
+    if endings and path.suffix not in endings:
+        raise UserError(f"{path}: --to={to} makes one file; name it {path.name}{endings[0]}")
     # A checkpoint is never replaced: a workdir may hold a run that took days.
     if path.exists() and (not force or to == "deit_jax" or (path / "checkpoints").exists()):
         remedy = "choose another name" if force else "--force overwrites a file or a folder"
@@ -76,3 +83,5 @@ def main(argv: list[str]) -> None:
         print(note)
     what = f"{opened.name}, {len(opened.classes)} classes"
     print(f"{words[0]} ({opened.format}: {what}) -> {words[1]} ({to})")
+    if to in CALLS and (call := CALLS[to](opened, Path(words[1]))):
+        print(f"in Python: {call}")

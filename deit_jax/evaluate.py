@@ -4,11 +4,13 @@ import contextlib
 import functools
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from deit_jax import cli, sharding, step
+from deit_jax import cli, run_files, sharding, step
+from deit_jax import config as config_lib
 from deit_jax import teacher as teacher_lib
 from deit_jax import weights as weights_lib
 from deit_jax.data import pipeline
@@ -16,12 +18,15 @@ from deit_jax.data.sources import open_dataset
 from deit_jax.errors import Interrupted, UserError
 from deit_jax.models import vit
 
-EVAL_DOC = """usage: deit eval --config=FILE[:ARGS] (--workdir=DIR | --weights=W [--model=NAME])
+EVAL_DOC = """usage: deit eval --workdir=DIR [--config=FILE[:ARGS]]
+       deit eval --weights=W --config=FILE[:ARGS] [--model=NAME]
 
-Evaluate a trained model on the config's evaluation data, every example once. W is the workdir of a
-run, a .pth or .safetensors file, a Hugging Face or timm folder, or hf-hub:ORG/NAME.
+Evaluate a trained model on the config's evaluation data, every example once; without --config, on
+those that the run was trained with. W is the workdir of a run, a .pth or .safetensors file, a
+Hugging Face or timm folder, or hf-hub:ORG/NAME.
 
-  deit eval --config=configs/quickstart.py --workdir=runs/quickstart"""
+  deit eval --workdir=runs/quickstart
+  deit eval --workdir=runs/deit_s --config=configs/deit.py --config.data.dir=/elsewhere"""
 ATTENTION_IMAGES = 32  # that the attention's entropy is measured on
 NAMES = {"teacher": "teacher", "cls": "class head", "dist": "distillation head", "fused": "fused"}
 
@@ -157,11 +162,16 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("weights", "", "evaluate these weights", flag_values=command.flags)
     flags.DEFINE_string("model", None, "name of the weights' model", flag_values=command.flags)
     flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=command.flags)
-    cli.no_words(command.parse(argv, required=("config",)))
-    if bool(command.flags.workdir) == bool(command.flags.weights):
-        raise cli.UsageError("give either --workdir=DIR or --weights=W")
+    cli.no_words(command.parse(argv))
     values = command.flags
-    results = evaluate_run(command.config, values.workdir or values.weights, values.model)
+    if bool(values.workdir) == bool(values.weights):
+        raise cli.UsageError("give either --workdir=DIR or --weights=W")
+    config = command.config
+    if config is None:
+        if values.weights:
+            raise cli.UsageError("--weights=W needs the data: --config=FILE")
+        config = config_lib.from_json(run_files.config_of(Path(values.workdir)))
+    results = evaluate_run(config, values.workdir or values.weights, values.model)
     if values.json:
         json.dump(results, sys.stdout)
         print()

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from deit_jax import checkpoint, cli, metrics
 from deit_jax import config as config_lib
@@ -39,7 +39,39 @@ def write_timm(opened: Opened, path: Path) -> None:
     if opened.classes != default_classes(len(opened.classes)):
         described["classes"] = opened.classes
     metadata = {"format": "pt", METADATA: json.dumps(described)}
-    save_file(to_torch(opened.variables), path, metadata=metadata)
+    _write(to_torch(opened.variables), path, metadata)
+
+
+def _write(flat: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    # Not safetensors' save_file: what it writes nobody but the owner may read, whatever the umask.
+    path.write_bytes(save(flat, metadata=metadata))
+
+
+# Our fields that have another name among the arguments of timm's VisionTransformer.
+_TIMM = {"image_size": "img_size", "width": "embed_dim", "layer_scale": "init_values"}
+
+
+def timm_call(opened: Opened, path: Path) -> str | None:
+    """Return the Python call that gives timm's model with the file's weights.
+
+    None where create_model has no such arguments: a convnet of other shapes than its name's.
+    """
+    name, fields = opened.name, architecture(opened.model, opened.name)
+    if not hasattr(opened.model, "grid_size"):
+        if fields:
+            return None
+        name = f"tf_{name}" if name.startswith("efficientnet_lite") else name
+    elif not {"dist_head", "class_position", "distilled"}.isdisjoint(fields):
+        return None
+    arguments = {"num_classes": len(opened.classes)}
+    arguments |= {_TIMM.get(key, key): fields[key] for key in sorted(fields)}
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}, {given})"
+
+
+def transformers_call(opened: Opened, folder: Path) -> str:
+    """Return the Python call that gives transformers' model with the folder's weights."""
+    return f"transformers.{_hugging_face_class(opened.model)}.from_pretrained({str(folder)!r})"
 
 
 def write_deit(opened: Opened, path: Path) -> None:
@@ -91,7 +123,7 @@ def write_hugging_face(opened: Opened, folder: Path) -> None:
         )
     flat = to_torch(opened.variables, "huggingface")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(flat, folder / "model.safetensors", metadata={"format": "pt"})
+    _write(flat, folder / "model.safetensors", {"format": "pt"})
     metrics.write_json(folder / "config.json", _hugging_face_config(opened))
     metrics.write_json(folder / "preprocessor_config.json", _preprocessor_config(opened))
 

@@ -369,9 +369,11 @@ def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
     log.info(summary(trainer))
     if len(dataset.train) < config.batch_size:
         log.warning(
-            "a batch repeats images: there are %d, config.batch_size=%d; a lower one would not",
+            "a batch repeats images: there are %d, config.batch_size=%d; a lower multiple of "
+            "config.mixing.group_size=%d would not",
             len(dataset.train),
             config.batch_size,
+            config.mixing.group_size,
         )
     workdir_lib.record(workdir, "start", step=int(trainer.state.step), **workdir_lib.provenance())
     trainer.run()

@@ -117,6 +117,8 @@ def test_missing_flags_and_files(capsys, tmp_path):
         (["train", f"{QUICKSTART}:a=1", f"--workdir={tmp_path}/x"], 2, "get_config"),
         (["eval", QUICKSTART], 2, "--workdir=DIR or --weights=W"),
         (["eval", QUICKSTART, f"--workdir={tmp_path}"], 1, f"{tmp_path}"),
+        (["eval", f"--workdir={tmp_path}"], 1, "no run is there"),
+        (["eval", "--weights=w.pth"], 2, "--config=FILE"),
         (["predict", "--weights=/nowhere"], 2, "no image"),
         (["predict", "--weights=/nowhere", "x.jpg"], 1, "/nowhere"),
         (["predict", "x.jpg"], 2, "--weights"),
@@ -175,6 +177,9 @@ def test_quickstart_trains_on_a_folder_of_photographs(capsys, tmp_path):
     code, out, err = deit(capsys, "eval", *tiny_words(workdir, root)[1:4], "--json")
     assert code == 0, err
     assert json.loads(out) == {k: v for k, v in results.items() if k != "step"}
+    code, again, err = deit(capsys, "eval", f"--workdir={workdir}", "--json")  # on its own config
+    assert code == 0, err
+    assert again == out
 
     photograph = root / "cat" / "00.jpg"
     code, out, err = deit(capsys, "predict", f"--weights={workdir}", "--topk=2", photograph)

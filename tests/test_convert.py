@@ -1,13 +1,14 @@
 """Weights go out to every format, load there strictly, give the same logits and come back whole."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
 import pytest
 
 import deit_jax
-from deit_jax import __main__, convert, evaluate, predict, teacher, weight_files, weights
+from deit_jax import __main__, convert, evaluate, export, predict, teacher, weight_files, weights
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
 from tests.test_weights import Attack, as_zip, assert_same
@@ -163,6 +164,51 @@ def test_timm_loads_our_file_strictly(name, overrides, tmp_path, timm):
     flat = {key: value.numpy() for key, value in theirs.state_dict().items()}
     back = weights.from_torch(flat, name, **overrides)
     assert_same(back, dict_without_empty(first.variables))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        (DISTILLED, {"image_size": 32, "patch_size": 8, "width": 96, "depth": 2, "num_heads": 4}),
+        ("deit3_small_patch16_224", {"image_size": 32, "depth": 1, "mlp_ratio": 2.0}),
+        ("efficientnet_lite0", {}),
+    ],
+)
+def test_timms_call_that_is_printed_gives_our_logits(name, overrides, tmp_path, timm, torch):
+    first, path = opened(name, overrides), tmp_path / "w.safetensors"
+    convert.convert(first, path)
+    theirs = eval(export.timm_call(first, path), {"timm": timm}).eval()
+    images, heads = logits(first.model, first.variables, first.image_size)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+    np.testing.assert_allclose(heads.fused(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_timm_has_no_call_for_a_convnet_of_other_shapes(tmp_path):
+    assert export.timm_call(opened(*FAMILIES[3]), tmp_path / "w.safetensors") is None
+
+
+def test_transformers_call_that_is_printed_gives_our_model(tmp_path):
+    transformers, first = import_transformers(), opened(DISTILLED, SMALL)
+    convert.convert(first, tmp_path / "hf")
+    model = eval(export.transformers_call(first, tmp_path / "hf"), {"transformers": transformers})
+    assert model.num_parameters() == sum(x.size for x in jax.tree.leaves(first.variables))
+
+
+@pytest.mark.parametrize("to", ["timm", "huggingface"])
+def test_others_may_read_what_is_written(to, tmp_path):
+    umask = os.umask(0o022)
+    try:
+        convert.convert(opened(PLAIN, SMALL), tmp_path / "w.safetensors", to)
+    finally:
+        os.umask(umask)
+    for path in (p for p in tmp_path.rglob("*") if p.is_file()):
+        assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_file_without_its_ending_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--to=timm makes one file; name it w\.safetensors"):
+        convert.convert(opened(PLAIN, SMALL), tmp_path / "w", "timm")
 
 
 FULL = [PLAIN, DISTILLED, "deit3_small_patch16_224"]
