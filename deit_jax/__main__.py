@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 from deit_jax import large_pages
 
@@ -39,8 +38,8 @@ MODULES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command and return the exit code; without `argv`, that of the command line."""
+    program, argv = argv is None, sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if argv else 2
@@ -57,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
         print(f"deit: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
-    called = Path(sys.argv[0]).name in ("deit", "__main__.py")  # not from another program
-    if called and name in COMPUTING and "--input-only" not in rest:
+    # Another program that calls this function could not be started again from here.
+    if program and name in COMPUTING and "--input-only" not in rest:
         large_pages.restart_with()
     return _run(name, rest)
 

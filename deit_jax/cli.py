@@ -74,8 +74,8 @@ class Command:
         return next((value for flag, _, value in words if flag.lstrip("-") == "config"), "")
 
     @property
-    def config(self) -> ConfigDict:
-        """The config that --config names, with its changes."""
+    def config(self) -> ConfigDict | None:
+        """The config that --config names, with its changes; None if it was not given."""
         return self.flags.config
 
 

@@ -15,9 +15,9 @@ log = logging.getLogger("deit_jax")
 
 REPORT_DOC = """usage: deit report --workdir=DIR[,DIR…] [--images=N] [--out=FILE]
 
-Write report.html (in the first DIR unless --out says where): curves, accuracies, confusion,
-mistakes, tokens, attention maps and config of one run, or of several side by side. They may be
-under way. The page needs no other file and no network. docs/report.md says what it shows.
+Write DIR/report.html: curves, accuracies, confusion, mistakes, tokens, attention maps and config
+of a run; of several runs side by side, comparison.html in the first DIR. --out names another file.
+They may be under way. The page needs no other file and no network; docs/report.md explains it.
 
   deit report --workdir=runs/quickstart"""
 # The page may load nothing, whatever is in it.
@@ -188,12 +188,13 @@ def main(argv: list[str]) -> None:
     command = cli.Command("report", REPORT_DOC)
     analyze.add_flags(command)
     own = {"flag_values": command.flags}
-    flags.DEFINE_string("out", "", "where to write it; report.html in the first run if not", **own)
+    flags.DEFINE_string("out", "", "where to write it, if not in the (first) run", **own)
     flags.DEFINE_boolean("json", False, "print where it is as JSON", **own)
     cli.no_words(command.parse(argv, required=("workdir",)))
     values = command.flags
     found = analyze.analyze(values.workdir, values.images)
-    out = Path(values.out or Path(values.workdir[0]) / "report.html")
+    name = "report.html" if len(values.workdir) == 1 else "comparison.html"
+    out = Path(values.out or Path(values.workdir[0]) / name)
     analyze.write(out, page(found))
     for run in found.figures["runs"]:
         for note in run["notes"].values():

@@ -38,6 +38,8 @@ DASHES = {  # of several runs' curves; 0, a whole line, for the rest
     **{"eval/cls.top1": 1, "eval/dist.top1": 2, "loss_label": 1, "loss_teacher": 2},
     "attention_entropy/lowest_head": 1,
 }
+FEW = 3  # runs of which a chart shows every curve; of more, only the one that matters most
+MAIN = ("loss", "eval/fused.top1", "attention_entropy/mean")
 DECADES = 30  # times that a curve's largest value is its smallest, for a logarithmic axis
 
 
@@ -59,7 +61,7 @@ def _lines(runs: Sequence[Mapping[str, Any]], keys: Mapping[str, str], factor: i
     """Return one line a run and curve: colours tell the runs apart, or a single run's curves."""
     several, lines = len(runs) > 1, []
     for number, run in enumerate(runs):
-        shown = _shown(run["curves"], keys, several)
+        shown = _shown(run["curves"], keys, len(runs))
         for key in shown:
             curve = run["curves"][key]
             values = [None if v is None else factor * v for v in curve["value"]]
@@ -72,13 +74,17 @@ def _lines(runs: Sequence[Mapping[str, Any]], keys: Mapping[str, str], factor: i
     return lines
 
 
-def _shown(curves: Mapping[str, Any], keys: Mapping[str, str], several: bool) -> list[str]:
-    """Return the curves of a chart that a run has and that say something of their own."""
+def _shown(curves: Mapping[str, Any], keys: Mapping[str, str], runs: int) -> list[str]:
+    """Return the curves of a chart, of so many runs, that a run has and that say something."""
     same = [] if "loss_teacher" in curves else ["loss_label"]
     if "eval/dist.top1" not in curves:  # the fused prediction is that of the only head
         same += ["eval/fused.top1", "eval/ema.fused.top1"]
     shown = [key for key in keys if key in curves and key not in same]
-    return [key for key in shown if "/ema." not in key] if several else shown
+    if runs > 1:
+        shown = [key for key in shown if "/ema." not in key]
+    if runs > FEW:
+        shown = [key for key in shown if key in MAIN] or shown[-1:]
+    return shown
 
 
 def accuracies(runs: Sequence[Mapping[str, Any]]) -> Element | None:

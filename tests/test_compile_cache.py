@@ -57,10 +57,14 @@ def test_the_second_start_reads_what_the_first_compiled(tmp_path):
     assert hits == 0
     assert any("train_step" in path.name for path in kept)
     _, hits = train(tmp_path / "second", cache)
-    assert hits == len(kept) == len(programs(cache / "deit_jax" / "xla"))
+    assert hits == len(kept)
     assert driver.differences(tmp_path / "first", tmp_path / "second") == []
+    # The second start may keep one more, which took JAX's one second of compiling only that time.
+    again = programs(cache / "deit_jax" / "xla")
+    assert set(kept) <= set(again)
+    assert sum("train_step" in path.name for path in again) == 1
     # As if the machine had gone down while they were written.
-    for path in kept:
+    for path in again:
         path.write_bytes(path.read_bytes()[:1000])
     _, hits = train(tmp_path / "third", cache)
     assert hits == 0

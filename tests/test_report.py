@@ -300,6 +300,10 @@ def test_commands_write_one_file_and_agree(run, found, capsys, few_images, monke
     text = (run / "report.html").read_text()
     assert "20 of 359 images, evenly spaced" in " ".join(Page(text).texts)
     (run / "report.html").unlink()
+    both = f"--workdir={run},{run}/teacher"
+    assert program.main(["report", both, "--images=20"]) == 0  # beside the run's own report
+    assert capsys.readouterr().out == f"report: {run}/comparison.html\n"
+    (run / "comparison.html").unlink()
     after = tree(run)
     assert {k: v for k, v in after.items() if k != run} == {
         k: v for k, v in before.items() if k != run
@@ -336,6 +340,11 @@ def test_several_runs_and_one_without_attention(run, found, few_images):
     assert ["model.name", "deit_tiny_distilled_patch16_224", "regnety_002"] in page.cells
     losses = drawn(report.page(both), "Training loss")
     assert sorted(map(len, losses)) == [9, 9, 9, 9]
+    # Of many runs a chart shows one curve each: the loss, the accuracy of the model's answer.
+    many = {**both.figures, "runs": both.figures["runs"] * 2}
+    four = report.page(analyze.Analysis(many, both.pictures * 2))
+    assert sorted(map(len, drawn(four, "Training loss"))) == [9, 9, 9, 9]
+    assert len(drawn(four, "Accuracy on held-out images")) == 4
     # A run of other classes has no matrix with it.
     other = copy.deepcopy(both.figures)
     other["disagreement"] = None
