@@ -9,7 +9,9 @@ TEST_TORCH ?= 1
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 # Setuptools' default mode loses to a folder of the package's name, such as this one seen from above.
-EDITABLE = --config-settings editable_mode=compat --editable
+# It calls the other one transitional, in a banner that whoever installs this can do nothing about.
+INSTALL_EDITABLE = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet \
+	--config-settings editable_mode=compat --editable
 TORCH = torch==2.13.0
 # torchvision and timm name torch as a dependency; --no-deps keeps them from replacing it.
 TORCH_PEERS = torchvision==0.28.0 timm==1.0.31
@@ -33,11 +35,11 @@ lint: .venv/installed-test
 
 # The files below only record that an installation succeeded; a changed setup.cfg repeats it.
 .venv/installed: setup.cfg pyproject.toml .venv/bin/python
-	$(BIN)/python -m pip install --quiet $(EDITABLE) ".[viz]"
+	$(INSTALL_EDITABLE) ".[viz]"
 	touch $@
 
 .venv/installed-test: setup.cfg pyproject.toml .venv/bin/python
-	$(BIN)/python -m pip install --quiet $(EDITABLE) ".[viz,test]"
+	$(INSTALL_EDITABLE) ".[viz,test]"
 	touch .venv/installed $@
 
 .venv/installed-torch-1: setup.cfg Makefile .venv/installed-test
