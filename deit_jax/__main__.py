@@ -1,6 +1,7 @@
 """`deit COMMAND`, or `python -m deit_jax COMMAND`: find the command and report its errors."""
 
 import importlib
+import logging
 import sys
 
 from deit_jax import large_pages
@@ -63,12 +64,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, argv: list[str]) -> int:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from deit_jax.cli import UsageError
     from deit_jax.errors import EXIT_CODE, Interrupted, UserError
 
-    _start_logging()
+    logger = _start_logging()
     try:
-        importlib.import_module(f"deit_jax.{MODULES.get(name, name)}").main(argv)
+        with logging_redirect_tqdm([logger]):  # a line stands above the progress bar
+            importlib.import_module(f"deit_jax.{MODULES.get(name, name)}").main(argv)
         return 0
     except Interrupted as stopped:
         print(f"deit {name}: {stopped}", file=sys.stderr)
@@ -89,22 +93,15 @@ def _run(name: str, argv: list[str]) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _start_logging() -> None:
+def _start_logging() -> logging.Logger:
     """Send our own lines to stderr; of the libraries', none: what they raise is reported."""
-    import logging
-
-    from tqdm import tqdm
-
-    class AboveTheBar(logging.StreamHandler):
-        def emit(self, record):
-            tqdm.write(self.format(record), file=sys.stderr)
-
-    handler = AboveTheBar()
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("deit_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return logger
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory in pages of 2 MB: where a CPU is what trains, a step is then up to a third faster."""
+"""Memory in pages of 2 MB: where a CPU is what trains, a step then takes about a third less."""
 
 import glob
 import os

@@ -1,15 +1,19 @@
 """The command line as a stranger meets it: help, exit codes, one clear line for each mistake."""
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from deit_jax import __main__ as program
 from deit_jax.errors import UserError
@@ -37,6 +41,20 @@ def test_help_answers_at_once_and_loads_no_library():
     modules = run.stdout.split()
     assert not {"jax", "flax", "numpy", "absl"} & set(modules)
     assert elapsed < 5  # half a second when the machine is not busy; the modules decide
+
+
+def test_what_is_logged_stands_above_the_progress_bar(capsys, monkeypatch):
+    def train(argv):
+        with tqdm(total=2, disable=False) as bar:
+            bar.update()
+            logging.getLogger("deit_jax").info("a line")
+
+    command = types.SimpleNamespace(main=train)
+    found = types.SimpleNamespace(import_module=lambda name: command)
+    monkeypatch.setattr(program, "importlib", found)
+    code, _, err = deit(capsys, "train")
+    assert code == 0
+    assert re.search(r"0/2.*\r *\ra line\n\r", err)  # the bar is cleared, and drawn again below
 
 
 @pytest.mark.parametrize("command", sorted(program.COMMANDS))

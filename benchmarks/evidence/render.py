@@ -87,6 +87,12 @@ def compared(found: Found, base: str, kinds) -> list[list[str]]:
     ]
 
 
+def taught(found: Found, arm: str) -> str:
+    """Return the top-1 of an arm's teacher, the same network for every seed; "" without one."""
+    values = list(found.seeds(arm, "teacher").values())
+    return spread(values[:1], 2) if values or not found.seeds(arm, "fused") else ""
+
+
 def table3(found: Found) -> str:
     """Return how the teacher's word reaches the student."""
     kinds = [
@@ -105,22 +111,15 @@ def table3(found: Found) -> str:
 def table2(found: Found) -> str:
     """Return what each teacher makes of the student."""
     kinds = [
-        ("small convnet", "by-small-convnet", "RegNetY-4GF 80.0 → 82.7"),
-        ("convnet", "token", "RegNetY-8GF 81.7 → 82.7"),
-        ("large convnet", "by-large-convnet", "RegNetY-16GF 82.9 → 83.1"),
-        ("transformer", "by-transformer", "DeiT-B 81.8 → 81.9"),
-        ("the same, three times the epochs", "by-long-transformer", ""),
+        ("small convnet", "by-small-convnet", "fused", "RegNetY-4GF 80.0 → 82.7"),
+        ("convnet", "token", "fused", "RegNetY-8GF 81.7 → 82.7"),
+        ("large convnet", "by-large-convnet", "fused", "RegNetY-16GF 82.9 → 83.1"),
+        ("transformer", "by-transformer", "fused", "DeiT-B 81.8 → 81.9"),
+        ("the same, three times the epochs", "by-long-transformer", "fused", ""),
     ]
-    rows = [
-        [
-            name,
-            spread(list(found.seeds(arm, "teacher").values())[:1], 2),
-            found.cell(arm, "fused"),
-            found.difference(arm, "fused", "token", "fused") if arm != "token" else "",
-            paper,
-        ]
-        for name, arm, paper in kinds
-    ]
+    rows = compared(found, "token", kinds)
+    for row, (_, arm, _, _) in zip(rows, kinds, strict=True):
+        row.insert(1, taught(found, arm))
     head = "teacher | its top-1 % | student, both heads | against the convnet's | paper"
     return markdown(head, rows)
 
@@ -198,9 +197,7 @@ def table10(found: Found) -> str:
     ]
     rows = compared(found, "token", kinds)
     for row, (_, arm, _, _) in zip(rows, kinds, strict=True):
-        row.insert(3, spread(list(found.seeds(arm, "teacher").values())[:1], 2))
-        if arm == "token-48-labels":
-            row[3] = ""
+        row.insert(3, taught(found, arm))
     head = "training | both heads, top-1 % | against 32 pixels | its teacher's top-1 %"
     return markdown(f"{head} | paper: DeiT-B", rows)
 
