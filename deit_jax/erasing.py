@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from deit_jax.noise import normal
+
 TRIES = 10
 AREA = (0.02, 1 / 3)  # share of the image
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # height / width
@@ -41,5 +43,5 @@ def random_erase(
 
     rows, columns = inside(k_top, h, height), inside(k_left, w, width)
     erase = on[:, None, None] & rows[:, :, None] & columns[:, None, :]
-    noise = jax.random.normal(k_noise, images.shape, images.dtype)
+    noise = normal(k_noise, images.shape).astype(images.dtype)
     return jnp.where(erase[..., None], noise, images)

@@ -13,6 +13,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from deit_jax.apart import apart
 from deit_jax.erasing import random_erase
 from deit_jax.health import new_health, watch
 from deit_jax.losses import distillation
@@ -117,13 +118,18 @@ def model_inputs(step, batch, recipe: Recipe):
     """Return normalised, erased and mixed images, their targets, and the key of dropout."""
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
     key_erase, key_mix, key_model = jax.random.split(key, 3)
-    images = normalise(batch["image"], recipe.mean, recipe.std)
-    # The barrier: or XLA would draw the noise twice, for an image and for its partner in mixing.
-    images = jax.lax.optimization_barrier(random_erase(key_erase, images, recipe.erase_prob))
-    images, targets = mix(
-        key_mix, images, batch["label"], recipe.num_classes, recipe.smoothing, recipe.mixing
-    )
-    return *jax.lax.optimization_barrier((images, targets)), key_model
+
+    def erased(key, images):
+        return random_erase(key, normalise(images, recipe.mean, recipe.std), recipe.erase_prob)
+
+    def mixed(key, images, labels):
+        return mix(key, images, labels, recipe.num_classes, recipe.smoothing, recipe.mixing)
+
+    # Apart: or XLA would draw the noise twice, for an image and for its partner in mixing, and the
+    # first layers would compute it all again as often as they read a pixel.
+    images = apart(erased, key_erase, batch["image"])
+    images, targets = apart(mixed, key_mix, images, batch["label"])
+    return images, targets, key_model
 
 
 def ask(teacher: Teacher, params, images: Float[Array, "B H W C"], recipe: Recipe):

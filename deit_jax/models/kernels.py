@@ -1,95 +1,106 @@
-"""Attention and GELU, where a transformer's step is won, with their gradients written out.
+"""Products, layer norm and GELU with their gradients written out, where a step is won.
 
-Which implementation a backend gets is decided here and nowhere else. The numbers beside the choices
-are XLA's estimate for a block of DeiT-B, forward, backward and update, 32 images on a v5e:
-4.59 M cycles with JAX's own of both, 3.66 M as here (`python -m benchmarks.block`).
+What a platform gets is decided where its program is compiled, in here and in attention.py and
+nowhere else. The numbers beside the choices are XLA's estimate for DeiT-B, 32 images a v5e chip
+(`deit plan`), or were measured on a CPU with AVX2 (`python -m benchmarks.cpu`).
 """
-
-import re
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float
 
 SQRT_HALF = 0.5**0.5
 INV_SQRT_2PI = 0.3989422804014327
-
-
-def attention(
-    q: Float[Array, "B N heads d"], k: Float[Array, "B N heads d"], v: Float[Array, "B N heads d"]
-) -> Float[Array, "B N heads d"]:
-    """Return softmax(q k^T / sqrt(d)) v, the softmax's statistics in float32 whatever the dtype.
-
-    On NVIDIA GPUs since Ampere, cuDNN's flash attention where it takes the operands (half
-    precision, d a multiple of 8 up to 128), which never writes the N x N scores; elsewhere
-    softmax_attention.
-    """
-    if cudnn_takes(q) and _on_ampere_or_later():
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return softmax_attention(q, k, v)
-
-
-def cudnn_takes(q: Float[Array, "B N heads d"]) -> bool:
-    """Return whether cuDNN has a kernel for such queries on any GPU since Ampere."""
-    return q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-
-
-def _on_ampere_or_later() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
-    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0  # AMD: gfx90a
+NORM_EPSILON = 1e-6  # timm's, of every layer norm
 
 
 @jax.custom_vjp
-def softmax_attention(
-    q: Float[Array, "B N heads d"], k: Float[Array, "B N heads d"], v: Float[Array, "B N heads d"]
-) -> Float[Array, "B N heads d"]:
-    """Return what `attention` does, by two batched products, the gradient written out."""
-    return _attention_forward(q, k, v)[0]
+def product(x: Float[Array, "*B K"], kernel: Float[Array, "K N"]) -> Float[Array, "*B N"]:
+    """Return x @ kernel; its gradient is laid out for the platform that computes it."""
+    return x @ kernel
 
 
-def _attention_forward(q, k, v):
-    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    # Rounded weights and their sum leave one loop together. Without the barrier XLA moves the
-    # division into it, computes every exponential twice and writes the logits in float32 between.
-    weights, total = jax.lax.optimization_barrier((weights.astype(v.dtype), total))
-    scale = 1.0 / total
-    out = jnp.einsum("bhnm,bmhd->bnhd", weights, v, preferred_element_type=jnp.float32)
-    out = (out * scale.transpose(0, 2, 1, 3)).astype(v.dtype)
-    return out, (q, k, v, weights, scale, out)
+def _product_backward(saved, grad):
+    return jax.lax.platform_dependent(
+        *saved, grad, cpu=_product_grads_on_cpu, default=_product_grads
+    )
 
 
-def _attention_backward(saved, grad):
-    q, k, v, weights, scale, out = saved
-    probs = weights.astype(jnp.float32) * scale
-    grad_v = jnp.einsum("bhnm,bnhd->bmhd", probs.astype(grad.dtype), grad)
-    grad_probs = jnp.einsum("bnhd,bmhd->bhnm", grad, v, preferred_element_type=jnp.float32)
-    # sum_m p dp = sum_d do o (FlashAttention, Dao et al. 2022, eq. 4): d numbers a row, not N.
-    terms = grad.astype(jnp.float32) * out.astype(jnp.float32)
-    mean = jax.lax.platform_dependent(terms, tpu=_row_sums_by_product, default=_row_sums)
-    grad_logits = probs * (grad_probs - mean)
-    grad_logits = (grad_logits * q.shape[-1] ** -0.5).astype(q.dtype)
-    grad_q = jnp.einsum("bhnm,bmhd->bnhd", grad_logits, k)
-    return grad_q, jnp.einsum("bhnm,bnhd->bmhd", grad_logits, q), grad_v
+def _product_grads(x, kernel, grad):
+    return jax.vjp(jnp.matmul, x, kernel)[1](grad)
 
 
-softmax_attention.defvjp(_attention_forward, _attention_backward)
+def _product_grads_on_cpu(x, kernel, grad):
+    # XLA's fast products on a CPU contract the left operand's last axis. The kernel's gradient
+    # contracts the first, for which XLA falls back to products that take up to twice as long. So
+    # the narrower operand is transposed, and barriers keep XLA from taking that back.
+    rows, grads = (y.reshape(-1, y.shape[-1]) for y in (x, grad))
+    if rows.shape[1] <= grads.shape[1]:
+        grad_kernel = jax.lax.optimization_barrier(rows.T) @ grads
+    else:
+        grad_kernel = jax.lax.optimization_barrier(jax.lax.optimization_barrier(grads.T) @ rows).T
+    return (grads @ kernel.T).reshape(x.shape), grad_kernel
 
 
-def _row_sums(terms: Float[Array, "B N heads d"]) -> Float[Array, "B heads N 1"]:
-    return rearrange(terms.sum(-1), "b n h -> b h n 1")
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
 
 
-def _row_sums_by_product(terms: Float[Array, "B N heads d"]) -> Float[Array, "B heads N 1"]:
-    # A TPU multiplies faster than it sums along a register's lanes; with fewer columns XLA would
-    # sum after all. "high" keeps 16 bits of a summand in bfloat16's passes.
-    ones = jnp.ones((terms.shape[-1], 8), jnp.float32)
-    return jnp.einsum("bnhd,de->bhne", terms, ones, precision="high")[..., :1]
+def dense_product(x, kernel, dimension_numbers, precision=None):
+    """Return `product`, called as flax's Dense calls its dot_general."""
+    if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())) or precision is not None:
+        raise ValueError("only nn.Dense's own product, in the default precision")
+    return product(x, kernel)
+
+
+@jax.custom_vjp
+def layer_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"]
+) -> Float[Array, "*B D"]:
+    """Return (x - mean) / sqrt(variance + 1e-6) * scale + bias of every row, in float32 inside.
+
+    The values are those of flax's LayerNorm. Its gradient, dx = (g - mean(g) - n mean(g n)) / s
+    with g = dy scale, n the normalised row and s its deviation, in two passes: 1.0 M of a step's
+    53 M cycles less than derived from the forward pass.
+    """
+    return _layer_norm_forward(x, scale, bias)[0]
+
+
+def _layer_norm_forward(x, scale, bias):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    variance = jnp.maximum(0.0, jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean))
+    inverse = jax.lax.rsqrt(variance + NORM_EPSILON)
+    out = (wide - mean) * (inverse * scale) + bias
+    return out.astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _layer_norm_backward(saved, grad):
+    x, mean, inverse, scale = saved
+    normed = (x.astype(jnp.float32) - mean) * inverse
+    grad = grad.astype(jnp.float32)
+    terms = grad * normed
+    sums, weighted = jax.lax.platform_dependent(
+        grad, terms, scale, cpu=_scaled_sums_by_product, default=_scaled_sums
+    )
+    grad_x = inverse * (grad * scale - (sums + normed * weighted) / x.shape[-1])
+    rows = tuple(range(x.ndim - 1))
+    return grad_x.astype(x.dtype), terms.sum(rows), grad.sum(rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _scaled_sums(*operands):
+    *terms, scale = operands
+    return tuple((x * scale).sum(axis=-1, keepdims=True) for x in terms)
+
+
+def _scaled_sums_by_product(*operands):
+    # On a CPU XLA would first write `scale` out for every row, to hand it to the sum.
+    *terms, scale = operands
+    return tuple(
+        (x.reshape(-1, x.shape[-1]) @ scale[:, None]).reshape(*x.shape[:-1], 1) for x in terms
+    )
 
 
 @jax.custom_vjp

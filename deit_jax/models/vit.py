@@ -4,6 +4,7 @@ Layer names are timm's, so that a parameter path reads `blocks_0/attn/qkv/kernel
 Shapes: B batch, H W pixels, C channels, N tokens, D width, K classes.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,12 +14,13 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from deit_jax.models import kernels, limits
+from deit_jax.models import attention, kernels, limits
 from deit_jax.models.heads import Heads
 
 # timm's trunc_normal_(std=.02) cuts at an absolute +-2, which is 100 sigma: a plain normal. JAX's
 # truncated_normal(.02) would cut at +-2 sigma and lose 12% of the standard deviation.
 INIT = nn.initializers.normal(0.02)
+Dense = functools.partial(nn.Dense, kernel_init=INIT, dot_general=kernels.dense_product)
 
 
 def _conv_init(fan_in: int) -> Callable:
@@ -38,19 +40,41 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B N D"]:
-        patch = (self.patch_size, self.patch_size)
-        init = _conv_init(self.patch_size**2 * images.shape[-1])
-        x = nn.Conv(
-            self.width,
-            patch,
-            strides=patch,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=init,
-            bias_init=init,
-            name="proj",
-        )(images)
-        return rearrange(x, "b h w d -> b (h w) d")
+        size = self.patch_size
+        x = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=size, q=size)
+        shape = (size, size, images.shape[-1], self.width)
+        return PatchProjection(shape, self.dtype, name="proj")(x)
+
+
+class PatchProjection(nn.Module):
+    """Multiply flattened patches with the kernel [P P C D] of a convolution.
+
+    A convolution with such a kernel and stride is this one product. GPUs tune it for long, and a
+    CPU turns all images for its gradient; on a TPU they differ by a thousandth of a step.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N K"]) -> Float[Array, "B N D"]:
+        init = _conv_init(x.shape[-1])
+        kernel = self.param("kernel", init, self.shape)
+        bias = self.param("bias", init, self.shape[-1:])
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return kernels.product(x, kernel.reshape(x.shape[-1], -1)) + bias
+
+
+class LayerNorm(nn.Module):
+    """Normalise every token, by kernels.layer_norm."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return kernels.layer_norm(x.astype(self.dtype), scale, bias)
 
 
 class QKV(nn.Module):
@@ -73,23 +97,29 @@ class QKV(nn.Module):
         # writes for it, in another layout than the state's.
         parts = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
         return tuple(
-            rearrange(x @ part + offset, "b n (heads d) -> b n heads d", heads=self.num_heads)
+            rearrange(
+                kernels.product(x, part) + offset,
+                "b n (heads d) -> b n heads d",
+                heads=self.num_heads,
+            )
             for part, offset in parts
         )
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention, `kernel` being one of attention.CHOICES."""
 
     num_heads: int
     dtype: DTypeLike
+    kernel: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         width = x.shape[-1]
         q, k, v = QKV(self.num_heads, self.dtype, name="qkv")(x)
-        out = rearrange(kernels.attention(q, k, v), "b n heads d -> b n (heads d)")
-        return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="proj")(out)
+        out = attention.attention(q, k, v, self.kernel)
+        out = rearrange(out, "b n heads d -> b n (heads d)")
+        return Dense(width, dtype=self.dtype, name="proj")(out)
 
 
 def attention_entropy(
@@ -134,10 +164,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], train: bool) -> Float[Array, "B N D"]:
         width = x.shape[-1]
-        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=INIT, name="fc1")(x)
+        x = Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
         x = kernels.gelu(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="fc2")(x)
+        return Dense(width, dtype=self.dtype, name="fc2")(x)
 
 
 def drop_path_scales(
@@ -170,6 +200,7 @@ class Block(nn.Module):
     mlp_ratio: float
     dropout: float
     layer_scale: float | None
+    attention: str
     dtype: DTypeLike
 
     @nn.compact
@@ -177,7 +208,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B N D"], train: bool, scales: Float[Array, "B 2"] | None
     ) -> Float[Array, "B N D"]:
         def norm(name):
-            return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
+            return LayerNorm(self.dtype, name=name)
 
         def residual(x, branch, index):
             branch = nn.Dropout(self.dropout, deterministic=not train)(branch)
@@ -187,7 +218,8 @@ class Block(nn.Module):
                 branch = (branch * scales[:, index - 1, None, None]).astype(branch.dtype)
             return x + branch
 
-        x = residual(x, Attention(self.num_heads, self.dtype, name="attn")(norm("norm1")(x)), 1)
+        attend = Attention(self.num_heads, self.dtype, self.attention, name="attn")
+        x = residual(x, attend(norm("norm1")(x)), 1)
         mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dropout, self.dtype, name="mlp")
         return residual(x, mlp(norm("norm2")(x), train), 2)
 
@@ -198,7 +230,8 @@ class VisionTransformer(nn.Module):
     `distilled` adds the distillation token and its head (`dist_head=False`: the token alone, as in
     Hugging Face's DeiTForImageClassification). `class_position=False` gives the position
     embedding to the patches alone (DeiT III). `drop_path` grows linearly from 0 over the depth
-    (DeiT) or, with `constant_drop_path`, is the same everywhere (DeiT III).
+    (DeiT) or, with `constant_drop_path`, is the same everywhere (DeiT III). `attention` is which
+    kernel computes it, one of attention.CHOICES; no weight depends on it.
     """
 
     num_classes: int
@@ -216,6 +249,7 @@ class VisionTransformer(nn.Module):
     constant_drop_path: bool = False
     dropout: float = 0.0
     remat: bool = False
+    attention: str = "auto"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
@@ -237,6 +271,9 @@ class VisionTransformer(nn.Module):
             )
 
     def _check_fields(self) -> None:
+        if self.attention not in attention.CHOICES:
+            choices = ", ".join(attention.CHOICES)
+            raise ValueError(f"model.attention={self.attention!r:.60}: choose one of {choices}")
         for key, most in (
             ("num_classes", limits.CLASSES),
             ("image_size", limits.SIDE),
@@ -297,20 +334,19 @@ class VisionTransformer(nn.Module):
                 mlp_ratio=self.mlp_ratio,
                 dropout=self.dropout,
                 layer_scale=self.layer_scale,
+                attention=self.attention,
                 dtype=self.dtype,
                 name=f"blocks_{i}",
             )(x, train, None if scales is None else scales[:, 2 * i : 2 * i + 2])
         x = x[:, : self.num_prefix_tokens]  # the norm acts per token: patches are no longer needed
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(self.dtype, name="norm")(x)
         two_heads = self.distilled and self.dist_head
         dist = self._head("head_dist", x[:, 1]) if two_heads else None
         return Heads(self._head("head", x[:, 0]), dist)
 
     def _head(self, name: str, token: Float[Array, "B D"]) -> Float[Array, "B K"]:
         # Logits leave in float32: a bfloat16 cross-entropy loses the tail of the softmax.
-        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=INIT, name=name)(
-            token
-        ).astype(jnp.float32)
+        return Dense(self.num_classes, dtype=self.dtype, name=name)(token).astype(jnp.float32)
 
     def _add_tokens_and_positions(self, x: Float[Array, "B N D"]) -> Float[Array, "B M D"]:
         patches = x.shape[1]
