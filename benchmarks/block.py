@@ -3,8 +3,8 @@
     python -m benchmarks.block [--images=32] [--blocks=2] [--topology=v5e:2x2] [--json=FILE]
 
 Forward, backward and a plain SGD update of some blocks of DeiT-B (bfloat16, 198 tokens, exact GELU)
-on one chip, compiled with deit_jax/models/{attention,kernels}.py and with jax.nn's attention and GELU
-in their place. Needs the extra `plan`; no TPU. A minute or two on one core.
+on one chip, compiled with deit_jax/models/{attention,kernels}.py and with jax.nn's attention and
+GELU in their place. Needs the extra `plan`; no TPU. A minute or two on one core.
 """
 
 import argparse
