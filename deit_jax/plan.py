@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deit_jax import cli, hlo, metrics, micro, optim, sharding
+from deit_jax import cli, hlo, metrics, optim, parts, sharding
 from deit_jax import config as config_lib
 from deit_jax.bench_step import signal_of, without_teacher_weights
 from deit_jax.chips import CHIPS, TPUS
@@ -208,8 +208,8 @@ def plan(config, topology: str, classes: int = 0, images: int = 0) -> dict[str, 
         "notes": notes,
     }
     result |= memory(compiled, arguments, needed, CHIPS[kind])
-    parts = micro.micro_batches(config, mesh)
-    return result | speed(config, compiled, CHIPS[kind], chips, classes, images, parts)
+    count = parts.micro_batches(config, mesh, classes)
+    return result | speed(config, compiled, CHIPS[kind], chips, classes, images, count)
 
 
 def used_bytes(message: str) -> int | None:
@@ -239,10 +239,10 @@ def memory(compiled, arguments, needed: int | None, chip) -> dict[str, Any]:
     }
 
 
-def speed(config, compiled, chip, chips, classes, images, parts) -> dict[str, Any]:
+def speed(config, compiled, chip, chips, classes, images, micro_batches) -> dict[str, Any]:
     """Return operations, communication and estimated times of one step and of the whole run.
 
-    The step is taken in so many `parts`, micro-batches.
+    The step is taken in so many micro-batches.
     """
     keys = ("flops_per_step", "collectives", "collective_counts", "estimated_cycles")
     keys += ("estimated_step_ms", "images_per_second_per_chip", "mfu", "hours", "not_estimated")
@@ -255,7 +255,7 @@ def speed(config, compiled, chip, chips, classes, images, parts) -> dict[str, An
     steps = optim.whole_steps(config.epochs, max(1, images // config.batch_size))
     return result | {
         # XLA counts a loop's body once, and all but the update is in the micro-batches' loop.
-        "flops_per_step": compiled.cost_analysis()["flops"] * parts * chips * chip.devices,
+        "flops_per_step": compiled.cost_analysis()["flops"] * micro_batches * chips * chip.devices,
         "collectives": {kind: cost.bytes[kind] for kind in hlo.COLLECTIVES},
         "collective_counts": {kind: cost.counts[kind] for kind in hlo.COLLECTIVES},
         "estimated_cycles": cost.cycles,

@@ -97,6 +97,11 @@ def device_grid(mesh, devices: list) -> np.ndarray:
     )
 
 
+def platform(mesh) -> str:
+    """Return what a mesh's devices are: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Split the first axis over data and fsdp; devices along tensor share their examples."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

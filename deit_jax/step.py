@@ -17,9 +17,10 @@ from deit_jax.apart import apart
 from deit_jax.erasing import random_erase
 from deit_jax.health import new_health, watch
 from deit_jax.losses import distillation
-from deit_jax.micro import accumulate, in_parts, micro_batches, teacher_parts
+from deit_jax.micro import accumulate, in_parts
 from deit_jax.mixing import mix
 from deit_jax.models.heads import Heads
+from deit_jax.parts import micro_batches, teacher_parts
 from deit_jax.teacher import Teacher
 
 
@@ -73,8 +74,8 @@ class Recipe:
             smoothing=config.loss.smoothing,
             mixing=config.mixing,
             distill=config.distill,
-            micro_batches=micro_batches(config, mesh),
-            teacher_parts=teacher_parts(config, mesh),
+            micro_batches=micro_batches(config, mesh, num_classes),
+            teacher_parts=teacher_parts(config, mesh, num_classes),
             mesh=mesh,
             ema_decay=config.optim.ema_decay,
         )
@@ -228,9 +229,18 @@ def apply_train(model, params, stats, images: Float[Array, "B H W C"], key, scal
     return heads, updated.get("batch_stats", {})
 
 
-def eval_step(variables, batch, *, model, mean, std) -> dict[str, dict[str, Int[Array, ""]]]:
-    """Return for each head how many of the valid examples it has right, in its top 1 and top 5."""
-    heads = model.apply(variables, normalise(batch["image"], mean, std), train=False)
+def eval_step(
+    variables, batch, *, model, mean, std, parts: int = 1
+) -> dict[str, dict[str, Int[Array, ""]]]:
+    """Return for each head how many of the valid examples it has right, in its top 1 and top 5.
+
+    The images go through the model in so many `parts`.
+    """
+
+    def predict(images):
+        return model.apply(variables, normalise(images, mean, std), train=False)
+
+    heads = in_parts(predict, batch["image"], parts)
     return count_heads(heads, batch["label"], batch["valid"])
 
 

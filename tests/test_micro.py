@@ -1,83 +1,13 @@
-"""Micro-batches: how many, the same gradient, and one meeting of the devices."""
+"""Micro-batches: the same gradient, and one meeting of the devices."""
 
 import dataclasses
 import functools
 
 import jax
-import numpy as np
 import pytest
 
-from deit_jax import hlo, micro, sharding, step
+from deit_jax import hlo, sharding, step
 from tests.test_step import B, assert_close, build, make_batch
-
-
-class Device:
-    """A device of some platform, for a mesh that is only asked about."""
-
-    def __init__(self, platform):
-        self.platform = platform
-
-
-def mesh_of(count, platform="tpu", tensor=1):
-    devices = np.array([Device(platform) for _ in range(count)], object)
-    shape = (count // tensor, 1, tensor)
-
-    class Mesh:
-        size = count
-
-    Mesh.devices = devices.reshape(shape)
-    Mesh.shape = dict(zip(sharding.AXES, shape, strict=True))
-    return Mesh
-
-
-def config_of(name, batch, **fields):
-    from configs import deit
-
-    c = deit.get_config("variant=base,distilled=True")
-    c.model.name, c.batch_size = name, batch
-    for key, value in fields.items():
-        c.update_from_flattened_dict({key.replace("__", "."): value})
-    return c
-
-
-@pytest.mark.parametrize(
-    ("name", "batch", "mesh", "fields", "parts"),
-    [
-        # By hand: 12 heads x 198 x 256 x 2 bytes = 1.22 MB an image, 32 of them in 40 MB.
-        ("deit_base_distilled_patch16_224", 2048, mesh_of(16), {}, 4),
-        ("deit_base_distilled_patch16_224", 512, mesh_of(16), {}, 1),
-        ("deit_base_distilled_patch16_224", 2048, mesh_of(16, "gpu"), {}, 1),
-        ("deit_base_distilled_patch16_224", 2048, mesh_of(16, tensor=4), {}, 4),
-        ("deit_small_distilled_patch16_224", 2048, mesh_of(16), {}, 2),
-        ("deit_tiny_distilled_patch16_224", 2048, mesh_of(16), {}, 1),
-        ("deit_base_distilled_patch16_224", 2048, mesh_of(16), {"train__micro_batch": 0}, 1),
-        ("deit_base_distilled_patch16_224", 2048, mesh_of(16), {"train__micro_batch": 50}, 4),
-        ("deit_base_distilled_patch16_224", 2048, mesh_of(16), {"optim__accum_steps": 2}, 2),
-        ("deit_base_distilled_patch16_224", 2048, mesh_of(16), {"model__dropout": 0.1}, 1),
-        ("regnety_160", 2048, mesh_of(16), {}, 1),
-        ("regnety_160", 2048, mesh_of(16), {"train__micro_batch": 32}, 1),
-        ("deit_base_distilled_patch16_224", 74 * 16, mesh_of(16), {}, 1),  # or 74 parts of one
-        ("deit_base_distilled_patch16_224", 74 * 16, mesh_of(16), {"train__micro_batch": 40}, 2),
-    ],
-)
-def test_the_number_of_parts(name, batch, mesh, fields, parts):
-    assert micro.micro_batches(config_of(name, batch, **fields), mesh) == parts
-
-
-@pytest.mark.parametrize(
-    ("batch", "fields", "parts"),
-    [
-        (2048, {}, 1),  # 128 images at once, the student in four parts
-        (4096, {}, 2),
-        (512, {}, 1),
-        (4096, {"train__micro_batch": 32}, 8),
-        (4096, {"optim__accum_steps": 4}, 4),
-        (2048, {"teacher__image_size": 300}, 2),  # 71 images have as many pixels
-    ],
-)
-def test_the_teacher_takes_more_at_a_time_unless_parts_were_asked_for(batch, fields, parts):
-    config = config_of("deit_base_distilled_patch16_224", batch, **fields)
-    assert micro.teacher_parts(config, mesh_of(16)) == parts
 
 
 def step_over(config, parts):
