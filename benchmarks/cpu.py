@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import gpu_torch
 from benchmarks.gpu_torch import timm, torch
 from configs import quickstart
-from deit_jax import large_pages
+from deit_jax import large_pages, platforms
 from deit_jax.bench_step import random_batch
 from deit_jax.data.sources import open_dataset
 from deit_jax.train import Trainer
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write the figures to this file")
     out = parser.parse_args().out
+    platforms.choose()
     large_pages.restart_with()
     torch.set_num_threads(torch.multiprocessing.cpu_count())
     config = quickstart.get_config()

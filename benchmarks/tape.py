@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from configs import quickstart  # noqa: E402
-from deit_jax import large_pages  # noqa: E402
+from deit_jax import large_pages, platforms  # noqa: E402
 from deit_jax.bench_step import random_batch  # noqa: E402
 from deit_jax.data.sources import open_dataset  # noqa: E402
 from deit_jax.run_tape import NoTape, Recorder  # noqa: E402
@@ -132,6 +132,7 @@ def recording(kind: str) -> dict:
 
 
 if __name__ == "__main__":
+    platforms.choose()
     large_pages.restart_with()
     for case in (("hard", 4, 1), ("hard", 4, 3), ("soft", 1, 1)):
         with tempfile.TemporaryDirectory() as folder:

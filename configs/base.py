@@ -23,6 +23,9 @@ def get_model_config(name: str) -> ConfigDict:
     m.depth = placeholder(int)
     m.num_heads = placeholder(int)
     m.layer_scale = placeholder(float)
+    # Which kernel computes attention; changes no weight. auto: cuDNN's flash attention on NVIDIA
+    # GPUs that take it, cudnn: that or an error, xla: two products. None = auto.
+    m.attention = placeholder(str)
     m.dist_head = placeholder(bool)  # False: a distillation token without a head of its own
     # RegNetY:
     m.widths = placeholder(tuple)  # per stage
@@ -139,9 +142,12 @@ def get_config() -> ConfigDict:
     c.train.keep_checkpoints = 2  # the latest ones; the best one is kept besides
     c.train.eval_batch_size = 1024
     # A device takes at most so many examples at a time, with the same gradient but for rounding:
-    # 0 = all of its share, None = what is fastest (parts of a transformer's large batch on TPUs).
+    # 0 = all of its share, None = what is fastest on TPUs and what fits into a GPU's memory.
     # Batch norm and dropout would make another gradient of parts: accum_steps alone parts those.
     c.train.micro_batch = placeholder(int)
+    # On a GPU, only kernels that give the same bits for the same operands: slower. Without effect
+    # elsewhere, where all are so. See docs/reliability.md for what holds then.
+    c.train.deterministic = False
     # A step whose loss or gradient is not finite changes no weight. After more than so many in a
     # row: stop, or rollback = go back to the last good checkpoint and on with other random data.
     c.train.max_bad_steps = 5

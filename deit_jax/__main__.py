@@ -4,7 +4,7 @@ import importlib
 import logging
 import sys
 
-from deit_jax import large_pages
+from deit_jax import large_pages, platforms
 
 COMMANDS = {
     "train": "train a model, or continue the run in --workdir",
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
         print(f"deit: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
+    if program and (warning := platforms.choose()) and name in COMPUTING:
+        print(warning, file=sys.stderr)
     # Another program that calls this function could not be started again from here.
     if program and name in COMPUTING and "--input-only" not in rest:
         large_pages.restart_with()

@@ -7,13 +7,14 @@ from pathlib import Path
 from deit_jax import bench_input, bench_step, cli
 from deit_jax import config as config_lib
 
-BENCH_DOC = """usage: deit bench --config=FILE[:ARGS] [--profile=DIR] [--seconds=10]
+BENCH_DOC = """usage: deit bench --config=FILE[:ARGS] [--profile=DIR] [--compare] [--seconds=10]
        deit bench --config=FILE[:ARGS] --input-only [--device=v5e-8] [--seconds=10]
 
 Measure the training step on the devices at hand, fed with random images, and then, where the
 config's data is there, how long it waits for its real input. --profile writes a trace of a few
-steps. With --input-only, measure instead how fast the config's images can be loaded, where the time
-goes, and how that compares with what the config's model needs on a device.
+steps; --compare times the step with each kernel of attention. With --input-only, measure instead
+how fast the config's images can be loaded, where the time goes, and how that compares with what the
+config's model needs on a device.
 
   deit bench --config=configs/quickstart.py --profile=/tmp/trace
   deit bench --config=configs/deit.py:variant=small --input-only --device=h100x8"""
@@ -31,18 +32,21 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("profile", "", "write a trace of a few steps into this directory", **own)
     flags.DEFINE_string("device", "v5e-8", "KIND-NUMBER to feed, with --input-only", **own)
     flags.DEFINE_float("mfu", 0.0, "its assumed share of the peak; 0 = by the model", 0, 1, **own)
+    flags.DEFINE_boolean("compare", False, "time the step with each kernel of attention", **own)
     flags.DEFINE_boolean("json", False, "print one JSON object", **own)
     cli.no_words(command.parse(argv, required=("config",)))
     config, values = command.config, command.flags
-    if values.input_only and values.profile:
-        raise cli.UsageError("--profile is of the training step: leave out --input-only")
+    if values.input_only and (values.profile or values.compare):
+        flag = "--profile" if values.profile else "--compare"
+        raise cli.UsageError(f"{flag} is of the training step: leave out --input-only")
     if values.input_only:
         config_lib.validate(bench_step.without_teacher_weights(config), num_devices=1)
         result = bench_input.measure(config, values.seconds, values.device, values.mfu)
         report = bench_input.report
     else:
         profile = Path(values.profile) if values.profile else None
-        result, report = bench_step.measure(config, values.seconds, profile), bench_step.report
+        result = bench_step.measure(config, values.seconds, profile, values.compare)
+        report = bench_step.report
     if values.json:
         json.dump(result, sys.stdout)
         print()

@@ -24,7 +24,7 @@ STAGES = ("read", "decode", "crop", "augment", "wait")
 
 def parse_device(text: str) -> tuple[str, int]:
     """Return the kind and number of devices that `v5e-8` or `h100x8` means; raise UserError."""
-    match = re.fullmatch(r"([a-z]+\d+[a-z]?)(?:[-x](\d+))?", text.lower())
+    match = re.fullmatch(r"([a-z]+\d+[a-z]*?)(?:[-x](\d+))?", text.lower())
     kind, count = (match[1], int(match[2] or 1)) if match else ("", 0)
     if kind not in CHIPS or count < 1:
         raise UserError(f"--device={text}: give one of {', '.join(CHIPS)}, as in v5e-8")

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from deit_jax import config as config_lib
-from deit_jax import hlo, sharding
+from deit_jax import devices, hlo, parts, sharding
 from deit_jax.chips import CHIPS, device_of
 from deit_jax.data import pipeline
 from deit_jax.data.sources import ArraySource, Dataset, open_dataset
 from deit_jax.errors import UserError
 from deit_jax.flops import flops_per_image
+from deit_jax.models import cudnn
 from deit_jax.teacher import random_teacher
 from deit_jax.train import Trainer
 
@@ -84,14 +85,17 @@ class Steps:
         return values
 
 
-def measure(config, seconds: float, profile: Path | None = None) -> dict[str, Any]:
+def measure(
+    config, seconds: float, profile: Path | None = None, compare: bool = False
+) -> dict[str, Any]:
     """Compile and time the training step; return its time, rate, memory and wait for input.
 
     The batch is on the devices already; half of the time goes to steps that the config's own data
     feeds, if it is there: `input_wait` is their share of waiting, None without data. `mfu` is None
     where the device's peak is not known; `peak_bytes` is of the fullest device, or what the
-    compiler says where the backend does not tell. `profile` is where a trace is written, if
-    anywhere; raise UserError if it cannot be.
+    compiler says where the backend does not tell. `attention` is the kernel that computes it, and
+    with `compare` `attention_ms` the step's time with each, or why one cannot be had. `profile` is
+    where a trace is written, if anywhere; raise UserError if it cannot be.
     """
     config_lib.validate(without_teacher_weights(config), jax.device_count())
     dataset, missing = data_or_random(config)
@@ -101,6 +105,7 @@ def measure(config, seconds: float, profile: Path | None = None) -> dict[str, An
     replay = config.teacher.tape == "replay"
     teacher = None if replay else random_teacher(config, len(dataset.classes))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(parts.explained(config, sharding.make_mesh(config.mesh)))
         workdir = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = Trainer(config, Path(workdir), dataset, teacher)
         stack.enter_context(contextlib.closing(trainer.checkpointer))
@@ -109,13 +114,53 @@ def measure(config, seconds: float, profile: Path | None = None) -> dict[str, An
         times = step_times(steps, batch, seconds if missing else seconds / 2)
         result = figures(config, len(dataset.classes), times)
         result |= {"compile_s": steps.compile_s, **peak_memory(steps.compiled)}
+        result |= attention_of(trainer)
         result["input_wait"] = None
         if not missing:
             feed = len(dataset.classes), trainer.batches(), trainer.mesh
             result["input_wait"], missing = input_wait(config, *feed, steps, seconds / 2)
         result["input_wait_unknown"] = missing or None
         result["profile"] = folder and write_profile(steps, batch, folder)
+    if compare:
+        result["attention_ms"] = compare_attention(config, dataset, teacher, seconds / 2)
     return result
+
+
+def attention_of(trainer: Trainer) -> dict[str, Any]:
+    """Return {"attention": "cudnn" | "xla" | None, "attention_reason": why it is not cuDNN's}."""
+    model, config = trainer.model, trainer.config
+    if not hasattr(model, "attention_shape"):
+        return {"attention": None, "attention_reason": None}
+    if model.attention == "xla":
+        return {"attention": "xla", "attention_reason": "model.attention=xla"}
+    count = parts.micro_batches(config, trainer.mesh, len(trainer.dataset.classes))
+    shape = model.attention_shape(config.batch_size // count)
+    reason = cudnn.refusal(shape, model.dtype)
+    told = reason if sharding.platform(trainer.mesh) == "gpu" else None
+    return {"attention": "xla" if reason else "cudnn", "attention_reason": told or None}
+
+
+def compare_attention(
+    config, dataset: Dataset, teacher, seconds: float
+) -> dict[str, float | str | None]:
+    """Return the step's milliseconds by kernel of attention, in words why there is none."""
+    found = {}
+    for choice in ("cudnn", "xla"):
+        own = config.copy_and_resolve_references()
+        own.model.attention = choice
+        try:
+            config_lib.validate(without_teacher_weights(own), jax.device_count())
+        except UserError as error:
+            found[choice] = str(error).partition(": ")[2]
+            continue
+        with contextlib.ExitStack() as stack:
+            workdir = stack.enter_context(tempfile.TemporaryDirectory())
+            trainer = Trainer(own, Path(workdir), dataset, teacher)
+            stack.enter_context(contextlib.closing(trainer.checkpointer))
+            batch = random_batch(own, len(dataset.classes), trainer.mesh)
+            times = step_times(Steps(trainer, batch), batch, seconds)
+            found[choice] = float(np.median(times)) * 1e3
+    return found
 
 
 def step_times(step, batch, seconds: float) -> list[float]:
@@ -188,10 +233,10 @@ def figures(config, num_classes: int, times: list[float]) -> dict[str, Any]:
 
 def peak_memory(compiled) -> dict[str, Any]:
     """Return the bytes of the fullest device, and whether the device or the compiler says so."""
-    used = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
-    if peak := max((u for u in used if u), default=None):
+    if peak := devices.peak_bytes(jax.local_devices()):
         return {"peak_bytes": peak, "peak_bytes_by": "device"}
-    return {"peak_bytes": hlo.peak_bytes(compiled), "peak_bytes_by": "compiler"}
+    expected = hlo.peak_bytes(compiled)
+    return {"peak_bytes": expected, "peak_bytes_by": expected and "compiler"}
 
 
 def _writable(folder: Path) -> Path:
@@ -218,19 +263,27 @@ def write_profile(step, batch, folder: Path) -> str:
 def report(result: dict[str, Any]) -> str:
     """Return what `measure` found, in lines."""
     mfu, wait = result["mfu"], result["input_wait"]
-    by = "" if result["peak_bytes_by"] == "device" else ", by the compiler"
+    by = ", by the compiler" if result["peak_bytes_by"] == "compiler" else ""
+    peak = result["peak_bytes"]
+    memory = "not known" if peak is None else f"{peak / 1e9:.2f} GB a device{by}"
     lines = [
         f"step: {result['step_ms']:.1f} ms ({result['step_ms_p10']:.1f} to "
         f"{result['step_ms_p90']:.1f}), {result['images_per_second']:.0f} images/s (batch "
         f"{result['batch_size']} on {result['devices']} x {result['device']}, median and 10th to "
         f"90th percentile of {result['steps']} steps)",
         f"compiling: {result['compile_s']:.1f} s; "
-        f"peak memory: {result['peak_bytes'] / 1e9:.2f} GB a device{by}; "
+        f"peak memory: {memory}; "
         f"share of the peak: {'not known' if mfu is None else f'{mfu:.1%}'}",
         f"waiting for input: not measured, {result['input_wait_unknown']}"
         if wait is None
         else f"waiting for input: {wait:.1%} of the time",
     ]
+    if result["attention"]:
+        reason = result["attention_reason"]
+        lines.append(f"attention: {result['attention']}{f' ({reason})' if reason else ''}")
+    for kernel, time_ms in result.get("attention_ms", {}).items():
+        text = time_ms if isinstance(time_ms, str) else f"{time_ms:.1f} ms a step"
+        lines.append(f"  with {kernel}: {text}")
     if folder := result["profile"]:
         lines += [
             f"trace of {PROFILED_STEPS} steps: {folder}",

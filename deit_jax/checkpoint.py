@@ -287,7 +287,10 @@ def load_run(workdir: str | Path, dtype: str = "float32") -> Run:
         raise UserError(f"{workdir / 'classes.json'}: not a list of names; restore it from a copy")
     state = _restore_on_host(workdir / "checkpoints")
     variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
-    model = config_lib.build_model(config.model, len(classes), dtype)
+    here = config.model.copy_and_resolve_references()
+    if "attention" in here:  # the kernel of the training's devices, which may not be at hand
+        del here["attention"]
+    model = config_lib.build_model(here, len(classes), dtype)
     return Run(config, classes, model, variables, state["ema"], int(state["step"]))
 
 

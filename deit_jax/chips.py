@@ -27,11 +27,19 @@ CHIPS = {
     "tpu7x": Chip(2307.0, int(2 * 94.74 * GIB), 2.2, devices=2),
     "a100": Chip(312.0),
     "h100": Chip(989.0),
+    "h100nvl": Chip(835.0),
+    "h100pcie": Chip(756.0),
     "h200": Chip(989.0),
+    "gh200": Chip(989.0),
     "b200": Chip(2250.0),
+    "l4": Chip(121.0),
+    "l40s": Chip(362.0),
+    "a10": Chip(125.0),
+    "rtx3090": Chip(71.0),  # of GeForce cards, with sums in float32
+    "rtx4090": Chip(165.0),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.hbm_bytes)
-# What JAX calls them.
+# What JAX calls them, the first that fits.
 KINDS = {
     r"TPU v4": "v4",
     r"TPU v5 ?(lite|e)": "v5e",
@@ -39,9 +47,17 @@ KINDS = {
     r"TPU v6 ?(lite|e)": "v6e",
     r"TPU ?7x": "tpu7x",
     r"A100": "a100",
+    r"H100 NVL": "h100nvl",
+    r"H100 PCIe": "h100pcie",
     r"H100": "h100",
+    r"GH200": "gh200",
     r"H200": "h200",
-    r"B200": "b200",
+    r"\bB200": "b200",
+    r"L40S": "l40s",
+    r"L4$": "l4",
+    r"A10$": "a10",
+    r"RTX 3090$": "rtx3090",
+    r"RTX 4090$": "rtx4090",
 }
 
 

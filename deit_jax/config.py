@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from deit_jax import sharding
 from deit_jax.data.augment import make_augment
 from deit_jax.errors import UserError
-from deit_jax.models import registry
+from deit_jax.models import cudnn, registry
 from deit_jax.ranges import OPTIONAL, RANGES
 
 # Fields that may differ between a run and its continuation: they change no number it computes.
-# So do those of the mesh, but for rounding.
+# So do those of the mesh, and which kernels compute, but for rounding.
 HARMLESS = (
     "data.dir",
     "data.prefetch_batches",
@@ -26,8 +26,11 @@ HARMLESS = (
     "mesh.fsdp",
     "mesh.slices",
     "mesh.tensor",
+    "model.attention",
+    "teacher.model.attention",
     "teacher.tape_path",
     "teacher.tape_top_k",
+    "train.deterministic",
     "train.eval_batch_size",
     "train.eval_every_epochs",
     "train.keep_checkpoints",
@@ -79,6 +82,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         check(unset or allowed.holds(flat[key]), key, str(allowed))
     _check_images(config, check)
     _check_batches(config, num_devices, check)
+    _check_devices(config, check)
     check(
         config.loss.kind == "softmax" or config.loss.smoothing == 0,
         "loss.smoothing",
@@ -169,10 +173,33 @@ def _check_batches(config: ConfigDict, num_devices: int, check) -> None:
         )
 
 
+def _check_devices(config: ConfigDict, check) -> None:
+    if without_bfloat16():
+        check(
+            config.dtype != "bfloat16",
+            "dtype",
+            f"this GPU (compute capability {cudnn.compute_capability()}) has no bfloat16 units; "
+            "take float32",
+        )
+    teacher = [] if config.distill.kind == "none" else [(config.teacher.model, "teacher.")]
+    for model_config, of in ((config.model, ""), *teacher):
+        if model_config.attention == "cudnn":
+            model = build_model(model_config, 2, config.dtype, of)
+            reason = cudnn.refusal(model.attention_shape(batch=1), model.dtype)
+            check(not reason, f"{of}model.attention", f"{reason}; take auto or xla")
+
+
+def without_bfloat16() -> bool:
+    """Return whether this machine's GPU is older than bfloat16 units: before Ampere."""
+    capability = cudnn.compute_capability()
+    return capability is not None and capability < cudnn.AMPERE
+
+
 def compute_dtype(name: str) -> jnp.dtype:
     """Return the dtype that a config's `dtype` means on this machine."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        slow = jax.default_backend() == "cpu" or without_bfloat16()
+        name = "float32" if slow else "bfloat16"
     return jnp.dtype(name)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from deit_jax import cli, run_files, sharding, step
+from deit_jax import cli, memory, micro, parts, run_files, sharding, step
 from deit_jax import config as config_lib
 from deit_jax import teacher as teacher_lib
 from deit_jax import weights as weights_lib
@@ -32,7 +32,10 @@ NAMES = {"teacher": "teacher", "cls": "class head", "dist": "distillation head",
 
 
 class Evaluator:
-    """Evaluate variables of one model, or a teacher, on a fixed set of examples."""
+    """Evaluate variables of one model, or a teacher, on a fixed set of examples.
+
+    `held` is what a device of the mesh holds meanwhile, in bytes.
+    """
 
     def __init__(self, config, source, image_size: int, mesh, stopping=lambda: False):
         self._batch_size = config.train.eval_batch_size
@@ -42,18 +45,23 @@ class Evaluator:
         )
         self.image_size = image_size
         self._data, self._mesh, self._examples = config.data, mesh, len(source)
-        self._stopping, self._few = stopping, None
+        self._stopping, self._few, self.held = stopping, None, 0
+        self._share = self._batch_size // (mesh.size // mesh.shape["tensor"])
 
     @functools.cached_property
     def _count(self):
         return jax.jit(
             functools.partial(step.eval_step, mean=self._data.mean, std=self._data.std),
-            static_argnames="model",
+            static_argnames=("model", "parts"),
         )
 
     def model(self, model, variables) -> dict[str, Any]:
         """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in percent of the examples."""
-        return self._evaluate(functools.partial(self._count, variables, model=model))
+        count = self._parts(model, self.image_size)
+        return self._evaluate(functools.partial(self._count, variables, model=model, parts=count))
+
+    def _parts(self, model, size: int) -> int:
+        return parts.forward_parts(model, size, self._share, self._mesh, self.held)
 
     @functools.cached_property
     def _entropy(self):
@@ -78,14 +86,25 @@ class Evaluator:
     def teacher(self, teacher, params) -> dict[str, float]:
         """Return the teacher's {"top1", "top5"} on images as a student's step hands them over."""
 
+        count_of_parts = self._parts(teacher.model, teacher.image_size or self.image_size)
+
         @jax.jit
         def count(params, batch):
-            logits = teacher.logits(params, self._normalise(batch["image"]))
+            def predict(images):
+                return teacher.logits(params, self._normalise(images))
+
+            logits = micro.in_parts(predict, batch["image"], count_of_parts)
             return {"teacher": step.count_correct(logits, batch["label"], batch["valid"])}
 
         return self._evaluate(functools.partial(count, params))["teacher"]
 
     def _evaluate(self, count) -> dict[str, Any]:
+        smaller = max(1, self._batch_size // 2)
+        remedy = f"try --config.train.eval_batch_size={smaller}"
+        with memory.explained("evaluation", remedy):
+            return self._count_all(count)
+
+    def _count_all(self, count) -> dict[str, Any]:
         totals = None
         loader = pipeline.load(
             self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
@@ -140,7 +159,9 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
         return jax.device_put(tree, sharding.state_shardings(mesh, tree, model))
 
     results = {"examples": len(dataset.eval)}
-    results |= evaluator.model(opened.model, place(opened.variables, opened.model))
+    variables = place(opened.variables, opened.model)
+    evaluator.held = memory.tree_bytes(variables)
+    results |= evaluator.model(opened.model, variables)
     if opened.run is None:
         return results
     if opened.run.ema is not None:

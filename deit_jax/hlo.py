@@ -91,9 +91,14 @@ def cost(text: str) -> Cost:
     return total
 
 
-def peak_bytes(compiled) -> int:
-    """Return the bytes that one execution takes on a device, its arguments and results included."""
+def peak_bytes(compiled) -> int | None:
+    """Return the bytes that one execution takes on a device, its arguments and results included.
+
+    None where the backend does not say.
+    """
     found = compiled.memory_analysis()
+    if found is None:
+        return None
     # The new state takes the place of the old: only what has no place among the arguments adds.
     added = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + added

@@ -86,6 +86,12 @@ def expected_bytes(config, mesh, num_classes: int) -> int:
     return _held(config, mesh, num_classes) + sums + student
 
 
+def explained(config, mesh):
+    """Turn a training's "out of memory" into one line with the fields to change, in a context."""
+    images = share_of(config, mesh) // micro_batches(config, mesh)
+    return memory.explained("training", memory.advice(config, images))
+
+
 def fast_images(model, tensor: int) -> int:
     """Return of how many images a layer's attention weights fit into FAST_BYTES."""
     tokens = model.grid_size**2 + model.num_prefix_tokens

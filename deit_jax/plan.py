@@ -22,13 +22,13 @@ from deit_jax import cli, hlo, metrics, optim, parts, sharding
 from deit_jax import config as config_lib
 from deit_jax.bench_step import signal_of, without_teacher_weights
 from deit_jax.chips import CHIPS, TPUS
+from deit_jax.compiled_step import jit_train_step
 from deit_jax.data.sources import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.flops import flops_per_image
 from deit_jax.plan_report import advice, report, sweep_report
 from deit_jax.step import Recipe, init_state
 from deit_jax.teacher import Teacher
-from deit_jax.train import jit_train_step
 
 log = logging.getLogger("deit_jax")
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from deit_jax import cli, compile_cache, distributed, interrupt, run_tape, sharding, train
 from deit_jax import workdir as workdir_lib
+from deit_jax.compiled_step import compiler_options
 from deit_jax.data import pipeline
 from deit_jax.errors import Interrupted, UserError
 from deit_jax.inspect_data import train_batches
@@ -143,6 +144,7 @@ class Labeller:
         self._label = jax.jit(
             lambda *args: label(*args, teacher=network, recipe=recipe, layout=self.layout),
             out_shardings=sharding.replicated(self.mesh),
+            compiler_options=compiler_options(self.mesh, config.train.deterministic),
         )
 
     def answers(self, first: int, stop: int):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from deit_jax import config as config_lib
+from deit_jax import parts, sharding
 from deit_jax import weights as weights_lib
 from deit_jax.errors import UserError
 from deit_jax.models import vit
@@ -80,6 +81,7 @@ def check_teacher(config: ConfigDict, num_devices: int) -> None:
         return
     own = teacher_config(config)
     config_lib.validate(own, num_devices)
+    parts.micro_batches(own, sharding.make_mesh(own.mesh))  # raises if no image fits
     model = config_lib.build_model(own.model, 2, of="teacher.")
     size, given = own.model.image_size, config.teacher.model.image_size
     for key, value, fixed in (
@@ -105,8 +107,12 @@ def random_teacher(config, num_classes: int) -> tuple[Teacher, Any] | None:
     model = config_lib.build_model(config.teacher.model, num_classes, config.dtype)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
     model, params = weights_lib.folded(model, variables)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return Teacher(model, data.mean, data.std, data.mean, data.std, size), params
+    return Teacher(model, data.mean, data.std, data.mean, data.std, size), _cast(params, dtype)
+
+
+def _cast(params, dtype):
+    """Return parameters of another dtype, made by one program instead of one for each shape."""
+    return jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))(params)
 
 
 def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any]:
@@ -133,7 +139,7 @@ def load_teacher(config, weights: str, classes: list[str]) -> tuple[Teacher, Any
             f"not {size}; resize them for it with --config.teacher.image_size={opened.image_size}"
         )
     model, params = weights_lib.folded(opened.model, opened.variables)
-    dtype = config_lib.compute_dtype(config.dtype)
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    data = config.data
+    if hasattr(model, "attention") and config.teacher.model.attention:
+        model = model.clone(attention=config.teacher.model.attention)
+    params, data = _cast(params, config_lib.compute_dtype(config.dtype)), config.data
     return Teacher(model, opened.mean, opened.std, data.mean, data.std, size), params

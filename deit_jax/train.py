@@ -14,28 +14,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deit_jax import config as config_lib
-from deit_jax import distributed, divergence, evaluate, metrics, optim, sharding
+from deit_jax import distributed, divergence, evaluate, memory, metrics, optim, parts, sharding
 from deit_jax import workdir as workdir_lib
 from deit_jax.checkpoint import Checkpointer
+from deit_jax.compiled_step import jit_train_step
 from deit_jax.data import pipeline
 from deit_jax.data.sources import Dataset, open_dataset
 from deit_jax.errors import Interrupted, UserError
 from deit_jax.interrupt import StopRequest
 from deit_jax.run_tape import NoTape, open_tape
-from deit_jax.step import Recipe, init_state, train_step
+from deit_jax.step import Recipe, init_state
 from deit_jax.summary import summary
 from deit_jax.teacher import check_teacher, load_teacher, teacher_config, weights_path
 
 log = logging.getLogger("deit_jax")
-
-
-def jit_train_step(model, teacher, tx, recipe: Recipe, mesh, state_shardings, tape=None):
-    """Return the step as a run compiles it, which `deit plan` does too, for other devices."""
-    step = functools.partial(train_step, model=model, teacher=teacher, tx=tx)
-    step = (tape or NoTape()).compiled_with(step, recipe)
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))
-    )
 
 
 class Trainer:
@@ -132,9 +124,11 @@ class Trainer:
         self.teacher, params = needed or (None, None)
         places = sharding.state_shardings(self.mesh, params, getattr(self.teacher, "model", None))
         self.teacher_params = jax.device_put(params, places)
+        self.evaluator.held = memory.tree_bytes((self.state, self.teacher_params))
         recipe = Recipe.from_config(self.config, len(self.dataset.classes), self.mesh)
         parts = (self.model, self.teacher, self.tx, recipe, self.mesh, self.state_shardings)
-        self._step = jit_train_step(*parts, tape=self.tape)
+        deterministic = self.config.train.deterministic
+        self._step = jit_train_step(*parts, tape=self.tape, deterministic=deterministic)
 
     def go_back(self, step: int) -> int:
         """Take the newest state that is not after `step`; return its own step."""
@@ -152,7 +146,7 @@ class Trainer:
         if rolls_back and self.checkpointer.latest_step is None:
             self.checkpointer.save(0, self.state, None)  # that there is something to go back to
         try:
-            with distributed.ending_all():
+            with distributed.ending_all(), parts.explained(self.config, self.mesh):
                 while not self._run_once():
                     pass
             self.checkpointer.must_hold(self.total_steps)
@@ -342,7 +336,8 @@ def train(
             train(teacher_config(config), weights, stop, allowed)
             teacher = load_teacher(config, weights, dataset.classes)
         tape = tape or open_tape(config, workdir, dataset, teacher)
-        trainer = Trainer(config, workdir, dataset, teacher, start, stop, tape=tape)
+        with parts.explained(config, sharding.make_mesh(config.mesh)):
+            trainer = Trainer(config, workdir, dataset, teacher, start, stop, tape=tape)
         if results := workdir_lib.finished(workdir, trainer.total_steps):
             log.info("%s: already finished", workdir)
             return results
@@ -352,7 +347,7 @@ def train(
 def prepared(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Dataset]:
     """Check a config and open its data."""
     config_lib.validate(config, jax.device_count())
-    sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     config_lib.build_model(config.model, num_classes=2)  # a mistake in it should stop us here
     check_teacher(config, jax.device_count())
     config = config.copy_and_resolve_references()
@@ -361,6 +356,7 @@ def prepared(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Dataset]:
     if len(dataset.classes) < 2:
         raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
     optim.check_length(config, len(dataset.train))
+    parts.micro_batches(config, mesh, len(dataset.classes))  # raises if none fits
     return config, dataset
 
 

@@ -5,6 +5,7 @@ A source is a file (.pth, .safetensors), a Hugging Face or timm folder, the work
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,11 @@ def load(
 
 
 def folded(model, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a model and its params for inference: no batch norm is left."""
-    params = variables["params"]
-    if variables.get("batch_stats"):
-        params = fold_batch_norm(variables, model.bn_epsilon)
-        model = model.clone(folded=True)
-    return model, jax.tree.map(jnp.asarray, params)
+    """Return a model and its params for inference: no batch norm is left. By one program."""
+    if not variables.get("batch_stats"):
+        return model, jax.tree.map(jnp.asarray, variables["params"])
+    fold = jax.jit(functools.partial(fold_batch_norm, epsilon=model.bn_epsilon))
+    return model.clone(folded=True), fold(variables)
 
 
 def open_model(
@@ -141,8 +141,9 @@ def load_variables(
 def architecture(model, name: str) -> dict[str, Any]:
     """Return the fields that the model of a name must be given to have this model's shapes."""
     plain = registry.create_model(name, model.num_classes)
-    ignored = ("num_classes", "dtype", "drop_path", "constant_drop_path", "dropout", "remat")
-    names = {f.name for f in dataclasses.fields(model)} - {*ignored, "folded", "parent", "name"}
+    ignored = {"num_classes", "dtype", "drop_path", "constant_drop_path", "dropout", "remat"}
+    ignored |= {"attention", "folded", "parent", "name"}
+    names = {f.name for f in dataclasses.fields(model)} - ignored
     return {k: getattr(model, k) for k in names if getattr(model, k) != getattr(plain, k)}
 
 

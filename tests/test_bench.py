@@ -30,7 +30,13 @@ def test_what_a_device_needs_is_its_peak_times_the_assumed_share():
     assert bench_input.need(1e9, "H100x8", 0.5)["images_per_second"] == pytest.approx(
         0.5 * 8 * 989e3
     )
-    assert bench_input.parse_device("h200") == ("h200", 1)
+    for text, expected in (
+        ("h200", ("h200", 1)),
+        ("tpu7x-4", ("tpu7x", 4)),
+        ("tpu7x", ("tpu7x", 1)),
+        ("h100pciex2", ("h100pcie", 2)),
+    ):
+        assert bench_input.parse_device(text) == expected
     for text in ("", "v5e-0", "tpu", "h1000x8", "v5e 8"):
         with pytest.raises(UserError, match="as in v5e-8"):
             bench_input.parse_device(text)
@@ -188,6 +194,15 @@ def test_images_that_cannot_be_loaded_leave_the_wait_unknown(monkeypatch, tiny_c
         ("TPU7x", "tpu7x"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA H100 PCIe", "h100pcie"),
+        ("NVIDIA H100 NVL", "h100nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A10G", None),  # not an A10
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("cpu", None),
     ],
 )

@@ -26,7 +26,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs import base, deit, teacher  # noqa: E402
-from deit_jax import compile_cache, large_pages, train  # noqa: E402
+from deit_jax import compile_cache, large_pages, platforms, train  # noqa: E402
 from deit_jax.data import idx_source  # noqa: E402
 from deit_jax.errors import UserError  # noqa: E402
 
@@ -177,6 +177,7 @@ class Study:
 
     def __init__(self, table: str, expectation: str, description: str):
         options = _options(description)
+        platforms.choose()
         large_pages.restart_with()
         self.table, self.name = table, options.scale
         self.scale = SCALES[options.scale]

@@ -299,6 +299,11 @@ class VisionTransformer(nn.Module):
         """Learned tokens in front of the patches: class, then distillation."""
         return 1 + self.distilled
 
+    def attention_shape(self, batch: int) -> tuple[int, int, int, int]:
+        """Return the shape [B N heads d] of the queries for so many images."""
+        tokens = self.grid_size**2 + self.num_prefix_tokens
+        return batch, tokens, self.num_heads, self.width // self.num_heads
+
     def drop_path_rates(self) -> list[float]:
         """Return the stochastic-depth rate of every block."""
         if self.constant_drop_path or self.depth == 1:

@@ -1,0 +1,29 @@
+"""The training step as a run, a plan and a benchmark compile it."""
+
+import functools
+
+import jax
+
+from deit_jax import sharding
+from deit_jax.step import Recipe, train_step
+
+
+def compiler_options(mesh, deterministic: bool) -> dict[str, bool]:
+    """Return what the compiler is told besides the program: `train.deterministic`, on a GPU."""
+    # Not xla_gpu_deterministic_ops, which would also choose kernels without timing them.
+    on = deterministic and sharding.platform(mesh) == "gpu"
+    return {"xla_gpu_exclude_nondeterministic_ops": True} if on else {}
+
+
+def jit_train_step(
+    model, teacher, tx, recipe: Recipe, mesh, state_shardings, tape=None, deterministic=False
+):
+    """Return the step as a run compiles it, which `deit plan` does too, for other devices."""
+    step = functools.partial(train_step, model=model, teacher=teacher, tx=tx)
+    step = tape.compiled_with(step, recipe) if tape else functools.partial(step, recipe=recipe)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        compiler_options=compiler_options(mesh, deterministic),
+    )
