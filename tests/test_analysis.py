@@ -59,7 +59,7 @@ def test_maps_and_tokens_are_timms(timm, torch, trained, images):
     with torch.no_grad():
         twin(torch.tensor(np.asarray(images).transpose(0, 3, 1, 2)))
     ours = analysis.attention_maps(model, params, images)
-    np.testing.assert_allclose(ours, np.stack([m.numpy() for m in maps], 1), atol=1e-4)
+    np.testing.assert_allclose(ours, np.stack([m.numpy() for m in maps], 1), atol=2e-4)
     assert float(ours.max()) > 0.5  # and not 1 / N everywhere
     features = analysis.token_features(model, params, images)
     theirs = np.stack([t.numpy() for t in (*tokens, last[-1])], 1)

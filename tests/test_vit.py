@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 import deit_jax
-from deit_jax.models import registry
+from deit_jax.models import registry, vit
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "parameters.json").read_text())
 
@@ -49,6 +49,32 @@ def init(model):
 
 def apply(model, variables):
     return jax.jit(model.apply)(variables, images())
+
+
+@pytest.mark.parametrize(("side", "patch", "channels"), [(32, 8, 3), (12, 4, 1), (15, 5, 2)])
+def test_patches_times_a_kernel_are_its_convolution(side, patch, channels):
+    layer = vit.PatchEmbed(patch, 24, jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (3, side, side, channels))
+    params = layer.init(jax.random.key(1), x)["params"]
+    kernel, bias = params["proj"]["kernel"], params["proj"]["bias"]
+    assert kernel.shape == (patch, patch, channels, 24)
+    bound = (patch * patch * channels) ** -0.5  # PyTorch's, of a convolution
+    for leaf in (kernel, bias):
+        assert float(jnp.abs(leaf).max()) <= bound
+    assert float(kernel.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+    def convolution(kernel):
+        out = jax.lax.conv_general_dilated(
+            x, kernel, (patch, patch), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return out.reshape(3, -1, 24) + bias
+
+    def own(kernel):
+        return layer.apply({"params": {"proj": {"kernel": kernel, "bias": bias}}}, x)
+
+    (want, pull_want), (got, pull_got) = (jax.vjp(f, kernel) for f in (convolution, own))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(pull_got(want)[0], pull_want(want)[0], atol=1e-4)
 
 
 def test_initialisation_is_the_references():

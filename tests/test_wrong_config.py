@@ -216,6 +216,9 @@ CONTRADICTIONS = [
     (["data.eval_fraction=1"], "data.eval_fraction=1.0"),
     (["epochs=1e6", "batch_size=8", "mixing.group_size=8", "mesh.data=8"], None),
     (["dtype=float16"], "dtype='float16'"),
+    (["model.attention=flash"], "model.attention='flash': choose one of auto, cudnn, xla"),
+    (["model.attention=cudnn"], "model.attention='cudnn': it needs an NVIDIA GPU"),
+    (["train.micro_batch=20", "batch_size=888", "mixing.prob=0"], "take 37"),  # 3 x 37 a device
     (["data.decoder=best"], "data.decoder='best'"),
     (["train.on_divergence=cry"], "train.on_divergence='cry'"),
     (["model.name=regnety_002"], "model.depth=4"),

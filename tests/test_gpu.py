@@ -1,0 +1,202 @@
+"""What happens on a GPU, as far as stand-ins for JAX's plugin can show it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from deit_jax import __main__ as program
+from deit_jax import bench_step, checkpoint, compiled_step, evaluate, memory, sharding, train
+from deit_jax import config as config_lib
+from deit_jax.errors import UserError
+from deit_jax.models import cudnn
+from deit_jax.step import Recipe
+from deit_jax.weights import folded
+from tests.test_convert import opened
+
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9126805504 bytes.\nBufferAssignment"
+)
+
+
+def raises(*_, **__):
+    raise OUT_OF_MEMORY
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Return a function that makes this machine's devices GPUs of a compute capability."""
+
+    def pretend(capability):
+        monkeypatch.setattr(cudnn, "compute_capability", lambda: capability)
+        monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+        monkeypatch.setattr(cudnn, "_tried", lambda *_: "")
+
+    return pretend
+
+
+def test_a_gpu_without_bfloat16_computes_in_float32_unless_told_otherwise(gpu, tiny_config):
+    gpu(7.5)
+    assert config_lib.compute_dtype("auto") == "float32"
+    config_lib.validate(tiny_config, 8)
+    tiny_config.dtype = "bfloat16"
+    with pytest.raises(UserError, match=r"dtype='bfloat16': .*capability 7.5.* take float32"):
+        config_lib.validate(tiny_config, 8)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "reason"),
+    [
+        ("", {"dtype": "float32"}, "not float32"),
+        ("", {"model.width": 900, "model.num_heads": 3}, "a head has 300 numbers"),
+        ("teacher.", {"teacher.model.name": "deit_tiny_patch16_224"}, ""),
+        ("", {}, ""),
+    ],
+)
+def test_cudnn_is_checked_before_anything_is_written(gpu, tiny_config, part, fields, reason):
+    gpu(9.0)
+    tiny_config.dtype = "bfloat16"
+    if part:
+        for key in ("widths", "depths", "stem_width"):
+            tiny_config.teacher.model[key] = None
+    tiny_config.update_from_flattened_dict(fields)
+    (tiny_config.teacher if part else tiny_config).model.attention = "cudnn"
+    if reason:
+        with pytest.raises(
+            UserError, match=f"{part}model.attention='cudnn': .*{reason}.*auto or xla"
+        ):
+            config_lib.validate(tiny_config, 8)
+    else:
+        config_lib.validate(tiny_config, 8)
+
+
+def test_only_a_gpus_step_excludes_kernels_and_by_a_name_that_xla_knows(monkeypatch, tiny_config):
+    mesh = sharding.make_mesh(tiny_config.mesh)
+    recipe = Recipe.from_config(tiny_config, 10, mesh)
+    assert compiled_step.compiler_options(mesh, True) == {}  # on a CPU nothing changes
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    assert compiled_step.compiler_options(mesh, False) == {}
+    options = compiled_step.compiler_options(mesh, True)
+    assert list(options) == ["xla_gpu_exclude_nondeterministic_ops"]
+    lowered = jax.jit(lambda x: x + 1).lower(np.float32(1))
+    assert lowered.compile(compiler_options=options)(np.float32(1)) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={"xla_gpu_exclude_nothing": True})
+    asked = []
+    monkeypatch.setattr(jax, "jit", lambda f, **words: asked.append(words) or f)
+    compiled_step.jit_train_step(None, None, None, recipe, mesh, None, deterministic=True)
+    assert asked[0]["compiler_options"] == options
+
+
+def test_a_runs_config_reaches_the_compiler(monkeypatch, tiny_config, tmp_path):
+    asked = []
+    real = compiled_step.compiler_options
+    monkeypatch.setattr(
+        compiled_step, "compiler_options", lambda *words: asked.append(words[1]) or real(*words)
+    )
+    tiny_config.distill.kind, tiny_config.train.deterministic = "none", True
+    dataset = train.open_dataset(tiny_config.data)
+    train.Trainer(tiny_config, tmp_path, dataset).checkpointer.close()
+    assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ["train.micro_batch=2", "optim.accum_steps=2", "model.remat=True"]),
+        ({"optim.accum_steps": 2}, ["optim.accum_steps=4", "model.remat=True"]),
+        ({"model.remat": True, "model.dropout": 0.1}, ["optim.accum_steps=2"]),
+    ],
+)
+def test_a_training_out_of_memory_says_which_fields_help(
+    monkeypatch, tiny_config, tmp_path, fields, expected
+):
+    tiny_config.distill.kind = "none"
+    tiny_config.update_from_flattened_dict(fields)
+    monkeypatch.setattr(train, "jit_train_step", lambda *_, **__: raises)
+    with pytest.raises(UserError, match=r"^training: the device is out of memory; try ") as raised:
+        train.train(tiny_config, tmp_path / "run")
+    text = str(raised.value)
+    flags = [word.removeprefix("--config.") for word in text.split() if word.startswith("--")]
+    assert [flag.rstrip(",") for flag in flags] == [*expected, "batch_size"]
+    assert "\n" not in text
+
+
+def test_it_is_one_line_of_the_command_too(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "jit_train_step", lambda *_, **__: raises)
+    words = [f"--config={quickstart.__file__}", f"--workdir={tmp_path}/run"]
+    assert program.main(["train", *words, "--config.distill.kind=none"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("deit train: training: the device is out of memory; try --config.")
+
+
+def test_an_evaluation_out_of_memory_has_its_own_field(monkeypatch, tiny_config, tmp_path):
+    tiny_config.distill.kind = "none"
+    monkeypatch.setattr(evaluate.step, "eval_step", raises)
+    with pytest.raises(UserError, match=r"evaluation: .* try --config.train.eval_batch_size=128"):
+        train.train(tiny_config, tmp_path / "run")
+
+
+def test_other_errors_of_the_device_stay_what_they_are():
+    other = jax.errors.JaxRuntimeError("INTERNAL: cuDNN launch failure")
+    expected = pytest.raises(jax.errors.JaxRuntimeError, match="launch failure")
+    with expected, memory.explained("training", "try"):
+        raise other
+
+
+def test_an_evaluation_in_parts_counts_what_a_whole_one_does(monkeypatch, tiny_config, tmp_path):
+    tiny_config.distill.kind, tiny_config.epochs = "none", 0.2
+    whole = train.train(tiny_config, tmp_path / "whole")
+    monkeypatch.setattr(evaluate.parts, "forward_parts", lambda *_: 4)
+    config = config_lib.from_json(json.loads((tmp_path / "whole/config.json").read_text()))
+    again = evaluate.evaluate_run(config, str(tmp_path / "whole"))
+    assert {k: again[k] for k in ("examples", "cls", "dist")} == {
+        k: whole[k] for k in ("examples", "cls", "dist")
+    }
+
+
+def test_a_run_trained_with_cudnn_opens_where_there_is_none(tiny_config, tmp_path):
+    tiny_config.distill.kind, tiny_config.epochs = "none", 0.2
+    train.train(tiny_config, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    saved = json.loads(path.read_text())
+    saved["model"]["attention"] = "cudnn"
+    path.write_text(json.dumps(saved))
+    assert checkpoint.load_run(tmp_path / "run").model.attention == "auto"
+
+
+def test_a_bench_on_a_backend_that_tells_nothing(monkeypatch, tiny_config):
+    class Compiled:
+        def memory_analysis(self):
+            return None
+
+    tiny_config.distill.kind = "none"
+    nothing = bench_step.peak_memory(Compiled())
+    assert nothing == {"peak_bytes": None, "peak_bytes_by": None}
+    monkeypatch.setattr(bench_step, "peak_memory", lambda _: nothing)
+    tiny_config.data.source = "folder:/nowhere"
+    result = bench_step.measure(tiny_config, 0.1, compare=True)
+    report = bench_step.report(result)
+    assert "peak memory: not known" in report
+    assert "attention: xla\n" in report
+    assert result["attention_ms"]["xla"] > 0
+    assert "  with cudnn: it needs an NVIDIA GPU" in report
+
+
+def test_batch_norm_is_folded_by_one_program():
+    weights = opened("regnety_002", {"widths": (8, 16, 24), "depths": (1, 1, 1), "stem_width": 8})
+    events = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        folded(weights.model, weights.variables)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(events) == 1
