@@ -1,6 +1,5 @@
 """What a run writes while it trains: a progress bar, JSON lines and TensorBoard."""
 
-import contextlib
 import errno
 import json
 import logging
@@ -11,9 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from deit_jax.errors import UserError
@@ -73,38 +69,6 @@ class Lines:
             log.error("%s: the disk is full; its last lines are lost", self._path)
 
 
-class Board:
-    """Write TensorBoard's files, without the threads of its own writer, and never stop for them."""
-
-    def __init__(self, directory: Path, purge_step: int):
-        self._directory, self._writer = directory, None
-        self._add(Event(step=purge_step, file_version="brain.Event:2", wall_time=time.time()))
-        # Tells TensorBoard to drop what an earlier attempt wrote from this step on.
-        start = SessionLog(status=SessionLog.START)
-        self._add(Event(step=purge_step, session_log=start, wall_time=time.time()))
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Add points to curves."""
-        summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
-        self._add(Event(step=step, summary=summary, wall_time=time.time()))
-
-    def _add(self, event) -> None:
-        try:
-            if self._writer is None:
-                self._directory.mkdir(exist_ok=True)
-                self._writer = EventsWriter(str(self._directory / "events"))
-            self._writer.write_event(event)
-            self._writer.flush()
-        except OSError:  # as on a full disk: a record cut short spoils the rest of its file
-            self._writer = None
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-
-
 class MetricWriter:
     """Record a run's metrics from a step on, dropping what an earlier attempt wrote beyond it.
 
@@ -126,6 +90,8 @@ class MetricWriter:
                 self._files[name] = Lines(path, kept)
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+        from deit_jax.tensorboard import Board  # only a run that writes needs tensorboardX
+
         self._board = Board(workdir / "tensorboard", purge_step=start_step + 1)
         tqdm.monitor_interval = 0  # or a thread of it would outlive the run
         self._bar = tqdm(

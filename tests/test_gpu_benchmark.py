@@ -49,11 +49,22 @@ def test_the_step_that_is_measured_is_the_one_that_a_run_compiles(monkeypatch):
 
 
 def test_it_needs_no_library_of_the_input_pipeline():
-    code = "import sys, benchmarks.gpu_jax; print(*sys.modules)"
+    code = "import sys, benchmarks.gpu_jax, deit_jax.bench_step; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     loaded = done.stdout.split()
     assert "benchmarks.gpu_jax" in loaded, done.stderr
-    assert not {"grain", "tensorflow_datasets", "simplejpeg", "kornia_rs", "torch"} & set(loaded)
+    unwanted = {"grain", "tensorflow_datasets", "simplejpeg", "kornia_rs", "tensorboardX", "torch"}
+    assert not unwanted & set(loaded)
+
+
+def test_the_package_is_imported_without_what_only_commands_need():
+    code = (
+        "import sys, deit_jax; deit_jax.create_model('deit_tiny_patch16_224'); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    loaded = set(done.stdout.split())
+    assert "deit_jax.models.vit" in loaded, done.stderr
+    assert not {"ml_collections", "cv2", "grain", "simplejpeg", "tensorboardX"} & loaded
 
 
 def start(out: Path, *words) -> str:

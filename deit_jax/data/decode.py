@@ -9,7 +9,6 @@ import math
 import warnings
 
 import numpy as np
-import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from deit_jax.data.resize import Decoder, Pixels, Resize, Resized, resize_pillow
@@ -57,6 +56,8 @@ def read(
     own copy of it; all the rest, and what is not flawless, by Pillow.
     """
     if decoder.jpeg and isinstance(image, bytes) and image[:2] == b"\xff\xd8":
+        import simplejpeg  # only who decodes needs it
+
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
             enormous = height * width > (Image.MAX_IMAGE_PIXELS or math.inf)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import cv2
-import grain
 import numpy as np
 
 from deit_jax.data import decode
@@ -54,8 +53,13 @@ class EpochOrder:
         """Batches in an epoch; one at least, which then repeats images."""
         return max(1, self.num_images // self.batch_size)
 
-    def shuffled(self) -> grain.MapDataset:
-        """Return the endless sequence of image indices, one random permutation after another."""
+    def shuffled(self):
+        """Return the endless sequence of image indices, one random permutation after another.
+
+        It is a grain.MapDataset.
+        """
+        import grain  # takes a second, and only who loads images needs it
+
         return grain.MapDataset.range(self.num_images).seed(self.seed).shuffle().repeat()
 
     def slot(self, position: int) -> int:
@@ -303,6 +307,8 @@ def load(batches: Batches, start: int, stop: int, threads: int, prefetch: int) -
 
     The arrays of a batch may be used for a later one once nothing refers to them.
     """
+    import grain
+
     cv2.setNumThreads(0)  # these threads are the parallelism; OpenCV's own would fight them
     # A thread back from decoding waits so long for the interpreter; by default 5 ms, six images.
     sys.setswitchinterval(1e-4)

@@ -97,9 +97,12 @@ DECODERS = {
 
 def available() -> list[str]:
     """Return the names of the decoders whose libraries are installed."""
-    modules = (package.replace("-", "_") for package in ("kornia-rs", "cykooz-resizer"))
-    found = [importlib.util.find_spec(module) is not None for module in modules]
-    return ["pillow", *(n for n, ok in zip(("portable", "fast"), found, strict=True) if ok)]
+
+    def installed(package: str) -> bool:
+        module = {"pillow": "PIL"}.get(package, package.replace("-", "_"))
+        return importlib.util.find_spec(module) is not None
+
+    return [name for name, decoder in DECODERS.items() if all(map(installed, decoder.packages))]
 
 
 def choose(name: str) -> Decoder:
