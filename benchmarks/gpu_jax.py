@@ -11,10 +11,11 @@ from flax import linen as nn
 
 from configs import deit
 from deit_jax import config as config_lib
-from deit_jax import optim, sharding
-from deit_jax.chips import CHIPS, device_of
+from deit_jax import devices, optim, parts, sharding
+from deit_jax.compiled_step import jit_train_step
 from deit_jax.flops import flops_per_image, forward_flops
-from deit_jax.step import Recipe, init_state, normalise, train_step
+from deit_jax.models import cudnn
+from deit_jax.step import Recipe, init_state, normalise
 from deit_jax.teacher import random_teacher
 
 STEPS_PER_EPOCH = 1000  # only the learning rate follows from it
@@ -22,7 +23,7 @@ STEPS_PER_EPOCH = 1000  # only the learning rate follows from it
 
 def build(row: dict):
     """Return a function that starts a step, one that waits for it, and one that tells the rest."""
-    config, classes = config_of(row), 10 if row["toy"] else 1000
+    config, classes = config_of(row), classes_of(row)
     make = forward if row["part"] == "forward" else flax_train if row["peer"] == "flax" else train
     run, carry = make(config, classes, random_batch(config, classes))
     latest = [carry]
@@ -30,25 +31,42 @@ def build(row: dict):
     def step():
         latest[0] = run(latest[0])
 
-    size = config_lib.image_size(config.model)
-    if row["part"] == "forward":
-        flops = forward_flops(config.model, classes, size)
-    else:
-        flops = flops_per_image(config, classes)
-    return step, lambda: jax.block_until_ready(latest[0]), lambda: about(flops)
+    def wait():
+        jax.block_until_ready(latest[0])
+
+    return step, wait, lambda: about(row, config, classes)
 
 
-def about(flops: float) -> dict:
-    """Return what the row's process knows of the device, its memory and the versions."""
-    device = jax.devices()[0]
-    chip = CHIPS.get(device_of(device.device_kind))
+def about(row: dict, config, classes: int) -> dict:
+    """Return what the row's process knows of the device, its memory and the versions.
+
+    Of our step also the memory that it was expected to take, and what computes its attention.
+    """
+    device, found = jax.devices()[0], {}
+    if row["part"] != "forward" and row["peer"] != "flax":
+        model = config_lib.build_model(config.model, classes, config.dtype)
+        refused = cudnn.refusal(model.attention_shape(config.batch_size), model.dtype)
+        found = {"expected_bytes": parts.expected_bytes(config, _mesh(config), classes)}
+        found |= {"attention": "xla" if refused else "cudnn"}
     return {
         "device": device.device_kind,
-        "flops_per_image": flops,
-        "peak_tflops": chip and chip.peak_tflops,
-        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "peak_bytes": devices.peak_bytes([device]),
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        **found,
     }
+
+
+def classes_of(row: dict) -> int:
+    """Return the number of classes."""
+    return 10 if row["toy"] else 1000
+
+
+def flops_of(row: dict) -> float:
+    """Return the operations that a row takes for one image, whoever computes it."""
+    config, classes = config_of(row), classes_of(row)
+    if row["part"] == "forward":
+        return forward_flops(config.model, classes, config_lib.image_size(config.model))
+    return flops_per_image(config, classes)
 
 
 def config_of(row: dict):
@@ -57,6 +75,8 @@ def config_of(row: dict):
     c.model.image_size, c.batch_size = row["image_size"], row["batch"]
     c.mixing.group_size = min(c.mixing.group_size, c.batch_size)
     c.optim.ema_decay, c.dtype = 0.0, "bfloat16"
+    if row["peer"] == "replay":
+        c.teacher.tape, c.teacher.tape_path = "replay", "given"
     if row["toy"]:
         c.model.width, c.model.depth = 24, 1
         c.teacher.model.name, c.teacher.model.stem_width = "regnety_002", 8
@@ -71,6 +91,8 @@ def random_batch(config, classes: int) -> dict[str, jax.Array]:
         "image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8),
         "label": rng.integers(0, classes, config.batch_size, np.int32),
     }
+    if config.teacher.tape == "replay":
+        batch["signal"] = batch["label"]
     return jax.device_put(batch, sharding.batch_sharding(_mesh(config)))
 
 
@@ -79,10 +101,7 @@ def _mesh(config):
 
 
 def jit_step(config, classes: int):
-    """Return the step of `deit train`, compiled as it is there, the state and the teacher.
-
-    Put together here, as the trainer imports the input pipeline's libraries.
-    """
+    """Return the step of `deit train`, compiled as it is there, the state and the teacher."""
     model = config_lib.build_model(config.model, classes, config.dtype)
     schedule = optim.make_schedule(config.optim, config.epochs, STEPS_PER_EPOCH)
     tx = optim.make_optimizer(config.optim, schedule)
@@ -90,13 +109,12 @@ def jit_step(config, classes: int):
     init = functools.partial(init_state, model=model, image_size=size, tx=tx, ema_decay=0.0)
     key = jax.random.key(config.seed)
     places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
-    teacher, params = random_teacher(config, classes) or (None, None)
+    asked = config.teacher.tape != "replay" and random_teacher(config, classes)
+    teacher, params = asked or (None, None)
     params = jax.device_put(params, sharding.replicated(mesh)) if teacher else None
     recipe = Recipe.from_config(config, classes, mesh)
-    step = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
-    out = (places, sharding.replicated(mesh))
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=out)
-    return compiled, jax.jit(init, out_shardings=places)(key), params
+    step = jit_train_step(model, teacher, tx, recipe, mesh, places)
+    return step, jax.jit(init, out_shardings=places)(key), params
 
 
 def train(config, classes: int, batch):

@@ -1,4 +1,4 @@
-"""PyTorch's side of benchmarks/gpu.py: timm's distilled DeiT with timm's RegNetY as its teacher."""
+"""PyTorch's side of benchmarks/gpu.py: timm's own distillation task, with timm's models."""
 
 from importlib import metadata
 
@@ -6,10 +6,10 @@ from tests import timm_reference
 
 torch = timm_reference.import_torch()
 timm = timm_reference.import_timm()
-F = torch.nn.functional
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = {"compile": None, "graphs": "reduce-overhead"}  # of torch.compile
 
 
 def build(row: dict):
@@ -42,10 +42,22 @@ def student(row: dict):
 
 
 def teacher(row: dict):
-    """Return timm's RegNetY: frozen, in bfloat16, channels last."""
+    """Return timm's RegNetY: frozen, batch norm folded, in bfloat16, channels last."""
     name = "regnety_002" if row["toy"] else "regnety_160"
     model = timm.create_model(name, num_classes=classes(row)).eval().requires_grad_(False)
-    return model.to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+    return folded(model).to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+
+
+def folded(model):
+    """Fold the batch norms into their convolutions; the activation behind each stays."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    for module in model.modules():
+        conv, norm = getattr(module, "conv", None), getattr(module, "bn", None)
+        if isinstance(conv, torch.nn.Conv2d) and isinstance(norm, torch.nn.BatchNorm2d):
+            module.conv = fuse_conv_bn_eval(conv, norm).requires_grad_(False)
+            module.bn = getattr(norm, "act", torch.nn.Identity())  # timm's norms hold it
+    return model
 
 
 def classes(row: dict) -> int:
@@ -53,12 +65,10 @@ def classes(row: dict) -> int:
     return 10 if row["toy"] else 1000
 
 
-def compiled(row: dict, function):
-    """Return the function as the row's peer runs it."""
-    if row["peer"] == "eager":
-        return function
+def compiler(row: dict) -> dict:
+    """Return torch.compile's arguments for a row's peer."""
     # The toy tries this file, not the compiler behind it.
-    return torch.compile(function, backend="aot_eager" if row["toy"] else "inductor")
+    return {"backend": "aot_eager"} if row["toy"] else {"mode": MODES[row["peer"]]}
 
 
 def images_of(row: dict):
@@ -75,27 +85,31 @@ def normaliser():
 
 
 def train(row: dict):
-    """Return one update: teacher, student, hard distillation (DeiT eq. 3), backward, AdamW."""
-    model, frozen, normalise = student(row).train(), teacher(row), normaliser()
-    model.set_distilled_training(True)  # the two heads' logits, as in training DeiT
+    """Return one update by timm's TokenDistillationTask: hard distillation (DeiT eq. 3), AdamW."""
+    from timm.task import TokenDistillationTask
+
+    model, normalise = student(row).train(), normaliser()
+    task = TokenDistillationTask(
+        student_model=model,
+        teacher_model=teacher(row),
+        criterion=torch.nn.CrossEntropyLoss(label_smoothing=0.1),
+        distill_type="hard",
+        task_loss_weight=0.5,
+        device=torch.device(DEVICE),
+        verbose=False,
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=0.05, fused=True)
-    images, smooth, k = images_of(row), 0.1, classes(row)
-    labels = torch.randint(0, k, (row["batch"],), device=DEVICE)
-    targets = (1 - smooth) * F.one_hot(labels, k).float() + smooth / k
-
-    def loss_of(images, targets):
-        with torch.autocast(DEVICE, torch.bfloat16):
-            x = normalise(images)
-            with torch.no_grad():
-                hard = frozen(x.to(torch.bfloat16)).argmax(1)
-            cls, dist = model(x)
-        of_labels = F.cross_entropy(cls.float(), targets)
-        return 0.5 * of_labels + 0.5 * F.cross_entropy(dist.float(), hard)
-
-    loss_of = compiled(row, loss_of)
+    images = images_of(row)
+    labels = torch.randint(0, classes(row), (row["batch"],), device=DEVICE)
+    if row["peer"] in MODES:
+        task.compile(**compiler(row))
 
     def step():
-        loss_of(images, targets).backward()
+        if row["peer"] == "graphs" and DEVICE == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = task(normalise(images), labels)["loss"]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -106,7 +120,12 @@ def forward(row: dict):
     """Return one prediction, the two heads averaged as timm does outside of training."""
     model, normalise = student(row).eval().to(torch.bfloat16), normaliser()
     images = images_of(row)
-    predict = compiled(row, lambda images: model(normalise(images).to(torch.bfloat16)))
+
+    def predict(images):
+        return model(normalise(images).to(torch.bfloat16))
+
+    if row["peer"] in MODES:
+        predict = torch.compile(predict, **compiler(row))
 
     def step():
         with torch.inference_mode():
