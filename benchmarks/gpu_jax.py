@@ -84,8 +84,8 @@ def config_of(row: dict):
     return c
 
 
-def random_batch(config, classes: int) -> dict[str, jax.Array]:
-    """Return uint8 images and labels, on the first device."""
+def random_batch(config, classes: int, device=None) -> dict[str, jax.Array]:
+    """Return uint8 images and labels, on one device, JAX's first unless another is named."""
     rng, size = np.random.default_rng(0), config_lib.image_size(config.model)
     batch = {
         "image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8),
@@ -93,19 +93,19 @@ def random_batch(config, classes: int) -> dict[str, jax.Array]:
     }
     if config.teacher.tape == "replay":
         batch["signal"] = batch["label"]
-    return jax.device_put(batch, sharding.batch_sharding(_mesh(config)))
+    return jax.device_put(batch, sharding.batch_sharding(_mesh(config, device)))
 
 
-def _mesh(config):
-    return sharding.make_mesh(config.mesh, jax.devices()[:1])
+def _mesh(config, device=None):
+    return sharding.make_mesh(config.mesh, [device or jax.devices()[0]])
 
 
-def jit_step(config, classes: int):
+def jit_step(config, classes: int, device=None):
     """Return the step of `deit train`, compiled as it is there, the state and the teacher."""
     model = config_lib.build_model(config.model, classes, config.dtype)
     schedule = optim.make_schedule(config.optim, config.epochs, STEPS_PER_EPOCH)
     tx = optim.make_optimizer(config.optim, schedule)
-    size, mesh = config_lib.image_size(config.model), _mesh(config)
+    size, mesh = config_lib.image_size(config.model), _mesh(config, device)
     init = functools.partial(init_state, model=model, image_size=size, tx=tx, ema_decay=0.0)
     key = jax.random.key(config.seed)
     places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
@@ -113,7 +113,8 @@ def jit_step(config, classes: int):
     teacher, params = asked or (None, None)
     params = jax.device_put(params, sharding.replicated(mesh)) if teacher else None
     recipe = Recipe.from_config(config, classes, mesh)
-    step = jit_train_step(model, teacher, tx, recipe, mesh, places)
+    deterministic = config.train.deterministic
+    step = jit_train_step(model, teacher, tx, recipe, mesh, places, deterministic=deterministic)
     return step, jax.jit(init, out_shardings=places)(key), params
 
 

@@ -1,12 +1,21 @@
-"""Eight devices out of one CPU, and small configs."""
+"""Eight devices out of one CPU, and small configs.
+
+With TEST_GPU=1 instead, the GPU of this machine: for `pytest -m "not eight_devices"` and the files
+that benchmarks/gpu_check.py names.
+"""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compiling programs that then run for milliseconds: half without -O.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+if os.environ.get("TEST_GPU") == "1":
+    # Several processes share it, and references are in full float32.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+else:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Most of the suite's time is compiling programs that run for milliseconds: half without -O.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
 # No compilation cache, however much it would save: with jaxlib 0.12 a program for eight CPU devices
 # that is read back from it starts its collectives in another order on each, and they never meet.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"

@@ -137,6 +137,7 @@ def test_cudnn_is_asked_only_for_what_it_takes(on_gpu, capability, dtype, size, 
     assert found == "" if not reason else reason in found
 
 
+@pytest.mark.eight_devices
 def test_without_a_gpu_cudnn_is_out_of_the_question():
     assert "needs an NVIDIA GPU" in cudnn.refusal((2, 5, 3, 64), jnp.bfloat16)
     q, k, v, _ = operands(jnp.bfloat16)
@@ -167,6 +168,7 @@ def test_the_choice_follows_the_platform_that_is_compiled_for(on_gpu, platform):
     assert gradient("xla").count("stablehlo.dot_general") == products
 
 
+@pytest.mark.eight_devices
 def test_a_model_is_exported_for_several_platforms_at_once(on_gpu):
     on_gpu("9.0")
     q, k, v, _ = operands(jnp.bfloat16)
@@ -195,6 +197,7 @@ def test_what_cudnn_refuses_is_computed_otherwise_and_said_once(on_gpu, caplog):
         attention.attention(q, k, v, "cudnn")
 
 
+@pytest.mark.eight_devices
 def test_the_probe_has_a_devices_share_of_the_batch(on_gpu, monkeypatch):
     on_gpu("9.0")
     asked = []

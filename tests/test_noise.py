@@ -42,6 +42,7 @@ def program(platform, function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.eight_devices
 def test_what_stands_apart_is_computed_once_and_kept():
     def function(x):
         y = apart(jnp.sin, x)

@@ -83,6 +83,7 @@ def run_on_one(kind):
     return run(everything_on(kind), jax.devices()[:1])
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize(
     ("sizes", "kind"), [((8, 1, 1), "hard"), ((2, 4, 1), "soft"), ((2, 2, 2), "hard")]
 )
@@ -97,6 +98,7 @@ def test_eight_devices_take_the_step_of_one(sizes, kind, monkeypatch):
     assert_close(metrics_one, metrics_eight, 1e-5)
 
 
+@pytest.mark.eight_devices
 def test_fsdp_splits_weights_moments_and_average(tiny_config, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     tiny_config.mesh.fsdp = 4
@@ -121,6 +123,7 @@ def test_accumulated_micro_batches_give_the_whole_batchs_gradient(tiny_config):
     assert_close(whole.opt_state, parts.opt_state, 1e-6)
 
 
+@pytest.mark.eight_devices
 def test_micro_batches_move_no_image_between_devices(tiny_config):
     tiny_config.optim.accum_steps, tiny_config.distill.kind = 4, "none"
     tiny_config.mixing.prob, tiny_config.augment.erase_prob = 0.0, 0.0
@@ -256,6 +259,7 @@ def test_nan_logits_are_never_right():
     assert jax.tree.leaves(counts) == [0, 0]
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind):
     """What a step recorded, in the order of the batch, makes the same step without a teacher."""

@@ -188,3 +188,8 @@ def test_a_tfrecord_copy_says_how_to_convert_it(tfds_dir, tmp_path):
     line = error_of("tfds:digits", dir=str(tmp_path))
     assert str(copy) in line
     assert "tfds convert_format" in line
+
+
+def test_an_image_without_tfds_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    assert error_of("tfds:imagenet2012").endswith("pip install tensorflow-datasets")

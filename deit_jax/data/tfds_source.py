@@ -29,7 +29,12 @@ class TfdsSource:
 
 def open_tfds(name: str, data) -> Dataset:
     """Open a prepared data set, `NAME` or `NAME:VERSION`; raise UserError if it is none."""
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:  # in an image of somebody else's, a bench needs no data
+        raise UserError(
+            f"config.data.source=tfds:{name}: {error}; pip install tensorflow-datasets"
+        ) from error
 
     try:
         with _errors_only():

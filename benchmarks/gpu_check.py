@@ -1,0 +1,390 @@
+"""One NVIDIA GPU, ten minutes: is everything right on it, and how fast; see gpu_check.sh.
+
+    python -m benchmarks.gpu_check --out=DIR [--seconds=575] [--retry] [--toy] [--only=smoke,rows]
+    python -m benchmarks.gpu_check --out=DIR --table       print what DIR holds, measure nothing
+
+Stages, each a process with a time limit: `environment`; then at once, since none of it is timed,
+`smoke` (gpu_smoke.py), `tests` (those that need no eight devices), `quickstart` (a training) and
+`bench`; then alone `micro` (gpu_micro.py), `attention` (the step with each kernel of attention) and
+`rows` (gpu.py, what matters most first, as far as the time goes). DIR gets gpu_check.json and each
+stage's own file and log. What is done is not done again, except with --retry what failed. With
+STATE=DIR what is done is kept there too, and taken up from there into an empty --out.
+
+Packages that are missing are installed for the run from .gpu/wheels (gpu_prepare.sh). Without a GPU
+that JAX sees it ends; --toy tries the code on a CPU. Exit code 1 if a stage found something wrong.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from deit_jax import platforms
+
+ROOT = Path(__file__).resolve().parent.parent
+WHEELS = ROOT / ".gpu/wheels"
+TOOLKIT = Path("/usr/local/cuda")
+PYTHON = [sys.executable, "-m"]
+TOGETHER, ALONE = ("smoke", "tests", "quickstart", "bench"), ("micro", "attention", "rows")
+LIMITS = {"smoke": 120, "tests": 150, "quickstart": 120, "bench": 120, "micro": 90, "attention": 90}
+LEARNT = 95.0  # per cent; what the quickstart's student reaches at least on a CPU, with room
+SHORTEST = 20  # seconds that a stage is started for
+TESTS = ("kernels", "attention", "noise", "losses", "flops", "optim", "mixing", "vit", "step")
+TESTS += ("convnets",)  # the longest last
+PACKAGES = (
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12"),
+    *("nvidia-cudnn-cu13", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "torch", "timm"),
+)
+SMI = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
+
+
+def commands(out: Path, work: Path, toy: bool) -> dict[str, list[str]]:
+    """Return the command of each stage."""
+    small = ["--toy"] if toy else []
+    tests = [f"tests/test_{name}.py" for name in (("losses",) if toy else TESTS)]
+    workers = ["-n", "5"] if importlib.util.find_spec("xdist") and not toy else []
+    # -o addopts= since jaxtyping's checks need a package more.
+    words = ["-o", "addopts=", "-W", "ignore", "-p", "no:cacheprovider", "-v", "--tb=short"]
+    deit, quick = [*PYTHON, "deit_jax"], "--config=configs/quickstart.py"
+    short = ["--config.epochs=1", "--config.teacher.epochs=1"] if toy else []
+    student = "--config=configs/deit.py:variant=base,distilled=False"
+    size = ["--config.model.depth=1", "--config.model.image_size=32"] if toy else []
+    size += ["--config.mixing.group_size=8"] if toy else []
+    seconds = "--seconds=0.2" if toy else "--seconds=4"
+    bench = [*deit, "bench", seconds, "--compare", "--json"]
+    return {
+        "smoke": [*PYTHON, "benchmarks.gpu_smoke", f"--out={out / 'smoke.json'}", *small],
+        "tests": [*PYTHON, "pytest", *words, *workers, "-m", "not eight_devices", *tests],
+        "quickstart": [*deit, "train", quick, f"--workdir={work / 'quickstart'}", "--json", *short],
+        "bench": [*bench, quick],
+        "micro": [*PYTHON, "benchmarks.gpu_micro", f"--out={out / 'micro.json'}", *small],
+        "attention": [*bench, student, f"--config.batch_size={8 if toy else 256}", *size],
+        "rows": [*PYTHON, "benchmarks.gpu", f"--out={out / 'gpu.json'}", *small],
+    }
+
+
+def install_what_is_missing(folder: Path) -> list[str]:
+    """Install from WHEELS the packages that this interpreter lacks; return their names.
+
+    They come into a folder of their own, which processes that start later find too.
+    """
+    sys.path.append(str(folder))
+    missing = []
+    for wheel in sorted(WHEELS.glob("*.whl")):
+        try:
+            importlib.metadata.version(wheel.name.split("-")[0])
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(wheel)
+    if missing:
+        words = ["install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+        command = [*PYTHON, "pip", *words, "--target", str(folder), *map(str, missing)]
+        if subprocess.run(command).returncode:
+            sys.exit(f"the wheels of {WHEELS} are not for this Python; see gpu_prepare.sh")
+    return [wheel.name.split("-")[0] for wheel in missing]
+
+
+def cuda_root(folder: Path) -> str:
+    """Return a CUDA folder with libdevice where JAX would find none, "" where it needs no help.
+
+    JAX looks into its own wheels (nvidia-cuda-nvcc, nvidia-nvvm), XLA into /usr/local/cuda. Images
+    without either often have Triton, which brings the same two files.
+    """
+    for wheel in ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(wheel) and ""
+    nvcc = shutil.which("nvcc")
+    for root in filter(None, (nvcc and Path(nvcc).resolve().parents[1], TOOLKIT)):
+        if (root / "nvvm/libdevice/libdevice.10.bc").exists():
+            return str(root)
+    spec = importlib.util.find_spec("triton")
+    if not spec or not spec.origin:
+        return ""
+    theirs = Path(spec.origin).parent / "backends/nvidia"
+    for source, place in (("lib/libdevice.10.bc", "nvvm/libdevice"), ("bin/ptxas", "bin")):
+        if not (theirs / source).exists():
+            return ""
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(theirs / source, folder / place)
+    return str(folder)
+
+
+def environment() -> dict:
+    """Return what this machine has, as JAX and nvidia-smi see it."""
+    import jax
+
+    from deit_jax import devices
+
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    smi = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader"]
+    told = None
+    with contextlib.suppress(OSError):
+        told = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "backend": jax.default_backend(),
+        "devices": len(jax.devices()),
+        "compute_capability": getattr(device, "compute_capability", None),
+        "memory": devices.memory_stats(device),
+        "nvidia_smi": told,
+        "cuda_root": os.environ.get("CUDA_ROOT"),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+class Job:
+    """A stage's process, with a log and a limit."""
+
+    def __init__(self, name: str, command: list[str], limit: float, work: Path, variables: dict):
+        self.name, self.limit, self.path = name, limit, work / f"{name}.log"
+        self.began = time.monotonic()
+        with self.path.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **variables},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def found(self) -> dict | None:
+        """Return {"exit", "seconds", "tail", ...} once it has ended, or is ended at its limit."""
+        seconds, code = time.monotonic() - self.began, self.process.poll()
+        if code is None and seconds < self.limit:
+            return None
+        if code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            code = f"stopped after {self.limit:.0f} s"
+        lines = self.path.read_text(errors="replace").splitlines()
+        found = {"exit": code, "seconds": round(seconds, 1), **told(self.name, lines)}
+        return {**found, "tail": lines[-25:]}
+
+    def wait(self) -> dict:
+        """Return what `found` does, when it has ended."""
+        while (found := self.found()) is None:
+            time.sleep(0.1)
+        return found
+
+
+def told(name: str, lines: list[str]) -> dict:
+    """Return what the lines of a stage's log say: its JSON object, or its tests."""
+    if name == "tests":
+        # Line by line, so that a stage that was stopped tells what it had found.
+        marks = [re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", x) for x in lines if "::" in x]
+        count = dict.fromkeys(("PASSED", "FAILED", "ERROR", "SKIPPED"), 0)
+        for mark in filter(None, marks):
+            count[mark[1]] += 1
+        failed = {x for x in lines if re.match(r"(FAILED|ERROR) tests/", x)}
+        return {"count": count, "failed": sorted(failed)}
+    objects = [line for line in lines if line.startswith("{")]
+    with contextlib.suppress(ValueError):
+        return {"result": json.loads(objects[-1])} if objects else {}
+    return {}
+
+
+class Check:
+    """All stages, and gpu_check.json, where they are written down."""
+
+    def __init__(
+        self, out: Path, state: Path | None, seconds: float, toy: bool = False, retry: bool = False
+    ):
+        self.out, self.state, self.toy, self.retry = out, state, toy, retry
+        self.work = state or out
+        self.end = time.monotonic() + seconds
+        for folder in filter(None, (out, state)):
+            folder.mkdir(parents=True, exist_ok=True)
+        for path in state.glob("*.json") if state else ():
+            if not (out / path.name).exists():
+                shutil.copy(path, out)
+        self.path = out / "gpu_check.json"
+        self.saved = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def keep(self, name: str, found: dict) -> None:
+        """Write down what a stage found."""
+        self.saved |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), name: found}
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.saved, indent=1) + "\n")
+        os.replace(temporary, self.path)
+        for path in self.out.glob("*.json") if self.state else ():
+            shutil.copy(path, self.state)
+
+    def left(self) -> float:
+        """Return the seconds that are left, some kept for the end."""
+        return self.end - time.monotonic() - 5
+
+    def start(self, name: str, variables: dict) -> Job | None:
+        """Start a stage; None if there is no time for it."""
+        limit = min(LIMITS.get(name, 1e6), self.left())
+        if limit < SHORTEST:
+            say(f"{name}: no time is left; the same command goes on from here")
+            return None
+        command = commands(self.out, self.work, self.toy)[name]
+        if name == "rows":
+            command = [*command, f"--minutes={(limit - 10) / 60}"]
+            command += ["--part=plain", "--peers=flax", "--seconds=0"] if self.toy else []
+            command += ["--retry"] if self.retry else []
+        return Job(name, command, limit, self.work, variables)
+
+    def run(self, names: list[str], variables: dict) -> None:
+        """Run stages at once, and write down what each found."""
+        jobs = list(filter(None, [self.start(name, variables) for name in names]))
+        while jobs:
+            time.sleep(0.1)
+            for job in list(jobs):
+                if found := job.found():
+                    jobs.remove(job)
+                    say(f"{job.name}: exit {found['exit']}, {found['seconds']} s")
+                    self.keep(job.name, found)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return the stages that are to be run; `rows` knows itself what is missing of it."""
+
+        def is_done(name: str) -> bool:
+            found = self.saved.get(name)
+            return found is not None and not (self.retry and found["exit"] != 0)
+
+        return [name for name in names if name == "rows" or not is_done(name)]
+
+    def json(self, name: str) -> dict:
+        """Return a stage's own file, {} if there is none."""
+        path = self.out / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def wrong(check: Check) -> list[str]:
+    """Return a line for each thing that is not as it should be."""
+    stages = [n for n in (*TOGETHER, *ALONE) if n in check.saved]
+    lines = []
+    for name in stages:
+        found = check.saved[name]
+        if found["exit"] != 0 and name != "tests":
+            lines.append(f"{name}: exit {found['exit']}: {(found['tail'] or [''])[-1]}")
+    learnt = check.saved.get("quickstart", {}).get("result", {}).get("fused", {}).get("top1")
+    if learnt is not None and learnt < LEARNT and not check.toy:
+        lines.append(f"quickstart: {learnt:.1f} % of the digits, not {LEARNT} % (docs/results.md)")
+    tests = check.saved.get("tests", {})
+    lines += tests.get("failed", [])
+    if tests and tests["exit"] != 0 and not tests["failed"]:
+        lines.append(f"tests: exit {tests['exit']}; so far {tests['count']}")
+    for name, file in (("smoke", "smoke.json"), ("micro", "micro.json")):
+        for key, found in check.json(file).items():
+            if not found["ok"]:
+                lines.append(f"{name}, {key}: {found.get('error') or found}")
+    rows = check.json("gpu.json").get("rows", {})
+    return lines + [f"rows, {key}: {row['error']}" for key, row in rows.items() if "error" in row]
+
+
+def summary(check: Check) -> str:
+    """Return what all stages found, to read."""
+    saved, lines = check.saved, []
+    if env := saved.get("environment"):
+        lines += [f"device: {env['nvidia_smi'] or env['device']}", f"versions: {env['versions']}"]
+    if smoke := check.json("smoke.json"):
+        lines.append(
+            f"smoke: {sum(x['ok'] for x in smoke.values())} of {len(smoke)} as they should"
+        )
+        bits = {k: v["same_bits"] for k, v in smoke.items() if "same_bits" in v}
+        lines += [f"  the same each time: {key}: {same}" for key, same in bits.items()]
+        kernels = {k: v["kernel"] for k, v in smoke.items() if "auto" in k and "kernel" in v}
+        lines += [f"  {key}: {kernel}" for key, kernel in kernels.items()]
+    if tests := saved.get("tests"):
+        lines.append(f"tests: {tests['count']} in {tests['seconds']} s")
+    for name in ("quickstart", "bench", "attention"):
+        if name in saved:
+            lines.append(f"{name}: {json.dumps(saved[name].get('result'))}")
+    times = {k: v["ms"] for k, v in check.json("micro.json").items() if "ms" in v}
+    lines += [f"micro, {key}: {ms:.3f} ms" for key, ms in times.items()]
+    if rows := check.json("gpu.json").get("rows"):
+        from benchmarks import gpu
+
+        lines += ["", gpu.table(rows)]
+    bad = wrong(check)
+    return "\n".join(
+        [*lines, "", f"{len(bad)} things are wrong" if bad else "nothing is wrong", *bad]
+    )
+
+
+def say(text: str) -> None:
+    """Print a line with the time."""
+    print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", flush=True)
+
+
+def prepared(check: Check) -> None:
+    """Make ready what the stages need, look at the machine; raise SystemExit without a GPU."""
+    site = check.work / "packages"
+    for name in install_what_is_missing(site):
+        say(f"installed for this run: {name}")
+    warning = platforms.choose()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(site.resolve())])
+    os.environ["JAX_TRACEBACK_FILTERING"] = "off"  # or an error's last lines are a remark on it
+    if root := cuda_root((check.work / "cuda").resolve()):
+        os.environ["CUDA_ROOT"] = root
+    command = [*PYTHON, "benchmarks.gpu_check", "--environment", f"--out={check.out}"]
+    found = Job("environment", command, min(90, check.left()), check.work, {}).wait()
+    if found["exit"] != 0:
+        sys.exit(f"JAX does not start here: {(found['tail'] or [found['exit']])[-1]}")
+    if found["result"]["backend"] != "gpu" and not check.toy:
+        sys.exit(warning or 'JAX sees no GPU here: pip install "jax[cuda13]", or try --toy')
+    check.keep("environment", found["result"])
+    say(f"{found['result']['device']}, {found['result']['versions']}")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=575.0, help="end after so many")
+    parser.add_argument("--only", default="", help=f"some of {', '.join((*TOGETHER, *ALONE))}")
+    parser.add_argument("--retry", action="store_true", help="do what failed again")
+    parser.add_argument("--toy", action="store_true", help="small, to try the code on a CPU")
+    parser.add_argument("--table", action="store_true", help="only print what --out holds")
+    parser.add_argument("--environment", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.only = tuple(filter(None, options.only.split(","))) or (*TOGETHER, *ALONE)
+    if unknown := set(options.only) - {*TOGETHER, *ALONE}:
+        parser.error(f"--only: {', '.join(sorted(unknown))}: it is no stage")
+    return options
+
+
+def main() -> None:
+    """Do what is not done yet, as far as the time goes, and print what was found."""
+    options = parse()
+    if options.environment:
+        print(json.dumps(environment()))
+        return
+    state = Path(os.environ["STATE"]).resolve() if os.environ.get("STATE") else None
+    check = Check(options.out.resolve(), state, options.seconds, options.toy, options.retry)
+    if not options.table:
+        prepared(check)
+        few = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes share the memory
+        together, alone = ([n for n in names if n in options.only] for names in (TOGETHER, ALONE))
+        check.run(check.missing(together), few | {"TEST_GPU": "1"})
+        # Programs and what was tuned for them are kept from here on: many share their parts.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(check.work / "xla")}
+        for name in check.missing(alone):
+            check.run([name], cache)
+    print(summary(check))
+    sys.exit(bool(wrong(check)))
+
+
+if __name__ == "__main__":
+    main()

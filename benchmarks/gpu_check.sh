@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything worth knowing of one NVIDIA GPU in ten minutes: checks, tests, the quickstart, a table
+# beside PyTorch. What is done is not done again: the same command goes on where it ended.
+#
+#   bash benchmarks/gpu_check.sh              with deit_jax[cuda13,test], torch and timm installed
+#   OUT=DIR T=300 PYTHON=python3 bash ...     results in DIR, 300 seconds in all, that interpreter
+#
+# Without network, run benchmarks/gpu_prepare.sh elsewhere and bring the folder .gpu along.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+export OUT="${OUT:-runs/gpu_check}" PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+"$PYTHON" -m benchmarks.gpu_check --out="$OUT" --seconds="${T:-575}" "$@" 2>&1 | tee -a "$OUT/log.txt"
