@@ -2,7 +2,8 @@
 # Everything worth knowing of one NVIDIA GPU in ten minutes: checks, tests, the quickstart, a table
 # beside PyTorch. What is done is not done again: the same command goes on where it ended.
 #
-#   bash benchmarks/gpu_check.sh              with deit_jax[cuda13,test], torch and timm installed
+#   pip install --editable '.[cuda13,viz]' pytest pytest-xdist torch torchvision timm
+#   bash benchmarks/gpu_check.sh
 #   OUT=DIR T=300 PYTHON=python3 bash ...     results in DIR, 300 seconds in all, that interpreter
 #
 # Without network, run benchmarks/gpu_prepare.sh elsewhere and bring the folder .gpu along.

@@ -82,7 +82,8 @@ def run(clone, script, *words, **environment):
 def test_shellcheck_has_nothing_to_say():
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
     scripts = [str(p) for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch")]
-    assert len(scripts) == 4
+    scripts += [str(p) for p in (LAUNCH.parent / "benchmarks").glob("*.sh")]
+    assert len(scripts) == 6
     done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
