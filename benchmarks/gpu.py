@@ -26,6 +26,7 @@ torchvision, timm >= 1.0.25 and pytest.
 """
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -147,8 +148,7 @@ def run_row(row: dict, seconds: float, limit: float) -> dict:
             f"--seconds={seconds}",
         ],
         cwd=ROOT,
-        # Only one process holds the GPU at a time, so that JAX may take it whole.
-        env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -157,12 +157,29 @@ def run_row(row: dict, seconds: float, limit: float) -> dict:
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with torch.compile's workers
-        process.communicate()
         return {**row, "error": f"took longer than {limit:.0f} s"}
+    finally:  # also on Ctrl-C: or it would hold the GPU's memory, as would torch.compile's workers
+        stop(process)
     if process.returncode == 0:
         return json.loads(out.splitlines()[-1])
     return {**row, "error": crash(process.returncode, err)}
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of a row's process, which has the GPU's memory for itself."""
+    known = {**os.environ}
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(known):
+        known["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.92"
+    return known
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process, if it runs, and whatever it started; it leads a group of its own."""
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def crash(code: int, err: str) -> str:
@@ -307,6 +324,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure what is missing, as far as the time goes, and print the table."""
     options = parse()
+    for how in (signal.SIGINT, signal.SIGTERM):  # so that `finally` stops what it started
+        signal.signal(how, lambda *_: sys.exit("stopped; the same command goes on from here"))
     if options.row:
         print(json.dumps(measured_or_why_not(json.loads(options.row), options.seconds)))
         return

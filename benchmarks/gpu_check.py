@@ -17,11 +17,9 @@ that JAX sees it ends; --toy tries the code on a CPU. Exit code 1 if a stage fou
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -31,23 +29,27 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import gpu_machine
 from deit_jax import platforms
 
 ROOT = Path(__file__).resolve().parent.parent
-WHEELS = ROOT / ".gpu/wheels"
-TOOLKIT = Path("/usr/local/cuda")
 PYTHON = [sys.executable, "-m"]
 TOGETHER, ALONE = ("smoke", "tests", "quickstart", "bench"), ("micro", "attention", "rows")
-LIMITS = {"smoke": 120, "tests": 150, "quickstart": 120, "bench": 120, "micro": 90, "attention": 90}
+LIMITS = {
+    "smoke": 120,
+    "tests": 150,
+    "quickstart": 120,
+    "bench": 120,
+    "micro": 90,
+    "attention": 100,
+}
+STOPPED, PATIENCE = "stopped after", 5
 LEARNT = 95.0  # per cent; what the quickstart's student reaches at least on a CPU, with room
 SHORTEST = 20  # seconds that a stage is started for
 TESTS = ("kernels", "attention", "noise", "losses", "flops", "optim", "mixing", "vit", "step")
 TESTS += ("convnets",)  # the longest last
-PACKAGES = (
-    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12"),
-    *("nvidia-cudnn-cu13", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "torch", "timm"),
-)
-SMI = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
+# With pytest-xdist "[gw0] [ 50%] PASSED tests/…", without "tests/…::… PASSED [ 50%]".
+TESTED = re.compile(r"\[gw\d+\] +\[ *\d+%\] (\w+) tests/|tests/\S+::.* ([A-Z]+) +\[ *\d+%\]$")
 
 
 def commands(out: Path, work: Path, toy: bool) -> dict[str, list[str]]:
@@ -59,92 +61,20 @@ def commands(out: Path, work: Path, toy: bool) -> dict[str, list[str]]:
     words = ["-o", "addopts=", "-W", "ignore", "-p", "no:cacheprovider", "-v", "--tb=short"]
     deit, quick = [*PYTHON, "deit_jax"], "--config=configs/quickstart.py"
     short = ["--config.epochs=1", "--config.teacher.epochs=1"] if toy else []
-    student = "--config=configs/deit.py:variant=base,distilled=False"
-    size = ["--config.model.depth=1", "--config.model.image_size=32"] if toy else []
-    size += ["--config.mixing.group_size=8"] if toy else []
-    seconds = "--seconds=0.2" if toy else "--seconds=4"
-    bench = [*deit, "bench", seconds, "--compare", "--json"]
+    # 198 tokens: JAX trains with cuDNN's attention only where their number is even. A few blocks
+    # compile sooner than twelve.
+    student = ["--config=configs/deit.py:variant=base,distilled=True,kind=none"]
+    student += ["--config.model.depth=4", "--config.batch_size=256", "--seconds=4"]
+    toys = ["--config.model.depth=1", "--config.model.image_size=32", "--config.batch_size=8"]
+    toys += ["--config.mixing.group_size=8", "--seconds=0.2"]
     return {
         "smoke": [*PYTHON, "benchmarks.gpu_smoke", f"--out={out / 'smoke.json'}", *small],
         "tests": [*PYTHON, "pytest", *words, *workers, "-m", "not eight_devices", *tests],
         "quickstart": [*deit, "train", quick, f"--workdir={work / 'quickstart'}", "--json", *short],
-        "bench": [*bench, quick],
+        "bench": [*deit, "bench", quick, "--seconds=1", "--json"],
         "micro": [*PYTHON, "benchmarks.gpu_micro", f"--out={out / 'micro.json'}", *small],
-        "attention": [*bench, student, f"--config.batch_size={8 if toy else 256}", *size],
+        "attention": [*deit, "bench", "--compare", "--json", *student, *(toys if toy else [])],
         "rows": [*PYTHON, "benchmarks.gpu", f"--out={out / 'gpu.json'}", *small],
-    }
-
-
-def install_what_is_missing(folder: Path) -> list[str]:
-    """Install from WHEELS the packages that this interpreter lacks; return their names.
-
-    They come into a folder of their own, which processes that start later find too.
-    """
-    sys.path.append(str(folder))
-    missing = []
-    for wheel in sorted(WHEELS.glob("*.whl")):
-        try:
-            importlib.metadata.version(wheel.name.split("-")[0])
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(wheel)
-    if missing:
-        words = ["install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
-        command = [*PYTHON, "pip", *words, "--target", str(folder), *map(str, missing)]
-        if subprocess.run(command).returncode:
-            sys.exit(f"the wheels of {WHEELS} are not for this Python; see gpu_prepare.sh")
-    return [wheel.name.split("-")[0] for wheel in missing]
-
-
-def cuda_root(folder: Path) -> str:
-    """Return a CUDA folder with libdevice where JAX would find none, "" where it needs no help.
-
-    JAX looks into its own wheels (nvidia-cuda-nvcc, nvidia-nvvm), XLA into /usr/local/cuda. Images
-    without either often have Triton, which brings the same two files.
-    """
-    for wheel in ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(wheel) and ""
-    nvcc = shutil.which("nvcc")
-    for root in filter(None, (nvcc and Path(nvcc).resolve().parents[1], TOOLKIT)):
-        if (root / "nvvm/libdevice/libdevice.10.bc").exists():
-            return str(root)
-    spec = importlib.util.find_spec("triton")
-    if not spec or not spec.origin:
-        return ""
-    theirs = Path(spec.origin).parent / "backends/nvidia"
-    for source, place in (("lib/libdevice.10.bc", "nvvm/libdevice"), ("bin/ptxas", "bin")):
-        if not (theirs / source).exists():
-            return ""
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        shutil.copy(theirs / source, folder / place)
-    return str(folder)
-
-
-def environment() -> dict:
-    """Return what this machine has, as JAX and nvidia-smi see it."""
-    import jax
-
-    from deit_jax import devices
-
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    smi = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader"]
-    told = None
-    with contextlib.suppress(OSError):
-        told = subprocess.run(smi, capture_output=True, text=True).stdout.strip()
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "backend": jax.default_backend(),
-        "devices": len(jax.devices()),
-        "compute_capability": getattr(device, "compute_capability", None),
-        "memory": devices.memory_stats(device),
-        "nvidia_smi": told,
-        "cuda_root": os.environ.get("CUDA_ROOT"),
-        "python": platform.python_version(),
-        "versions": versions,
     }
 
 
@@ -170,29 +100,40 @@ class Job:
         if code is None and seconds < self.limit:
             return None
         if code is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            code = f"stopped after {self.limit:.0f} s"
+            self.stop()
+            code = f"{STOPPED} {self.limit:.0f} s"
         lines = self.path.read_text(errors="replace").splitlines()
         found = {"exit": code, "seconds": round(seconds, 1), **told(self.name, lines)}
         return {**found, "tail": lines[-25:]}
 
+    def stop(self) -> None:
+        """End the process, if it runs, and what it started; it has some seconds to do so itself."""
+        if self.process.poll() is not None:
+            return
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(PATIENCE)
+
     def wait(self) -> dict:
         """Return what `found` does, when it has ended."""
-        while (found := self.found()) is None:
-            time.sleep(0.1)
-        return found
+        try:
+            while (found := self.found()) is None:
+                time.sleep(0.1)
+            return found
+        finally:
+            self.stop()
 
 
 def told(name: str, lines: list[str]) -> dict:
     """Return what the lines of a stage's log say: its JSON object, or its tests."""
     if name == "tests":
         # Line by line, so that a stage that was stopped tells what it had found.
-        marks = [re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", x) for x in lines if "::" in x]
         count = dict.fromkeys(("PASSED", "FAILED", "ERROR", "SKIPPED"), 0)
-        for mark in filter(None, marks):
-            count[mark[1]] += 1
+        for match in filter(None, map(TESTED.match, lines)):
+            mark = match[1] or match[2]
+            count[mark] = count.get(mark, 0) + 1
         failed = {x for x in lines if re.match(r"(FAILED|ERROR) tests/", x)}
         return {"count": count, "failed": sorted(failed)}
     objects = [line for line in lines if line.startswith("{")]
@@ -224,8 +165,6 @@ class Check:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.saved, indent=1) + "\n")
         os.replace(temporary, self.path)
-        for path in self.out.glob("*.json") if self.state else ():
-            shutil.copy(path, self.state)
 
     def left(self) -> float:
         """Return the seconds that are left, some kept for the end."""
@@ -246,14 +185,35 @@ class Check:
 
     def run(self, names: list[str], variables: dict) -> None:
         """Run stages at once, and write down what each found."""
-        jobs = list(filter(None, [self.start(name, variables) for name in names]))
-        while jobs:
-            time.sleep(0.1)
-            for job in list(jobs):
-                if found := job.found():
-                    jobs.remove(job)
-                    say(f"{job.name}: exit {found['exit']}, {found['seconds']} s")
-                    self.keep(job.name, found)
+        jobs, copied = list(filter(None, [self.start(name, variables) for name in names])), 0.0
+        try:
+            while jobs:
+                time.sleep(0.1)
+                for job in list(jobs):
+                    if found := job.found():
+                        jobs.remove(job)
+                        self.ended(job, found)
+                if time.monotonic() - copied > 5:  # rows are written down one by one
+                    self.copy()
+                    copied = time.monotonic()
+        finally:  # also on Ctrl-C: what is left would hold the GPU's memory
+            for job in jobs:
+                job.stop()
+            self.copy()
+
+    def ended(self, job: Job, found: dict) -> None:
+        """Write down what a stage found, but for one that had less time than it may have."""
+        say(f"{job.name}: exit {found['exit']}, {found['seconds']} s")
+        short = str(found["exit"]).startswith(STOPPED) and job.limit < LIMITS.get(job.name, 0)
+        if short:
+            say(f"{job.name}: it had too little time; the same command goes on from here")
+        else:
+            self.keep(job.name, found)
+
+    def copy(self) -> None:
+        """Copy what was found to where it is kept."""
+        for path in self.out.glob("*.json") if self.state else ():
+            shutil.copy(path, self.state)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Return the stages that are to be run; `rows` knows itself what is missing of it."""
@@ -281,6 +241,9 @@ def wrong(check: Check) -> list[str]:
     learnt = check.saved.get("quickstart", {}).get("result", {}).get("fused", {}).get("top1")
     if learnt is not None and learnt < LEARNT and not check.toy:
         lines.append(f"quickstart: {learnt:.1f} % of the digits, not {LEARNT} % (docs/results.md)")
+    times = check.saved.get("attention", {}).get("result", {}).get("attention_ms", {})
+    missed = {} if check.toy else {k: v for k, v in times.items() if isinstance(v, str)}
+    lines += [f"attention by {kernel}: {reason}" for kernel, reason in missed.items()]
     tests = check.saved.get("tests", {})
     lines += tests.get("failed", [])
     if tests and tests["exit"] != 0 and not tests["failed"]:
@@ -308,9 +271,11 @@ def summary(check: Check) -> str:
         lines += [f"  {key}: {kernel}" for key, kernel in kernels.items()]
     if tests := saved.get("tests"):
         lines.append(f"tests: {tests['count']} in {tests['seconds']} s")
-    for name in ("quickstart", "bench", "attention"):
+    for name in ("quickstart", "attention"):
         if name in saved:
             lines.append(f"{name}: {json.dumps(saved[name].get('result'))}")
+    if "bench" in saved:  # beside three other stages: its times say nothing
+        lines.append(f"bench: exit {saved['bench']['exit']}")
     times = {k: v["ms"] for k, v in check.json("micro.json").items() if "ms" in v}
     lines += [f"micro, {key}: {ms:.3f} ms" for key, ms in times.items()]
     if rows := check.json("gpu.json").get("rows"):
@@ -331,12 +296,14 @@ def say(text: str) -> None:
 def prepared(check: Check) -> None:
     """Make ready what the stages need, look at the machine; raise SystemExit without a GPU."""
     site = check.work / "packages"
-    for name in install_what_is_missing(site):
+    for name in gpu_machine.install_what_is_missing(site):
         say(f"installed for this run: {name}")
     warning = platforms.choose()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(site.resolve())])
+    if (named := os.environ.get("JAX_PLATFORMS")) and "cpu" not in named:
+        os.environ["JAX_PLATFORMS"] = f"{named},cpu"  # which checks compare with
     os.environ["JAX_TRACEBACK_FILTERING"] = "off"  # or an error's last lines are a remark on it
-    if root := cuda_root((check.work / "cuda").resolve()):
+    if root := gpu_machine.cuda_root((check.work / "cuda").resolve()):
         os.environ["CUDA_ROOT"] = root
     command = [*PYTHON, "benchmarks.gpu_check", "--environment", f"--out={check.out}"]
     found = Job("environment", command, min(90, check.left()), check.work, {}).wait()
@@ -368,8 +335,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Do what is not done yet, as far as the time goes, and print what was found."""
     options = parse()
+    for how in (signal.SIGINT, signal.SIGTERM):  # so that `finally` stops what it started
+        signal.signal(how, lambda *_: sys.exit("stopped; the same command goes on from here"))
     if options.environment:
-        print(json.dumps(environment()))
+        print(json.dumps(gpu_machine.environment()))
         return
     state = Path(os.environ["STATE"]).resolve() if os.environ.get("STATE") else None
     check = Check(options.out.resolve(), state, options.seconds, options.toy, options.retry)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything worth knowing of one NVIDIA GPU in ten minutes: checks, tests, the quickstart, a table
-# beside PyTorch. What is done is not done again: the same command goes on where it ended.
+# What holds on one NVIDIA GPU, in ten minutes: checks, tests, the quickstart, times of parts, the
+# first rows of a table beside PyTorch. The same command goes on where it ended, with more rows.
 #
 #   pip install --editable '.[cuda13,viz]' pytest pytest-xdist torch torchvision timm
 #   bash benchmarks/gpu_check.sh

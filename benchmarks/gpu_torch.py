@@ -19,16 +19,24 @@ def build(row: dict):
     torch.manual_seed(0)
     step = {"train": train, "forward": forward}[row["part"]](row)
     wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    return step, wait, about
+    return step, wait, lambda: about(row)
 
 
-def about() -> dict:
-    """Return what the row's process knows of the device, its memory and the versions."""
-    gpu = DEVICE == "cuda"
+def about(row: dict) -> dict:
+    """Return what the row's process knows of the device, its memory and the versions.
+
+    Of a row with CUDA graphs also how often inductor took none.
+    """
+    gpu, found = DEVICE == "cuda", {}
+    if row["peer"] == "graphs":
+        from torch._dynamo.utils import counters
+
+        found = {"graphs_skipped": counters["inductor"]["cudagraph_skips"]}
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "peak_bytes": torch.cuda.max_memory_allocated() if gpu else None,
         "versions": {name: metadata.version(name) for name in ("torch", "timm")},
+        **found,
     }
 
 

@@ -228,6 +228,11 @@ def build_model(
         raise UserError(f"config.{of}{error}") from error
 
 
+def for_counting(model):
+    """Return a model to count parameters or products of, whose attention asks no GPU for cuDNN."""
+    return model.clone(attention="xla") if hasattr(model, "attention") else model
+
+
 def _spec(name: str, of: str = "") -> registry.ModelSpec:
     try:
         return registry.get_spec(name)

@@ -29,7 +29,7 @@ def forward_flops(model_config, num_classes: int, size: int) -> float:
     Those of its products and convolutions, 2 per multiply-accumulate, as timm counts them.
     """
     # Not by Lowered.cost_analysis(), which is None behind a plugin: on every GPU and TPU.
-    model = config_lib.build_model(model_config, num_classes)
+    model = config_lib.for_counting(config_lib.build_model(model_config, num_classes))
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)

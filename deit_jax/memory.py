@@ -148,7 +148,7 @@ def _extrapolated(function, model, size: int) -> Takes:
 
 
 def _variables(model, size: int):
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    model, images = config_lib.for_counting(model), jax.ShapeDtypeStruct((1, size, size, 3), "f4")
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 

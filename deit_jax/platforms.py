@@ -32,7 +32,7 @@ def choose() -> str:
     unwanted_libtpu = _installed("libtpu") and not (_any(TPUS) or _told_of_a_tpu())
     if cuda and unwanted_libtpu:
         # With a list JAX insists on each of them, so only with a GPU.
-        os.environ[VARIABLE] = "cuda,cpu" if _any(NVIDIA) else "cpu"
+        os.environ[VARIABLE] = "cuda,cpu" if _nvidia() else "cpu"
     elif missed or (unwanted_libtpu and not any(map(_installed, OTHER_PLUGINS))):
         os.environ[VARIABLE] = "cpu"
     return missed
@@ -41,7 +41,7 @@ def choose() -> str:
 def _missed_gpu() -> str:
     """Return what to install for an NVIDIA GPU that JAX has no plugin for, "" if none is missed."""
     plugins = (*CUDA_PLUGINS, *OTHER_PLUGINS)
-    if not _any(NVIDIA) or _any(TPUS) or any(map(_installed, plugins)):
+    if not _nvidia() or _any(TPUS) or any(map(_installed, plugins)):
         return ""
     driver = _driver()
     extra = "cuda12" if driver and driver < CUDA_13_DRIVER else "cuda13"
@@ -53,6 +53,11 @@ def _missed_gpu() -> str:
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def _nvidia() -> bool:
+    """Return whether there is an NVIDIA GPU that this process may use."""
+    return _any(NVIDIA) and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() not in ("", "-1")
 
 
 def _any(patterns: tuple[str, ...]) -> bool:

@@ -6,7 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 # Leave the allocator most of the memory, but not what other programs on the display may need.
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+if [ -z "${XLA_CLIENT_MEM_FRACTION:-}" ]; then # its newer name; JAX takes only one of them
+    export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+fi
 
 processes="${PROCESSES:-1}"
 if [ "$processes" = 1 ]; then

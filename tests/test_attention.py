@@ -147,6 +147,41 @@ def test_without_a_gpu_cudnn_is_out_of_the_question():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.fixture
+def cuda(monkeypatch):
+    """Let JAX's own call of cuDNN be traced and lowered here: a Hopper GPU with a recent cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo as jaxs
+
+    monkeypatch.setattr(jaxs, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(jaxs, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(jaxs, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+def lowered_for_cuda(shape):
+    """Return the program of cuDNN's attention and its gradient."""
+
+    def both(x):
+        out, pull = jax.vjp(cudnn.attention, x, x, x)
+        return out, pull(out)
+
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return jax.jit(both).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("shape", [(32, 198, 12, 64), (32, 578, 6, 64), (2, 18, 3, 16)])
+def test_jax_calls_cudnn_forward_and_backward_for_distilled_models(cuda, shape):
+    program = lowered_for_cuda(shape)
+    assert "__cudnn$fmhaSoftmax(" in program
+    assert "__cudnn$fmhaSoftmaxBackward(" in program
+
+
+@pytest.mark.parametrize("tokens", [197, 577])
+def test_jax_does_not_train_with_cudnn_and_an_odd_number_of_tokens(cuda, tokens):
+    """Models without a distillation token. Where this fails, JAX does: say so in docs/design.md."""
+    with pytest.raises(NotImplementedError, match=f"sequence length Q {tokens}"):
+        lowered_for_cuda((32, tokens, 12, 64))
+
+
 @pytest.mark.parametrize("platform", ["cuda", "cpu", "tpu"])
 def test_the_choice_follows_the_platform_that_is_compiled_for(on_gpu, platform):
     """A machine with a GPU also exports for others, and plans for TPUs."""

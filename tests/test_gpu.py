@@ -11,7 +11,7 @@ from deit_jax import __main__ as program
 from deit_jax import bench_step, checkpoint, compiled_step, evaluate, memory, sharding, train
 from deit_jax import config as config_lib
 from deit_jax.errors import UserError
-from deit_jax.models import cudnn
+from deit_jax.models import attention, cudnn
 from deit_jax.step import Recipe
 from deit_jax.weights import folded
 from tests.test_convert import opened
@@ -70,6 +70,36 @@ def test_cudnn_is_checked_before_anything_is_written(gpu, tiny_config, part, fie
             config_lib.validate(tiny_config, 8)
     else:
         config_lib.validate(tiny_config, 8)
+
+
+def test_a_run_that_insists_on_cudnn_is_counted_and_timed(gpu, monkeypatch, tiny_config):
+    """Parameters and operations are counted on models in float32, which cuDNN does not take."""
+    gpu(9.0)
+    monkeypatch.setattr(cudnn, "attention", attention.softmax_attention)
+    monkeypatch.setattr(memory, "limit", lambda mesh: 10**10)
+    tiny_config.distill.kind, tiny_config.dtype = "none", "bfloat16"
+    tiny_config.data.source = "folder:/nowhere"
+    tiny_config.model.attention = "cudnn"
+    result = bench_step.measure(tiny_config, 0.1, compare=True)
+    assert result["attention"] == "cudnn"
+    assert set(result["attention_ms"]) == {"cudnn", "xla"}
+    assert min(result["attention_ms"].values()) > 0
+    assert result["flops_per_step"] > 0
+
+
+def test_a_kernel_that_fails_leaves_the_others_time(gpu, monkeypatch, tiny_config):
+    gpu(9.0)
+    tiny_config.distill.kind, tiny_config.dtype = "none", "bfloat16"
+
+    def median_ms(config, *_):
+        if config.model.attention == "cudnn":
+            raise jax.errors.JaxRuntimeError("INTERNAL: no plan\nmore")
+        return 1.5
+
+    monkeypatch.setattr(bench_step, "_median_ms", median_ms)
+    dataset = train.open_dataset(tiny_config.data)
+    found = bench_step.compare_attention(tiny_config, dataset, None, 0.1)
+    assert found == {"cudnn": "INTERNAL: no plan", "xla": 1.5}
 
 
 def test_only_a_gpus_step_excludes_kernels_and_by_a_name_that_xla_knows(monkeypatch, tiny_config):

@@ -200,6 +200,17 @@ def test_a_process_that_dies_leaves_its_last_error(code, err, expected):
     assert "\n" not in found
 
 
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_who_set_the_share_of_memory_keeps_it_by_either_name(monkeypatch, name):
+    """JAX refuses to start with both."""
+    for each in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(each, raising=False)
+    assert gpu.environment()["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    monkeypatch.setenv(name, "0.5")
+    found = {k: v for k, v in gpu.environment().items() if "MEM_FRACTION" in k}
+    assert found == {name: "0.5"}
+
+
 def test_one_file_is_of_one_device(tmp_path):
     results = gpu.Results(tmp_path / "gpu.json")
     results.add("a", row("ours", 1, 1.0, device="NVIDIA H100"))

@@ -1,14 +1,19 @@
 """benchmarks/gpu_check.sh at toy size on a CPU: every stage, its verdicts, and going on."""
 
+import contextlib
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from benchmarks import gpu_check, gpu_smoke
+from benchmarks import gpu_check, gpu_machine, gpu_micro, gpu_smoke
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +84,10 @@ def test_a_stage_has_its_limit_and_a_later_call_the_rest(tmp_path, monkeypatch):
     check = gpu_check.Check(tmp_path, None, 60)
     check.run(["smoke"], {})
     assert check.saved["smoke"]["exit"] == "stopped after 0 s"
+    short = gpu_check.Check(tmp_path, None, 5.2)
+    monkeypatch.setattr(gpu_check, "LIMITS", {"quickstart": 0.4})
+    short.run(["quickstart"], {})  # stopped earlier than by its limit: not its fault
+    assert "quickstart" not in short.saved
     assert gpu_check.wrong(check) == ["smoke: exit stopped after 0 s: "]
     again = gpu_check.Check(tmp_path, None, 5)
     assert again.missing(gpu_check.TOGETHER) == ["tests", "quickstart", "bench"]
@@ -87,9 +96,39 @@ def test_a_stage_has_its_limit_and_a_later_call_the_rest(tmp_path, monkeypatch):
     assert "bench" not in again.saved
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_it_leaves_no_process_behind(tmp_path, how):
+    """Each stage and each row has a session of its own: a dead parent would leave them the GPU."""
+    environment = {**os.environ, "XLA_FLAGS": "", "STATE": ""}
+    words = ["benchmarks.gpu_check", "--toy", "--only=rows", f"--out={tmp_path}"]
+    run = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, env=environment)
+    try:
+        # The process of a row is the third of them, after the stage that starts it.
+        while len(children := descendants(run.pid)) < 2 or not any("--row" in c for c in children):
+            assert run.poll() is None
+            time.sleep(0.1)
+        run.send_signal(how)
+        assert run.wait(30) != 0
+        assert not [pid for pid in children.values() if Path(f"/proc/{pid}/cmdline").exists()]
+    finally:
+        run.kill()
+
+
+def descendants(pid):
+    """Return the processes below one, by their command lines."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                command = (path.parent / "cmdline").read_text().replace("\0", " ")
+                found |= {command: int(path.parent.name), **descendants(int(path.parent.name))}
+    return found
+
+
 LOG = """
 [gw0] [ 50%] PASSED tests/test_losses.py::test_a
 [gw1] [ 99%] FAILED tests/test_vit.py::test_b
+tests/test_vit.py::test_c[a b] PASSED                                   [100%]
 FAILED tests/test_vit.py::test_b - AssertionError: 1 == 2
 """
 
@@ -98,7 +137,7 @@ def test_what_is_wrong_is_said_stage_by_stage(tmp_path):
     check = gpu_check.Check(tmp_path, None, 60)
     lines = LOG.strip().splitlines()
     found = gpu_check.told("tests", lines)
-    assert found["count"]["PASSED"] == 1
+    assert found["count"] == {"PASSED": 2, "FAILED": 1, "ERROR": 0, "SKIPPED": 0}
     check.keep("tests", {"exit": 1, "seconds": 1.0, **found, "tail": lines})
     result = {"fused": {"top1": 11.1}}
     check.keep("quickstart", {"exit": 0, "seconds": 1.0, "result": result, "tail": []})
@@ -147,6 +186,19 @@ def test_only_a_deterministic_program_needs_the_same_bits():
     assert not gpu_smoke._same_bits(lambda: next(numbers), needed=True)["ok"]
 
 
+def test_an_odd_number_of_tokens_is_padded_for_cudnn(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as jaxs
+
+    monkeypatch.setattr(jaxs, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(jaxs, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(jaxs, "is_cuda_compute_capability_equal", lambda capability: False)
+    x = jax.ShapeDtypeStruct((4, 197, 3, 64), "bfloat16")
+    function = functools.partial(gpu_smoke.pulled, gpu_micro.padded)
+    traced = jax.jit(function).trace(x, x, x, x)
+    assert [y.shape for y in jax.tree.leaves(traced.out_info)] == [x.shape] * 4
+    assert "fmhaSoftmaxBackward" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_triton_lends_its_libdevice_where_cuda_brings_none(tmp_path, monkeypatch):
     theirs = tmp_path / "site/triton/backends/nvidia"
     for name in ("lib/libdevice.10.bc", "bin/ptxas"):
@@ -154,16 +206,14 @@ def test_triton_lends_its_libdevice_where_cuda_brings_none(tmp_path, monkeypatch
         (theirs / name).write_text(name)
     (tmp_path / "site/triton/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda _: None)
-    monkeypatch.setattr(gpu_check, "TOOLKIT", tmp_path / "none")
-    monkeypatch.setattr(gpu_check.importlib.metadata, "version", no_version)
-    root = gpu_check.cuda_root(tmp_path / "cuda")
+    monkeypatch.setattr(gpu_machine.shutil, "which", lambda _: None)
+    monkeypatch.setattr(gpu_machine, "TOOLKIT", tmp_path / "none")
+    root = gpu_machine.cuda_root(tmp_path / "cuda")
     assert root == str(tmp_path / "cuda")
     assert (tmp_path / "cuda/nvvm/libdevice/libdevice.10.bc").exists()
     assert (tmp_path / "cuda/bin/ptxas").exists()
-    monkeypatch.setattr(gpu_check.importlib.metadata, "version", lambda name: "13.0")
-    assert gpu_check.cuda_root(tmp_path / "other") == ""
-
-
-def no_version(name):
-    raise gpu_check.importlib.metadata.PackageNotFoundError(name)
+    for name in (gpu_machine.LIBDEVICE, "bin/ptxas"):
+        path = tmp_path / "site/nvidia/cu13" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert gpu_machine.cuda_root(tmp_path / "other") == ""

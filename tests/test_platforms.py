@@ -75,6 +75,12 @@ def test_a_gpu_with_a_plugin_is_not_missed(machine, installed):
     assert machine(installed, (GPU,))[1] == ""
 
 
+@pytest.mark.parametrize("value", ["", "-1"])
+def test_a_gpu_that_is_hidden_from_the_process_is_none(machine, value):
+    assert machine((CUDA, LIBTPU), (GPU,), CUDA_VISIBLE_DEVICES=value) == ("cpu", "")
+    assert machine((LIBTPU,), (GPU,), CUDA_VISIBLE_DEVICES=value) == ("cpu", "")
+
+
 def test_who_chose_the_cpu_misses_no_gpu(machine):
     assert machine((), (GPU,), JAX_PLATFORMS="cpu") == ("cpu", "")
 
