@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_micro --out=FILE.json [--toy]
 
-Attention by cuDNN, by our two products and by jax.nn, for 197 tokens padded to 198; queries, keys and values as one product or as
-three; patch embedding as a product and as a convolution; the teacher alone. 256 images in bfloat16,
-forward and backward (the teacher forward only). FILE holds {"name": {"ms", "compile_s"}}.
+Attention by cuDNN, by our two products and by jax.nn, for 197 tokens padded to 198; queries, keys
+and values as one product or as three; patch embedding as a product and as a convolution; the
+teacher alone. 256 images in bfloat16, forward and backward (the teacher forward only). FILE holds
+{"name": {"ms", "compile_s"}}.
 """
 
 import argparse
