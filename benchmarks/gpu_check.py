@@ -3,12 +3,13 @@
     python -m benchmarks.gpu_check --out=DIR [--seconds=575] [--retry] [--toy] [--only=smoke,rows]
     python -m benchmarks.gpu_check --out=DIR --table       print what DIR holds, measure nothing
 
-Stages, each a process with a time limit: `environment`; then at once, since none of it is timed,
-`smoke` (gpu_smoke.py), `tests` (those that need no eight devices), `quickstart` (a training) and
-`bench`; then alone `micro` (gpu_micro.py), `attention` (the step with each kernel of attention) and
-`rows` (gpu.py, what matters most first, as far as the time goes). DIR gets gpu_check.json and each
-stage's own file and log. What is done is not done again, except with --retry what failed. With
-STATE=DIR what is done is kept there too, and taken up from there into an empty --out.
+Stages, each a process with a time limit: `environment`; then at once, so that their times say
+nothing, `smoke` (gpu_smoke.py), `tests` (those that need no eight devices), `quickstart` (a
+training) and `bench`; then alone `micro` (gpu_micro.py), `attention` (the step with each kernel of
+attention) and `rows` (gpu.py, what matters most first, as far as the time goes). DIR gets
+gpu_check.json and each stage's own file and log. What is done is not done again, except with
+--retry what failed. With STATE=DIR what is done is kept there too, and taken up from there into an
+empty --out.
 
 Packages that are missing are installed for the run from .gpu/wheels (gpu_prepare.sh). Without a GPU
 that JAX sees it ends; --toy tries the code on a CPU. Exit code 1 if a stage found something wrong.

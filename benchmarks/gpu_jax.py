@@ -23,6 +23,8 @@ STEPS_PER_EPOCH = 1000  # only the learning rate follows from it
 
 def build(row: dict):
     """Return a function that starts a step, one that waits for it, and one that tells the rest."""
+    if jax.default_backend() == "cpu" and not row["toy"]:
+        raise RuntimeError("JAX sees no GPU")
     config, classes = config_of(row), classes_of(row)
     make = forward if row["part"] == "forward" else flax_train if row["peer"] == "flax" else train
     run, carry = make(config, classes, random_batch(config, classes))

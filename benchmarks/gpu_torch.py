@@ -14,6 +14,8 @@ MODES = {"compile": None, "graphs": "reduce-overhead"}  # of torch.compile
 
 def build(row: dict):
     """Return a function that starts a step, one that waits for it, and one that tells the rest."""
+    if DEVICE == "cpu" and not row["toy"]:
+        raise RuntimeError(f"this PyTorch ({torch.__version__}) sees no GPU")
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)

@@ -31,6 +31,19 @@ def test_every_row_is_measured(request, key):
         assert found["expected_bytes"] > 0
 
 
+@pytest.mark.parametrize(("peer", "who"), [("ours", "JAX"), ("eager", "this PyTorch")])
+def test_no_row_is_measured_on_a_cpu_in_a_gpus_stead(request, monkeypatch, peer, who):
+    """As with a PyTorch without CUDA beside a JAX that has it."""
+    if peer == "eager":
+        request.getfixturevalue("timm")
+        from benchmarks import gpu_torch
+
+        monkeypatch.setattr(gpu_torch, "DEVICE", "cpu")
+    row = gpu.rows(["train"], [], turns=1, toy=False)[f"train/tiny/224/256/{peer}/1"]
+    assert "sees no GPU" in gpu.measured_or_why_not(row, 0.0)["error"]
+    assert who in gpu.measured_or_why_not(row, 0.0)["error"]
+
+
 def test_pytorchs_teacher_says_the_same_with_its_batch_norm_folded(timm, torch):
     from benchmarks import gpu_torch
 
