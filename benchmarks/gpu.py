@@ -42,6 +42,7 @@ from pathlib import Path
 from statistics import median
 
 from deit_jax.chips import CHIPS, device_of
+from deit_jax.metrics import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {
@@ -70,6 +71,7 @@ ORDER = (
 )
 TOY_ORDER = tuple((part, "tiny", 32, peers) for part, peers in PEERS.items())
 WINDOWS, WARM_UP = 5, 3
+PATIENCE = 5  # seconds
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")
 
 
@@ -174,12 +176,17 @@ def environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process, if it runs, and whatever it started; it leads a group of its own."""
+    """End a process, if it runs, and what it started; it leads a group of its own.
+
+    It has some seconds to do so itself, as what it started may lead others.
+    """
     if process.poll() is not None:
         return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
 
 
 def crash(code: int, err: str) -> str:
@@ -288,9 +295,7 @@ class Results:
         self.saved |= {"date": today, "python": platform.python_version()}
         self.saved["versions"] = self.saved.get("versions", {}) | versions
         self.saved["rows"][key] = row
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.saved, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, self.saved)
 
     def has(self, key: str, retry: bool) -> bool:
         """Return whether a row need not be measured."""

@@ -30,8 +30,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import gpu_machine
+from benchmarks import gpu, gpu_machine
 from deit_jax import platforms
+from deit_jax.metrics import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable, "-m"]
@@ -44,7 +45,7 @@ LIMITS = {
     "micro": 90,
     "attention": 100,
 }
-STOPPED, PATIENCE = "stopped after", 5
+STOPPED = "stopped after"
 LEARNT = 95.0  # per cent; what the quickstart's student reaches at least on a CPU, with room
 SHORTEST = 20  # seconds that a stage is started for
 TESTS = ("kernels", "attention", "noise", "losses", "flops", "optim", "mixing", "vit", "step")
@@ -101,21 +102,11 @@ class Job:
         if code is None and seconds < self.limit:
             return None
         if code is None:
-            self.stop()
+            gpu.stop(self.process)
             code = f"{STOPPED} {self.limit:.0f} s"
         lines = self.path.read_text(errors="replace").splitlines()
         found = {"exit": code, "seconds": round(seconds, 1), **told(self.name, lines)}
         return {**found, "tail": lines[-25:]}
-
-    def stop(self) -> None:
-        """End the process, if it runs, and what it started; it has some seconds to do so itself."""
-        if self.process.poll() is not None:
-            return
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, how)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(PATIENCE)
 
     def wait(self) -> dict:
         """Return what `found` does, when it has ended."""
@@ -124,7 +115,7 @@ class Job:
                 time.sleep(0.1)
             return found
         finally:
-            self.stop()
+            gpu.stop(self.process)
 
 
 def told(name: str, lines: list[str]) -> dict:
@@ -163,9 +154,7 @@ class Check:
     def keep(self, name: str, found: dict) -> None:
         """Write down what a stage found."""
         self.saved |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), name: found}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.saved, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, self.saved)
 
     def left(self) -> float:
         """Return the seconds that are left, some kept for the end."""
@@ -199,7 +188,7 @@ class Check:
                     copied = time.monotonic()
         finally:  # also on Ctrl-C: what is left would hold the GPU's memory
             for job in jobs:
-                job.stop()
+                gpu.stop(job.process)
             self.copy()
 
     def ended(self, job: Job, found: dict) -> None:
@@ -280,8 +269,6 @@ def summary(check: Check) -> str:
     times = {k: v["ms"] for k, v in check.json("micro.json").items() if "ms" in v}
     lines += [f"micro, {key}: {ms:.3f} ms" for key, ms in times.items()]
     if rows := check.json("gpu.json").get("rows"):
-        from benchmarks import gpu
-
         lines += ["", gpu.table(rows)]
     bad = wrong(check)
     return "\n".join(

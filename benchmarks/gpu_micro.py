@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import gpu_jax
-from benchmarks.gpu_smoke import Checks, pulled, random
+from benchmarks.gpu_smoke import (
+    Checks,
+    kernels_gradient,
+    patch_convolution,
+    patch_product,
+    pulled,
+    random,
+)
 from deit_jax.models import attention, cudnn
 from deit_jax.teacher import random_teacher
 
@@ -81,23 +88,8 @@ def projections(batch: int, width: int, packed: bool) -> dict:
 
 def patches(batch: int, width: int, how: str) -> dict:
     """Patch embedding's value and the gradient of its kernel."""
-
-    def convolution(kernel, images):
-        dims = ("NHWC", "HWIO", "NHWC")
-        out = jax.lax.conv_general_dilated(
-            images, kernel, (16, 16), "VALID", dimension_numbers=dims
-        )
-        return out.reshape(batch, 196, width)
-
-    def product(kernel, images):
-        x = images.reshape(batch, 14, 16, 14, 16, 3).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(batch, 196, 768) @ kernel.reshape(768, width)
-
-    function = {"convolution": convolution, "product": product}[how]
-
-    def both(kernel, images, grad):
-        return pulled(lambda kernel: function(kernel, images), kernel, grad)
-
+    function = {"convolution": patch_convolution, "product": patch_product}[how]
+    both = functools.partial(kernels_gradient, function)
     images, kernel = random(0, batch, 224, 224, 3), random(1, 16, 16, 3, width)
     return timed(both, kernel, images, random(2, batch, 196, width))
 

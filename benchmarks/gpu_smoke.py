@@ -10,7 +10,6 @@ that raises is one that failed, and does not end the rest. --toy is for trying t
 import argparse
 import functools
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -21,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu_jax
+from benchmarks.gpu import cause
 from configs import deit
 from deit_jax import compiled_step, devices, sharding
 from deit_jax.flops import forward_flops
+from deit_jax.metrics import write_json
 from deit_jax.models import attention, cudnn, vit
 
 HALF_ERROR = 0.02  # relative, of what is computed in bfloat16: 2^-8 and some
@@ -43,8 +44,6 @@ class Checks(dict):
         try:
             found = check()
         except Exception as error:
-            from benchmarks.gpu import cause
-
             at = traceback.extract_tb(error.__traceback__)[-1]
             found = {
                 "ok": False,
@@ -52,9 +51,7 @@ class Checks(dict):
                 "at": f"{Path(at.filename).name}:{at.lineno}",
             }
         self[name] = {**found, "seconds": round(time.monotonic() - began, 1)}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, self)
         print(f"{name}: {json.dumps(self[name])}", flush=True)
 
 
@@ -82,6 +79,25 @@ def pulled(function, *operands_and_grad):
     *operands, grad = operands_and_grad
     out, pull = jax.vjp(function, *operands)
     return out, *pull(grad)
+
+
+def patch_product(kernel, images):
+    """Return patch embedding as the model does it: one product, the bias left at zero."""
+    layer = vit.PatchEmbed(kernel.shape[0], kernel.shape[-1], images.dtype)
+    bias = jnp.zeros(kernel.shape[-1:])
+    return layer.apply({"params": {"proj": {"kernel": kernel, "bias": bias}}}, images)
+
+
+def patch_convolution(kernel, images):
+    """Return the same by the convolution that it stands for."""
+    dims, stride = ("NHWC", "HWIO", "NHWC"), kernel.shape[:2]
+    out = jax.lax.conv_general_dilated(images, kernel, stride, "VALID", dimension_numbers=dims)
+    return out.reshape(out.shape[0], -1, out.shape[-1])
+
+
+def kernels_gradient(function, kernel, images, grad):
+    """Return function(kernel, images) and its gradient by the kernel."""
+    return pulled(lambda kernel: function(kernel, images), kernel, grad)
 
 
 # --- the checks ----------------------------------------------------------------------------------
@@ -145,28 +161,9 @@ def attention_like_float32s(shape: tuple[int, ...], choice: str) -> dict:
 def patches(size: int, width: int) -> dict:
     """Patch embedding is one product here; it should be the convolution that it stands for."""
     images, kernel = random(0, 2, size, size, 3), random(1, 16, 16, 3, width) * 0.05
-    layer = vit.PatchEmbed(16, width, jnp.bfloat16)
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), images)
-    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def product(kernel, images):
-        own = jax.tree.map(lambda x: kernel.astype(x.dtype) if x.ndim == 4 else x, params)
-        return layer.apply(own, images)
-
-    def convolution(kernel, images):
-        dims = ("NHWC", "HWIO", "NHWC")
-        out = jax.lax.conv_general_dilated(
-            images, kernel, (16, 16), "VALID", dimension_numbers=dims
-        )
-        return out.reshape(out.shape[0], -1, out.shape[-1])
-
     grad = random(2, 2, (size // 16) ** 2, width)
-    got = jax.jit(lambda k: pulled(lambda k: product(k, images), k, grad))(kernel)
-
-    def reference(kernel, images, grad):
-        return pulled(lambda k: convolution(k, images), kernel, grad)
-
-    exact = on_cpu(reference, kernel, images, grad)
+    got = jax.jit(functools.partial(kernels_gradient, patch_product))(kernel, images, grad)
+    exact = on_cpu(functools.partial(kernels_gradient, patch_convolution), kernel, images, grad)
     errors = [relative_error(g, e) for g, e in zip(got, exact, strict=True)]
     return {"ok": max(errors) < HALF_ERROR, "relative_errors": errors}
 

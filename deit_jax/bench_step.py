@@ -5,6 +5,7 @@ import itertools
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,26 +105,37 @@ def measure(
     folder = profile and _writable(profile)
     replay = config.teacher.tape == "replay"
     teacher = None if replay else random_teacher(config, len(dataset.classes))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(parts.explained(config, sharding.make_mesh(config.mesh)))
-        workdir = stack.enter_context(tempfile.TemporaryDirectory())
-        trainer = Trainer(config, Path(workdir), dataset, teacher)
-        stack.enter_context(contextlib.closing(trainer.checkpointer))
+    seconds = seconds if missing else seconds / 2
+    with _trained(config, dataset, teacher) as trainer:
         batch = random_batch(config, len(dataset.classes), trainer.mesh)
         steps = Steps(trainer, batch)
-        times = step_times(steps, batch, seconds if missing else seconds / 2)
-        result = figures(config, len(dataset.classes), times)
+        result = figures(config, len(dataset.classes), step_times(steps, batch, seconds))
         result |= {"compile_s": steps.compile_s, **peak_memory(steps.compiled)}
         result |= attention_of(trainer)
         result["input_wait"] = None
         if not missing:
             feed = len(dataset.classes), trainer.batches(), trainer.mesh
-            result["input_wait"], missing = input_wait(config, *feed, steps, seconds / 2)
+            result["input_wait"], missing = input_wait(config, *feed, steps, seconds)
         result["input_wait_unknown"] = missing or None
         result["profile"] = folder and write_profile(steps, batch, folder)
     if compare:
-        result["attention_ms"] = compare_attention(config, dataset, teacher, seconds / 2)
+        known = {result["attention"]: result["step_ms"]}
+        del trainer, steps, batch  # and the memory that they hold
+        result["attention_ms"] = compare_attention(config, dataset, teacher, seconds, known)
     return result
+
+
+@contextlib.contextmanager
+def _trained(config, dataset: Dataset, teacher) -> Iterator[Trainer]:
+    """Open a run in a folder that goes again, its "out of memory" explained."""
+    mesh = sharding.make_mesh(config.mesh)
+    with (
+        parts.explained(config, mesh, len(dataset.classes)),
+        tempfile.TemporaryDirectory() as workdir,
+    ):
+        trainer = Trainer(config, Path(workdir), dataset, teacher)
+        with contextlib.closing(trainer.checkpointer):
+            yield trainer
 
 
 def attention_of(trainer: Trainer) -> dict[str, Any]:
@@ -141,20 +153,20 @@ def attention_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def compare_attention(
-    config, dataset: Dataset, teacher, seconds: float
-) -> dict[str, float | str | None]:
-    """Return the step's milliseconds by kernel of attention, in words why there is none."""
+    config, dataset: Dataset, teacher, seconds: float, known: dict[str | None, float]
+) -> dict[str, float | str]:
+    """Return the step's milliseconds by kernel of attention, in words why there is none.
+
+    What is known already is not measured again.
+    """
     found = {}
     for choice in ("cudnn", "xla"):
         own = config.copy_and_resolve_references()
         own.model.attention = choice
         try:
-            config_lib.validate(without_teacher_weights(own), jax.device_count())
+            found[choice] = known.get(choice) or _median_ms(own, dataset, teacher, seconds)
         except UserError as error:
-            found[choice] = str(error).partition(": ")[2]
-            continue
-        try:
-            found[choice] = _median_ms(own, dataset, teacher, seconds)
+            found[choice] = str(error).partition(": ")[2] or str(error)
         except jax.errors.JaxRuntimeError as error:  # of one kernel; the other may do
             found[choice] = next(iter(str(error).splitlines()), type(error).__name__)
     return found
@@ -162,10 +174,8 @@ def compare_attention(
 
 def _median_ms(config, dataset: Dataset, teacher, seconds: float) -> float:
     """Return the milliseconds of a config's step."""
-    with contextlib.ExitStack() as stack:
-        workdir = stack.enter_context(tempfile.TemporaryDirectory())
-        trainer = Trainer(config, Path(workdir), dataset, teacher)
-        stack.enter_context(contextlib.closing(trainer.checkpointer))
+    config_lib.validate(without_teacher_weights(config), jax.device_count())
+    with _trained(config, dataset, teacher) as trainer:
         batch = random_batch(config, len(dataset.classes), trainer.mesh)
         return float(np.median(step_times(Steps(trainer, batch), batch, seconds))) * 1e3
 

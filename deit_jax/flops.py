@@ -1,10 +1,10 @@
 """Floating-point operations of a model and of its training, counted from the traced program."""
 
 import math
-from collections.abc import Iterator
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from deit_jax import config as config_lib
 
@@ -53,17 +53,8 @@ def multiply_accumulates(jaxpr) -> int:
             outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += eqn.outvars[0].aval.size * kernel.size // outputs
         else:
-            inner = [multiply_accumulates(j) for j in _inner(eqn.params)]
+            inner = [multiply_accumulates(j) for j in jaxprs_in_params(eqn.params)]
             if name == "cond":
                 inner = [max(inner)]
             total += sum(inner) * (eqn.params["length"] if name == "scan" else 1)
     return total
-
-
-def _inner(params) -> Iterator:
-    """Yield the jaxprs among a primitive's parameters."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)  # a closed one
-            if hasattr(item, "eqns"):
-                yield item

@@ -7,10 +7,8 @@ in memory; an array lies there until its last reader is done.
 
 import collections
 import dataclasses
-from collections.abc import Iterator
 
-import jax
-import jax.extend.core
+from jax.extend.core import Literal, jaxprs_in_params
 
 # Fused into their readers. Everything else reads and writes memory.
 FUSED = """
@@ -80,7 +78,7 @@ def _flatten(jaxpr, names: dict, steps: list[_Step], platform: str) -> list[_Arr
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         reads = [_array(v, names) for v in eqn.invars]
-        callee = next(_inner(eqn.params), None) if name in _INLINED else None
+        callee = next(jaxprs_in_params(eqn.params), None) if name in _INLINED else None
         if name == "cond" and eqn.params.get("branches_platforms") is not None:
             places = [p is None or platform in p for p in eqn.params["branches_platforms"]]
             callee, reads = eqn.params["branches"][places.index(True)].jaxpr, reads[1:]
@@ -91,7 +89,7 @@ def _flatten(jaxpr, names: dict, steps: list[_Step], platform: str) -> list[_Arr
             results = _flatten(callee, names_inside, steps, platform)
         else:
             results = [_Array(v) for v in eqn.outvars]
-            inside = max((peak_bytes(j, platform) for j in _inner(eqn.params)), default=0)
+            inside = max((peak_bytes(j, platform) for j in jaxprs_in_params(eqn.params)), default=0)
             steps.append(_Step(name, reads, results, inside))
         names.update(zip(eqn.outvars, results, strict=True))
     return [_array(v, names) for v in jaxpr.outvars]
@@ -99,17 +97,9 @@ def _flatten(jaxpr, names: dict, steps: list[_Step], platform: str) -> list[_Arr
 
 def _array(variable, names: dict) -> _Array:
     """Return the array that a variable of this call stands for; constants are small."""
-    if not isinstance(variable, jax.extend.core.Literal) and variable in names:
+    if not isinstance(variable, Literal) and variable in names:
         return names[variable]
     return _Array(variable)
-
-
-def _inner(params) -> Iterator:
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                yield item
 
 
 def _written(steps: list[_Step], kept: set[_Array]) -> set[_Array]:

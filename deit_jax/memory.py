@@ -132,6 +132,7 @@ def of_gradient(config, num_classes: int) -> Takes:
     return _extrapolated(gradient, model, config_lib.image_size(config.model))
 
 
+@functools.lru_cache(maxsize=16)  # every evaluation asks
 def of_forward(model, size: int) -> Takes:
     """Return what a model's answers to images of `size` pixels take."""
     return _extrapolated(functools.partial(model.apply, train=False), model, size)

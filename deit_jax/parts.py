@@ -81,14 +81,14 @@ def expected_bytes(config, mesh, num_classes: int) -> int:
     """Return about how much of a device's memory a step takes."""
     parts = micro_batches(config, mesh, num_classes)
     images = share_of(config, mesh) // parts
-    student = memory.of_gradient(config, num_classes).bytes(images)
+    student = _gradient(_text(config), num_classes).bytes(images)
     sums = memory.gradient_bytes(config, num_classes) if parts > 1 else 0
     return _held(config, mesh, num_classes) + sums + student
 
 
-def explained(config, mesh):
+def explained(config, mesh, num_classes: int):
     """Turn a training's "out of memory" into one line with the fields to change, in a context."""
-    images = share_of(config, mesh) // micro_batches(config, mesh)
+    images = share_of(config, mesh) // micro_batches(config, mesh, num_classes)
     return memory.explained("training", memory.advice(config, images))
 
 
@@ -115,14 +115,19 @@ def _text(config) -> str:
     return json.dumps(config_lib.to_json(config))
 
 
-@functools.lru_cache(maxsize=16)  # tracing takes seconds, and several ask
+@functools.lru_cache(maxsize=16)  # tracing takes a second, and several ask
+def _gradient(config_text: str, num_classes: int) -> memory.Takes:
+    return memory.of_gradient(config_lib.from_json(json.loads(config_text)), num_classes)
+
+
+@functools.lru_cache(maxsize=16)
 def _fitting(config_text: str, mesh, num_classes: int) -> tuple[int, int]:
     """Return the fewest parts, of student and teacher, that fit into the memory of GPUs."""
     if (limit := memory.limit(mesh)) is None:
         return 1, 1
     config = config_lib.from_json(json.loads(config_text))
     share, held = share_of(config, mesh), _held(config, mesh, num_classes)
-    student, free = memory.of_gradient(config, num_classes), memory.USABLE * limit - held
+    student, free = _gradient(config_text, num_classes), memory.USABLE * limit - held
     sums = memory.gradient_bytes(config, num_classes)
 
     def fits(images: int) -> bool:

@@ -126,9 +126,9 @@ class Trainer:
         self.teacher_params = jax.device_put(params, places)
         self.evaluator.held = memory.tree_bytes((self.state, self.teacher_params))
         recipe = Recipe.from_config(self.config, len(self.dataset.classes), self.mesh)
-        parts = (self.model, self.teacher, self.tx, recipe, self.mesh, self.state_shardings)
+        made = (self.model, self.teacher, self.tx, recipe, self.mesh, self.state_shardings)
         deterministic = self.config.train.deterministic
-        self._step = jit_train_step(*parts, tape=self.tape, deterministic=deterministic)
+        self._step = jit_train_step(*made, tape=self.tape, deterministic=deterministic)
 
     def go_back(self, step: int) -> int:
         """Take the newest state that is not after `step`; return its own step."""
@@ -146,7 +146,8 @@ class Trainer:
         if rolls_back and self.checkpointer.latest_step is None:
             self.checkpointer.save(0, self.state, None)  # that there is something to go back to
         try:
-            with distributed.ending_all(), parts.explained(self.config, self.mesh):
+            classes = len(self.dataset.classes)
+            with distributed.ending_all(), parts.explained(self.config, self.mesh, classes):
                 while not self._run_once():
                     pass
             self.checkpointer.must_hold(self.total_steps)
@@ -336,7 +337,8 @@ def train(
             train(teacher_config(config), weights, stop, allowed)
             teacher = load_teacher(config, weights, dataset.classes)
         tape = tape or open_tape(config, workdir, dataset, teacher)
-        with parts.explained(config, sharding.make_mesh(config.mesh)):
+        mesh = sharding.make_mesh(config.mesh)
+        with parts.explained(config, mesh, len(dataset.classes)):
             trainer = Trainer(config, workdir, dataset, teacher, start, stop, tape=tape)
         if results := workdir_lib.finished(workdir, trainer.total_steps):
             log.info("%s: already finished", workdir)

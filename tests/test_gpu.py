@@ -98,8 +98,11 @@ def test_a_kernel_that_fails_leaves_the_others_time(gpu, monkeypatch, tiny_confi
 
     monkeypatch.setattr(bench_step, "_median_ms", median_ms)
     dataset = train.open_dataset(tiny_config.data)
-    found = bench_step.compare_attention(tiny_config, dataset, None, 0.1)
+    found = bench_step.compare_attention(tiny_config, dataset, None, 0.1, {})
     assert found == {"cudnn": "INTERNAL: no plan", "xla": 1.5}
+    known = {"cudnn": 2.5}  # measured before
+    found = bench_step.compare_attention(tiny_config, dataset, None, 0.1, known)
+    assert found == {"cudnn": 2.5, "xla": 1.5}
 
 
 def test_only_a_gpus_step_excludes_kernels_and_by_a_name_that_xla_knows(monkeypatch, tiny_config):
