@@ -21,8 +21,8 @@ import jax.numpy as jnp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from deit_jax import hlo, plan  # noqa: E402
 from deit_jax.models import attention, kernels, vit  # noqa: E402
+from deit_jax.perf import hlo_cost, plan  # noqa: E402
 
 TOKENS, WIDTH = 198, 768
 JAXS = {
@@ -56,7 +56,7 @@ def cycles(images: int, blocks: int, topology: str) -> float:
 
     lowered = jax.jit(step, donate_argnums=0).lower([params] * blocks, x, x)
     with plan.quiet():
-        return hlo.cost(lowered.compile().as_text()).cycles / blocks
+        return hlo_cost.cost(lowered.compile().as_text()).cycles / blocks
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ import numpy as np
 from benchmarks import gpu_torch
 from benchmarks.gpu_torch import timm, torch
 from configs import quickstart
-from deit_jax import large_pages, platforms
-from deit_jax.bench_step import random_batch
-from deit_jax.data.sources import open_dataset
-from deit_jax.train import Trainer
+from deit_jax.cli import huge_pages, platforms
+from deit_jax.data.sources.registry import open_dataset
+from deit_jax.perf.step_time import random_batch
+from deit_jax.train.loop import Trainer
 
 TURNS, STEPS = 9, 20
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures to this file")
     out = parser.parse_args().out
     platforms.choose()
-    large_pages.restart_with()
+    huge_pages.restart_with_huge_pages()
     torch.set_num_threads(torch.multiprocessing.cpu_count())
     config = quickstart.get_config()
     config.teacher.tape, config.teacher.tape_path = "replay", "given"
@@ -124,7 +124,7 @@ def main() -> None:
     result = {"date": datetime.datetime.now(datetime.UTC).date().isoformat()}
     result |= {"processor": processor(), "vectors": torch.backends.cpu.get_cpu_capability()}
     result |= {"cores": torch.get_num_threads(), "steps_per_turn": STEPS, "turns": TURNS}
-    result["memory"] = os.environ.get(large_pages.VARIABLE, "")
+    result["memory"] = os.environ.get(huge_pages.VARIABLE, "")
     result |= {"jax": jax.__version__, "torch": torch.__version__, "timm": timm.__version__}
     result["step_ms"] = {name: round(float(np.median(t)), 2) for name, t in times.items()}
     for name in [name for name in times if name != "ours"]:

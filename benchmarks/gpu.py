@@ -41,8 +41,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from deit_jax.chips import CHIPS, device_of
-from deit_jax.metrics import write_json
+from deit_jax.perf.chips import CHIPS, device_of
+from deit_jax.storage import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {

@@ -31,8 +31,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import gpu, gpu_machine
-from deit_jax import platforms
-from deit_jax.metrics import write_json
+from deit_jax.cli import platforms
+from deit_jax.storage import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable, "-m"]

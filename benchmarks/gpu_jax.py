@@ -10,13 +10,17 @@ import optax
 from flax import linen as nn
 
 from configs import deit
-from deit_jax import config as config_lib
-from deit_jax import devices, optim, parts, sharding
-from deit_jax.compiled_step import jit_train_step
-from deit_jax.flops import flops_per_image, forward_flops
 from deit_jax.models import cudnn
-from deit_jax.step import Recipe, init_state, normalise
-from deit_jax.teacher import random_teacher
+from deit_jax.models.build import build_model, image_size
+from deit_jax.models.preprocess import normalise
+from deit_jax.parallel import devices, sharding
+from deit_jax.perf.flops import flops_per_image, forward_flops
+from deit_jax.step.compile import jit_train_step
+from deit_jax.step.optimizer import make_optimizer, make_schedule
+from deit_jax.step.state import init_state
+from deit_jax.step.train_step import StepConfig
+from deit_jax.train import parts
+from deit_jax.train.load_teacher import random_teacher
 
 STEPS_PER_EPOCH = 1000  # only the learning rate follows from it
 
@@ -46,7 +50,7 @@ def about(row: dict, config, classes: int) -> dict:
     """
     device, found = jax.devices()[0], {}
     if row["part"] != "forward" and row["peer"] != "flax":
-        model = config_lib.build_model(config.model, classes, config.dtype)
+        model = build_model(config.model, classes, config.dtype)
         refused = cudnn.refusal(model.attention_shape(config.batch_size), model.dtype)
         found = {"expected_bytes": parts.expected_bytes(config, _mesh(config), classes)}
         found |= {"attention": "xla" if refused else "cudnn"}
@@ -67,7 +71,7 @@ def flops_of(row: dict) -> float:
     """Return the operations that a row takes for one image, whoever computes it."""
     config, classes = config_of(row), classes_of(row)
     if row["part"] == "forward":
-        return forward_flops(config.model, classes, config_lib.image_size(config.model))
+        return forward_flops(config.model, classes, image_size(config.model))
     return flops_per_image(config, classes)
 
 
@@ -88,7 +92,7 @@ def config_of(row: dict):
 
 def random_batch(config, classes: int, device=None) -> dict[str, jax.Array]:
     """Return uint8 images and labels, on one device, JAX's first unless another is named."""
-    rng, size = np.random.default_rng(0), config_lib.image_size(config.model)
+    rng, size = np.random.default_rng(0), image_size(config.model)
     batch = {
         "image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8),
         "label": rng.integers(0, classes, config.batch_size, np.int32),
@@ -104,17 +108,17 @@ def _mesh(config, device=None):
 
 def jit_step(config, classes: int, device=None):
     """Return the step of `deit train`, compiled as it is there, the state and the teacher."""
-    model = config_lib.build_model(config.model, classes, config.dtype)
-    schedule = optim.make_schedule(config.optim, config.epochs, STEPS_PER_EPOCH)
-    tx = optim.make_optimizer(config.optim, schedule)
-    size, mesh = config_lib.image_size(config.model), _mesh(config, device)
+    model = build_model(config.model, classes, config.dtype)
+    schedule = make_schedule(config.optim, config.epochs, STEPS_PER_EPOCH)
+    tx = make_optimizer(config.optim, schedule)
+    size, mesh = image_size(config.model), _mesh(config, device)
     init = functools.partial(init_state, model=model, image_size=size, tx=tx, ema_decay=0.0)
     key = jax.random.key(config.seed)
     places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
     asked = config.teacher.tape != "replay" and random_teacher(config, classes)
     teacher, params = asked or (None, None)
     params = jax.device_put(params, sharding.replicated(mesh)) if teacher else None
-    recipe = Recipe.from_config(config, classes, mesh)
+    recipe = StepConfig.from_config(config, classes, mesh)
     deterministic = config.train.deterministic
     step = jit_train_step(model, teacher, tx, recipe, mesh, places, deterministic=deterministic)
     return step, jax.jit(init, out_shardings=places)(key), params
@@ -128,7 +132,7 @@ def train(config, classes: int, batch):
 
 def forward(config, classes: int, batch):
     """Return a function that predicts, whatever it is given."""
-    model = config_lib.build_model(config.model, classes, config.dtype)
+    model = build_model(config.model, classes, config.dtype)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *batch["image"].shape[1:])))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
     mean, std = config.data.mean, config.data.std
@@ -171,7 +175,7 @@ class PlainViT(nn.Module):
 
 def flax_train(config, classes: int, batch):
     """Return what `train` does, for the plain ViT with smoothed labels and AdamW."""
-    spec = config_lib.build_model(config.model, classes)
+    spec = build_model(config.model, classes)
     model = PlainViT(spec.width, spec.depth, spec.num_heads, classes)
     tx = optax.adamw(5e-4, weight_decay=config.optim.weight_decay)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *batch["image"].shape[1:])))

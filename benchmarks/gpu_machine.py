@@ -73,7 +73,7 @@ def environment() -> dict:
     """Return what this machine has, as JAX and nvidia-smi see it."""
     import jax
 
-    from deit_jax import devices
+    from deit_jax.parallel import devices
 
     versions = {}
     for name in PACKAGES:

@@ -28,7 +28,7 @@ from benchmarks.gpu_smoke import (
     random,
 )
 from deit_jax.models import attention, cudnn
-from deit_jax.teacher import random_teacher
+from deit_jax.train.load_teacher import random_teacher
 
 WINDOWS, SECONDS = 5, 0.2
 

@@ -22,10 +22,11 @@ import numpy as np
 from benchmarks import gpu_jax
 from benchmarks.gpu import cause
 from configs import deit
-from deit_jax import compiled_step, devices, sharding
-from deit_jax.flops import forward_flops
-from deit_jax.metrics import write_json
 from deit_jax.models import attention, cudnn, vit
+from deit_jax.parallel import devices, sharding
+from deit_jax.perf.flops import forward_flops
+from deit_jax.step import compile as compile_lib
+from deit_jax.storage import write_json
 
 HALF_ERROR = 0.02  # relative, of what is computed in bfloat16: 2^-8 and some
 GMACS = {"tiny": 1.26, "small": 4.61, "base": 17.58}  # timm's, of ViTs at 224 pixels
@@ -173,7 +174,7 @@ def attentions_bits(shape: tuple[int, ...], deterministic: bool) -> dict:
     operands = [random(seed, *shape) for seed in range(4)]
     mesh = sharding.make_mesh(deit.get_config().mesh, jax.devices()[:1])
     lowered = jax.jit(functools.partial(pulled, attention.attention)).lower(*operands)
-    compiled = lowered.compile(compiled_step.compiler_options(mesh, deterministic))
+    compiled = lowered.compile(compile_lib.compiler_options(mesh, deterministic))
     return _same_bits(lambda: compiled(*operands), deterministic)
 
 

@@ -34,7 +34,10 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from configs import base  # noqa: E402
-from deit_jax.data import pipeline, resize  # noqa: E402
+from deit_jax.data import decoders as decoders_lib  # noqa: E402
+from deit_jax.data.batches import TrainBatches
+from deit_jax.data.loader import load
+from deit_jax.data.order import EpochOrder
 
 TF_DATA = "tf.data, TF RandAugment"
 SIZE, BATCH, RANDAUGMENT = 224, 96, "rand-m9-mstd0.5-inc1"
@@ -143,20 +146,20 @@ def tf_data(source: Memory):
 
 def ours(source: Memory, decoder: str, repeats: int, threads: int = 1, batch: int = BATCH):
     """Make batches as `deit train` gets them: through the loader and its threads."""
-    order = pipeline.EpochOrder(len(source), batch, repeats, 0)
+    order = EpochOrder(len(source), batch, repeats, 0)
     config, state = base.get_config().augment, {"step": 0}
     config.auto = RANDAUGMENT
-    batches = pipeline.TrainBatches(source, order, config, SIZE, range(batch), decoder)
+    batches = TrainBatches(source, order, config, SIZE, range(batch), decoder)
 
     def run(images: int) -> None:
         start, state["step"] = state["step"], state["step"] + -(-images // batch)
-        for _ in pipeline.load(batches, start, state["step"], threads, 2):
+        for _ in load(batches, start, state["step"], threads, 2):
             pass
 
     return run
 
 
-class Nothing(pipeline.TrainBatches):
+class Nothing(TrainBatches):
     """Batches of which nothing is computed, only a row written; what remains is the loader."""
 
     def _read(self, slot: int, scratch):
@@ -168,7 +171,7 @@ class Nothing(pipeline.TrainBatches):
 
 def loader(source: Memory, direct: bool):
     """Load batches of nothing, through the loader's threads or by a plain loop."""
-    order = pipeline.EpochOrder(len(source), BATCH, 3, 0)
+    order = EpochOrder(len(source), BATCH, 3, 0)
     rows, config = range(BATCH), base.get_config().augment
     batches = Nothing(source, order, config, SIZE, rows, "pillow")
 
@@ -178,7 +181,7 @@ def loader(source: Memory, direct: bool):
             batch["image"][number % BATCH] = row
 
     def threaded(images: int) -> None:
-        for _ in pipeline.load(batches, 0, images // BATCH, 1, 8):
+        for _ in load(batches, 0, images // BATCH, 1, 8):
             pass
 
     return plain if direct else threaded
@@ -199,7 +202,7 @@ def measure(variants: dict, repeats: int, images: int) -> dict[str, list[float]]
 
 def one_core(source: Memory, repeats: int, images: int) -> list[dict]:
     """Return the rows of the table that need one core."""
-    decoders = [name for name in reversed(resize.available()) if name != "pillow"]
+    decoders = [name for name in reversed(decoders_lib.available()) if name != "pillow"]
     variants, targets = {}, {}
     for copies, wanted in ((3, {"fast": 3.0, "portable": 2.4}), (1, {"fast": 1.8})):
         for decoder in decoders:
@@ -239,7 +242,7 @@ def two_cores(source: Memory, repeats: int, images: int) -> dict[str, float]:
     Processes share nothing, so theirs is what the machine itself grants.
     """
     os.sched_setaffinity(0, range(2))
-    decoder = resize.available()[-1]
+    decoder = decoders_lib.available()[-1]
     one, two = (ours(source, decoder, 3, n, 2 * BATCH) for n in (1, 2))
     pipes = []
     for _ in range(2):

@@ -31,9 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from configs import deit  # noqa: E402
-from deit_jax import hlo, plan, step, weights  # noqa: E402
-from deit_jax.data import pipeline  # noqa: E402
-from deit_jax.data.sources import open_dataset  # noqa: E402
+from deit_jax.data.batches import TrainBatches  # noqa: E402
+from deit_jax.data.order import EpochOrder
+from deit_jax.data.sources.registry import open_dataset  # noqa: E402
+from deit_jax.perf import hlo_cost, plan
+from deit_jax.step.train_step import StepConfig, model_inputs
+from deit_jax.weights.load import folded, open_model  # noqa: E402
 
 BATCH, LEVELS, CALIBRATION = 64, 127.0, 4
 KINDS = ("bfloat16", "int8 by image", "int8 by layer", "int8 by image, inside")
@@ -109,24 +112,24 @@ def views(config, opened, count: int, recipe: bool):
     config.batch_size, config.augment.repeats = BATCH, 1
     if not recipe:
         config.augment.auto, config.augment.erase_prob, config.mixing.prob = "", 0.0, 0.0
-    order = pipeline.EpochOrder(len(dataset.train), BATCH, 1, 0)
+    order = EpochOrder(len(dataset.train), BATCH, 1, 0)
     rows = list(range(BATCH))
     size, data = opened.image_size, config.data
     decoder = "pillow"
-    batches = pipeline.TrainBatches(
+    batches = TrainBatches(
         dataset.train, order, config.augment, size, rows, decoder, data.skip_unreadable
     )
-    made = step.Recipe.from_config(config, len(dataset.classes))
+    made = StepConfig.from_config(config, len(dataset.classes))
     made = made.__class__(**{**vars(made), "mean": opened.mean, "std": opened.std})
-    inputs = jax.jit(lambda number, batch: step.model_inputs(number, batch, made)[0])
+    inputs = jax.jit(lambda number, batch: model_inputs(number, batch, made)[0])
     for number in range(-(-count // BATCH)):
         yield inputs(number, jax.tree.map(jnp.asarray, dict(batches(number))))
 
 
 def agreement(config, source: str, count: int, recipe: bool) -> dict:
     """Return in percent how often each kind names float32's class."""
-    opened = weights.open_model(source)
-    model, params = weights.folded(opened.model, opened.variables)
+    opened = open_model(source)
+    model, params = folded(opened.model, opened.variables)
     batches = list(views(config, opened, count, recipe))
     names = layers(model, params, batches[0])
     kept = (names[0], names[-1])
@@ -180,7 +183,7 @@ def bottleneck_cycles(width: int, side: int, dtype) -> int:
     )
     scales = [jax.ShapeDtypeStruct((width,), jnp.float32, sharding=place)] * 3
     with plan.quiet():
-        return hlo.cost(jax.jit(block).lower(x, kernels, scales).compile().as_text()).cycles
+        return hlo_cost.cost(jax.jit(block).lower(x, kernels, scales).compile().as_text()).cycles
 
 
 def tpu() -> list[dict]:

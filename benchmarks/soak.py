@@ -31,9 +31,11 @@ sys.path[:0] = [str(ROOT)]
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from configs import quickstart  # noqa: E402
-from deit_jax import metrics, optim, train  # noqa: E402
+from deit_jax.data.order import whole_steps
 from deit_jax.errors import Interrupted  # noqa: E402
-from deit_jax.interrupt import StopRequest  # noqa: E402
+from deit_jax.parallel.signals import StopRequest  # noqa: E402
+from deit_jax.storage import read_lines
+from deit_jax.train import run  # noqa: E402
 
 SAMPLE_SECONDS = 5.0
 STEPS_AN_EPOCH = 14  # the quickstart's
@@ -109,20 +111,19 @@ def soak(minutes: float, saves_a_minute: float, workdir: Path) -> dict:
     watcher = threading.Thread(target=watch, args=(stop, 60 * minutes, samples), daemon=True)
     watcher.start()
     try:
-        train.train(config, workdir, stop)
+        run.train(config, workdir, stop)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
     watcher.join()
     time.sleep(1)
     left = sorted(t.name for t in set(threading.enumerate()) - before)
-    rates = metrics.read_lines(workdir / "timing.jsonl")
+    rates = read_lines(workdir / "timing.jsonl")
     step_ms = [1000 * config.batch_size / r["images_per_second"] for r in rates]
     figures = {k: growth([s[k] for s in samples]) for k in ("resident_mib", "open_files")}
     return {
         "minutes": minutes,
         "steps": rates[-1]["step"],
-        "saves": rates[-1]["step"]
-        // optim.whole_steps(config.train.save_every_epochs, STEPS_AN_EPOCH),
+        "saves": rates[-1]["step"] // whole_steps(config.train.save_every_epochs, STEPS_AN_EPOCH),
         "samples": len(samples),
         **figures,
         "threads": growth([s["threads"] for s in samples]),

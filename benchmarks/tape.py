@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from configs import quickstart  # noqa: E402
-from deit_jax import large_pages, platforms  # noqa: E402
-from deit_jax.bench_step import random_batch  # noqa: E402
-from deit_jax.data.sources import open_dataset  # noqa: E402
-from deit_jax.run_tape import NoTape, Recorder  # noqa: E402
-from deit_jax.tape import CHUNK_STEPS, Layout, Tape, checksum  # noqa: E402
-from deit_jax.teacher import random_teacher  # noqa: E402
-from deit_jax.train import Trainer  # noqa: E402
+from deit_jax.cli import huge_pages, platforms  # noqa: E402
+from deit_jax.data.sources.registry import open_dataset  # noqa: E402
+from deit_jax.perf.step_time import random_batch  # noqa: E402
+from deit_jax.train.load_teacher import random_teacher  # noqa: E402
+from deit_jax.train.loop import Trainer  # noqa: E402
+from deit_jax.train.tape.layout import Layout, checksum  # noqa: E402
+from deit_jax.train.tape.session import NoTape, TapeRecorder  # noqa: E402
+from deit_jax.train.tape.tape import CHUNK_STEPS, Tape
 
 BATCH, CLASSES, STEPS = 1024, 1000, 300 * 1251
 TURNS, TURN_STEPS = 9, 40
@@ -84,7 +85,7 @@ def trainer(folder: Path, kind: str, record: bool) -> Trainer:
         classes = len(dataset.classes)
         layout = Layout(kind, config.batch_size, classes, min(classes, config.teacher.tape_top_k))
         given = {"distill.kind": kind, "batch_size": config.batch_size, "data.num_classes": classes}
-        tape = Recorder(Tape.create(folder / "tape", layout, given, 1), layout)
+        tape = TapeRecorder(Tape.create(folder / "tape", layout, given, 1), layout)
     teacher = random_teacher(config, len(dataset.classes))
     return Trainer(config, folder, dataset, teacher, tape=tape)
 
@@ -133,7 +134,7 @@ def recording(kind: str) -> dict:
 
 if __name__ == "__main__":
     platforms.choose()
-    large_pages.restart_with()
+    huge_pages.restart_with_huge_pages()
     for case in (("hard", 4, 1), ("hard", 4, 3), ("soft", 1, 1)):
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(*case, Path(folder) / "tape")), flush=True)

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from configs import deit  # noqa: E402
-from deit_jax import hlo, micro, plan, sharding  # noqa: E402
+from deit_jax.parallel import sharding  # noqa: E402
+from deit_jax.perf import hlo_cost, plan
+from deit_jax.step import micro_batches
 
 PART = 32  # images of DeiT-B in a micro-batch on a TPU
 ROWS = ("teacher", "teacher in parts", "student", "fused")
@@ -46,7 +48,9 @@ def teacher_alone(topology: str, images: int, part: int):
     )
 
     def labels(params, batch):
-        return micro.in_parts(lambda x: teacher.signal(params, x, "hard"), batch, images // part)
+        return micro_batches.in_parts(
+            lambda x: teacher.signal(params, x, "hard"), batch, images // part
+        )
 
     with plan.quiet():
         return jax.jit(labels).lower(*shapes).compile()
@@ -64,7 +68,7 @@ def step(topology: str, images: int, kind: str):
 def products(text: str) -> Counter:
     """Count the convolutions and matrix products of a program by the dtypes of their operands."""
     found = Counter()
-    for instructions in hlo._parse(text)[0].values():
+    for instructions in hlo_cost._parse(text)[0].values():
         shapes = {i.name: i.shape.partition("[")[0] for i in instructions}
         for i in instructions:
             if i.opcode in ("convolution", "dot"):
@@ -74,11 +78,11 @@ def products(text: str) -> Counter:
 
 def order(text: str) -> list[str]:
     """Return what a program does in its order: the teacher, loops and collectives, runs as one."""
-    computations, entry = hlo._parse(text)
+    computations, entry = hlo_cost._parse(text)
     found = []
     for i in computations[entry]:
         kind = i.opcode.removesuffix("-start").replace("-", "_")
-        if kind in hlo.COLLECTIVES or kind == "while":
+        if kind in hlo_cost.COLLECTIVES or kind == "while":
             found.append(i.opcode)
         elif "RegNetY" in i.rest and '"estimated_cycles"' in i.rest:
             found.append("teacher")
@@ -92,7 +96,7 @@ def measure(row: str, topology: str, images: int) -> dict:
     else:
         compiled = step(topology, images, "hard" if row == "fused" else "none")
     text = compiled.as_text()
-    cost, memory = hlo.cost(text), compiled.memory_analysis()
+    cost, memory = hlo_cost.cost(text), compiled.memory_analysis()
     result = {
         "row": row,
         "images": images,

@@ -1,1 +1,1 @@
-# A regular package: one of this name among installed packages would win over a folder without.
+"""The config files that come with deit_jax: `from deit_jax.configs import base`."""

@@ -17,7 +17,7 @@ This config has not been run on ImageNet here. Its teacher, RegNetY-16GF (82.9),
 configs/teacher.py.
 """
 
-from configs import base
+from deit_jax.configs import base
 
 
 def get_config(text: str = ""):

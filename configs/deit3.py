@@ -19,7 +19,7 @@ Published top-1 on ImageNet-1k (the same file), by facebookresearch/deit and not
 This config has not been run on ImageNet here.
 """
 
-from configs import base
+from deit_jax.configs import base
 
 # size: pre-training lr, resolution and stochastic depth, then depth's rate when fine-tuning at 224
 # and at 384. The reference's H/14 takes 160 pixels and sees the

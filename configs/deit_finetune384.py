@@ -13,7 +13,7 @@ Published top-1 (DeiT tables 3 and 5), by facebookresearch/deit and not by us: b
 distilled 84.5 (85.2 after 1000 epochs). This config has not been run on ImageNet here.
 """
 
-from configs import base, deit
+from deit_jax.configs import base, deit
 
 
 def get_config(text: str = ""):

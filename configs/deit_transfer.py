@@ -18,7 +18,7 @@ for iNaturalist); none were published for Flowers, which here takes CIFAR's. TFD
 This config has not been run on these data sets here.
 """
 
-from configs import base, deit
+from deit_jax.configs import base, deit
 
 SOURCES = {
     "cifar10": ("tfds:cifar10", "train", "test"),

@@ -10,7 +10,7 @@ the distillation token. The same config trains on a folder of your own images, o
         --config.data.source=folder:/path/to/images
 """
 
-from configs import base
+from deit_jax.configs import base
 
 
 def get_config():

@@ -8,7 +8,7 @@ the students but with SGD, and does not publish the learning rate; the one below
 -8GF 81.7, -16GF 82.9. This config has not been run on ImageNet here.
 """
 
-from configs import base
+from deit_jax.configs import base
 
 
 def get_config(text: str = ""):

@@ -1,13 +1,12 @@
 """DeiT in JAX/Flax: see README.md for the commands, docs/design.md for the architecture."""
 
-from deit_jax.version import __version__
-
+__version__ = "0.1.0"
 __all__ = ["__version__", "create_model", "list_models", "load"]
 
 _API = {
     "create_model": "deit_jax.models.registry",
     "list_models": "deit_jax.models.registry",
-    "load": "deit_jax.weights",
+    "load": "deit_jax.weights.load",
 }
 
 

@@ -4,48 +4,29 @@ import importlib
 import logging
 import sys
 
-from deit_jax import large_pages, platforms
+from deit_jax.cli import COMMANDS, huge_pages, platforms
 
-COMMANDS = {
-    "train": "train a model, or continue the run in --workdir",
-    "eval": "top-1 and top-5 of each head on a data set",
-    "report": "one or several runs, also under way, as a page to read in a browser",
-    "analyze": "the figures of that page as JSON",
-    "predict": "classify image files",
-    "convert": "bring weights from one format into another",
-    "prepare": "turn images into a TFDS data set, without TensorFlow",
-    "inspect": "draw training images as the model is given them",
-    "bench": "measure the training step, or the input pipeline",
-    "tape": "record what a teacher says of a run's images, for students to come",
-    "plan": "what a training step needs on TPUs that are not there",
-}
-COMPUTING = ("train", "eval", "bench", "tape")
-USAGE = f"""DeiT in JAX: train, evaluate and use data-efficient image transformers.
+USAGE = """DeiT in JAX: train, evaluate and use data-efficient image transformers.
 
 usage: deit COMMAND [--flag=value …]
        deit COMMAND --help
 
-{chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
+{commands}
 
 An error is one line; --debug adds its traceback. Exit codes: 0 success, 1 failure, 2 usage,
 75 a training that was told to stop, saved its state and goes on with the same command.
 """
-MODULES = {
-    "eval": "evaluate",
-    "inspect": "inspect_data",
-    "tape": "tape_command",
-    "train": "train_command",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code; without `argv`, that of the command line."""
     program, argv = argv is None, sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        lines = (f"  {name:10}{entry.help}" for name, entry in COMMANDS.items())
+        print(USAGE.format(commands="\n".join(lines)))
         return 0 if argv else 2
     if argv[0] == "--version":
-        from deit_jax.version import __version__
+        from deit_jax import __version__
 
         print(__version__)
         return 0
@@ -57,24 +38,25 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
         print(f"deit: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
-    if program and (warning := platforms.choose()) and name in COMPUTING:
+    computes = COMMANDS[name].computes
+    if program and (warning := platforms.choose()) and computes:
         print(warning, file=sys.stderr)
     # Another program that calls this function could not be started again from here.
-    if program and name in COMPUTING and "--input-only" not in rest:
-        large_pages.restart_with()
+    if program and computes and "--input-only" not in rest:
+        huge_pages.restart()
     return _run(name, rest)
 
 
 def _run(name: str, argv: list[str]) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from deit_jax.cli import UsageError
+    from deit_jax.cli.flags import UsageError
     from deit_jax.errors import EXIT_CODE, Interrupted, UserError
 
     logger = _start_logging()
     try:
         with logging_redirect_tqdm([logger]):  # a line stands above the progress bar
-            importlib.import_module(f"deit_jax.{MODULES.get(name, name)}").main(argv)
+            importlib.import_module(f"deit_jax.cli.{name}").main(argv)
         return 0
     except Interrupted as stopped:
         print(f"deit {name}: {stopped}", file=sys.stderr)

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deit_jax import export, weights
-from deit_jax.data import decode, resize
+from deit_jax.data import decode, decoders
 from deit_jax.errors import UserError
-from deit_jax.weight_files import _LEGACY_MAGIC, _LEGACY_PROTOCOL
+from deit_jax.weights.exporters import deit, huggingface, run
+from deit_jax.weights.exporters import timm as timm_lib
+from deit_jax.weights.load import open_model
+from deit_jax.weights.readers import _LEGACY_MAGIC, _LEGACY_PROTOCOL
 from tests.test_convert import DISTILLED, SMALL, opened
 
 NUMBERS = (0, 1, -1, 2**16, 2**31 - 1, 2**31, 2**40, 2**63 - 1, -(2**63), 10**30)
@@ -149,10 +151,10 @@ class Weights:
         self.folder = folder
         self.place = folder / "broken"
         model = opened(DISTILLED, SMALL | {"width": 6, "num_heads": 3, "depth": 1})
-        export.write_timm(model, folder / "w.safetensors")
-        export.write_deit(model, folder / "w.pth")
-        export.write_hugging_face(model, folder / "hf")
-        export.write_run(model, folder / "run")
+        timm_lib.write_timm(model, folder / "w.safetensors")
+        deit.write_deit(model, folder / "w.pth")
+        huggingface.write_hugging_face(model, folder / "hf")
+        run.write_run(model, folder / "run")
         timm = folder / "timm"
         timm.mkdir()
         shutil.copy(folder / "w.safetensors", timm / "model.safetensors")
@@ -177,7 +179,7 @@ class Weights:
         rng = random.Random(seed)
         path = self._make(rng)
         try:
-            found = weights.open_model(path, *rng.choice(((), (DISTILLED,))))
+            found = open_model(path, *rng.choice(((), (DISTILLED,))))
         except UserError as error:
             text = str(error)
             if len(text.splitlines()) != 1:
@@ -338,7 +340,7 @@ class Images:
         self.files += files_that_claim(60000, 60000).values()
         self.files += files_that_claim(9000, 9000).values()
         self.files += files_that_claim(1, 60000).values()
-        self.decoders = [resize.choose(name) for name in resize.available()]
+        self.decoders = [decoders.choose(name) for name in decoders.available()]
 
     def __call__(self, seed: int) -> str:
         """Read what the seed makes in every way; return how it ended."""

@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-from deit_jax.data import augment, pixels
+from deit_jax.data import augment, image_ops
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def photos():
 
 def test_three_augment_applies_exactly_one(photos):
     photo, rng, counts = photos[0], np.random.default_rng(0), [0, 0, 0]
-    grey, inverted = pixels.grayscale(photo), pixels.solarize(photo, 128)
+    grey, inverted = image_ops.grayscale(photo), image_ops.solarize(photo, 128)
     blur = augment.make_augment("3aug")
     for _ in range(300):
         out = blur(photo, rng)

@@ -11,10 +11,12 @@ import pytest
 
 from configs import quickstart
 from deit_jax import __main__ as program
-from deit_jax import bench_input, bench_step, chips, sharding
-from deit_jax.data import pipeline
-from deit_jax.data.sources import ArraySource, Dataset
+from deit_jax.data import loader
+from deit_jax.data.order import EpochOrder, example_rng
+from deit_jax.data.sources.base import ArraySource, Dataset
 from deit_jax.errors import UserError
+from deit_jax.parallel import sharding
+from deit_jax.perf import chips, input_rate, step_time
 
 
 def run(capsys, *words):
@@ -24,10 +26,10 @@ def run(capsys, *words):
 
 
 def test_what_a_device_needs_is_its_peak_times_the_assumed_share():
-    found = bench_input.need(6 * 4.61e9, "v5e-8", 0.0)
+    found = input_rate.need(6 * 4.61e9, "v5e-8", 0.0)
     assert found["assumed_mfu"] == 0.3
     assert found["images_per_second"] == pytest.approx(0.3 * 8 * 197e12 / (6 * 4.61e9))
-    assert bench_input.need(1e9, "H100x8", 0.5)["images_per_second"] == pytest.approx(
+    assert input_rate.need(1e9, "H100x8", 0.5)["images_per_second"] == pytest.approx(
         0.5 * 8 * 989e3
     )
     for text, expected in (
@@ -36,10 +38,10 @@ def test_what_a_device_needs_is_its_peak_times_the_assumed_share():
         ("tpu7x", ("tpu7x", 1)),
         ("h100pciex2", ("h100pcie", 2)),
     ):
-        assert bench_input.parse_device(text) == expected
+        assert input_rate.parse_device(text) == expected
     for text in ("", "v5e-0", "tpu", "h1000x8", "v5e 8"):
         with pytest.raises(UserError, match="as in v5e-8"):
-            bench_input.parse_device(text)
+            input_rate.parse_device(text)
 
 
 class SlowSource(ArraySource):
@@ -54,8 +56,8 @@ def test_stages_count_reading_once_for_all_copies_of_an_image(tiny_config):
     images = np.zeros((20, 32, 32, 3), np.uint8)
     source = SlowSource("slow", images, np.zeros(20, np.int32))
     tiny_config.augment.repeats = 4
-    times = bench_input.stages(tiny_config, Dataset(source, source, ["a"]), seconds=0.5)
-    assert list(times) == list(bench_input.STAGES[:4])
+    times = input_rate.stages(tiny_config, Dataset(source, source, ["a"]), seconds=0.5)
+    assert list(times) == list(input_rate.STAGES[:4])
     assert 2500 <= times["read"] < 10_000  # 10 ms, a quarter for each copy
     assert all(value > 0 for value in times.values())
 
@@ -64,19 +66,19 @@ def test_the_views_that_are_timed_are_those_of_the_pipeline(tiny_config):
     """The stages repeat what the pipeline does; its own batch shows whether they still do."""
     from deit_jax.data import decode
     from deit_jax.data.augment import make_augment
-    from deit_jax.data.resize import choose, resize_pillow
-    from deit_jax.inspect_data import train_batches
+    from deit_jax.data.decoders import choose, resize_pillow
+    from deit_jax.train.experiment import train_batches
 
     rng = np.random.default_rng(0)
     source = ArraySource("noise", rng.integers(0, 256, (40, 40, 30, 3), np.uint8), np.arange(40))
     batch = train_batches(tiny_config, Dataset(source, source, ["a"]), range(6))(0)
     c = tiny_config.augment
-    order = pipeline.EpochOrder(40, tiny_config.batch_size, c.repeats, tiny_config.seed)
+    order = EpochOrder(40, tiny_config.batch_size, c.repeats, tiny_config.seed)
     for row in range(6):
         index = int(order.shuffled()[order.slot(row)])
-        rng = pipeline.example_rng(tiny_config.seed, row)
+        rng = example_rng(tiny_config.seed, row)
         pixels = decode.read(source[index]["image"], "x", choose("auto"))
-        view = bench_input.crop(pixels, c, tiny_config.model.image_size, rng, resize_pillow)
+        view = input_rate.crop(pixels, c, tiny_config.model.image_size, rng, resize_pillow)
         view = make_augment(c.auto, c.color_jitter)(view, rng)
         assert np.array_equal(view, batch["image"][row])
 
@@ -92,7 +94,7 @@ def test_input_figures_agree_with_each_other(capsys):
     assert set(result["stages_us"]) == {"read", "decode", "crop", "augment", "wait"}
     assert sum(result["stages_us"].values()) >= 0.99e6 / result["images_per_second_per_core"]
     assert result["need"]["cores"] == pytest.approx(result["need"]["images_per_second"] / per_core)
-    report = bench_input.report(result)
+    report = input_rate.report(result)
     assert "images/s per core" in report
     assert "assumed" in report
 
@@ -100,7 +102,7 @@ def test_input_figures_agree_with_each_other(capsys):
 def test_the_step_is_timed_on_random_images_without_data_or_teacher(tiny_config):
     tiny_config.data.source = "folder:/nowhere"
     tiny_config.teacher.epochs = 0.0
-    result = bench_step.measure(tiny_config, seconds=0.1)
+    result = step_time.measure(tiny_config, seconds=0.1)
     assert result["steps"] >= 2
     assert result["images_per_second"] == pytest.approx(32e3 / result["step_ms"])
     assert 0 < result["step_ms_p10"] <= result["step_ms"] <= result["step_ms_p90"]
@@ -112,7 +114,7 @@ def test_the_step_is_timed_on_random_images_without_data_or_teacher(tiny_config)
     assert result["peak_bytes_by"] == "compiler"
     assert result["input_wait"] is None
     assert "/nowhere" in result["input_wait_unknown"]
-    report = bench_step.report(result)
+    report = step_time.report(result)
     assert "share of the peak: not known" in report
     assert "waiting for input: not measured, " in report
 
@@ -130,8 +132,8 @@ def test_a_real_run_is_fed_and_traced(capsys, tmp_path):
     assert list(folder.glob("*.xplane.pb"))
     with gzip.open(folder / "perfetto_trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert names.count("train") == bench_step.PROFILED_STEPS
-    report = bench_step.report(result)
+    assert names.count("train") == step_time.PROFILED_STEPS
+    report = step_time.report(result)
     assert "https://ui.perfetto.dev" in report
     assert f"xprof {tmp_path}/new" in report
 
@@ -148,7 +150,7 @@ def slow(values, seconds):
 
 
 def test_steps_have_a_median_and_a_spread():
-    times = bench_step.step_times(slow(np.zeros(1), [0.01, 0.01, 0.01, 0.04]), None, 0.8)
+    times = step_time.step_times(slow(np.zeros(1), [0.01, 0.01, 0.01, 0.04]), None, 0.8)
     assert np.median(times) == pytest.approx(0.01, rel=0.5)
     assert np.percentile(times, 90) == pytest.approx(0.04, rel=0.5)
 
@@ -166,9 +168,9 @@ def test_the_wait_for_input_is_what_loading_takes_longer_than_the_step(
             time.sleep(max(0.0, ready - time.perf_counter()))
             yield {"image": np.zeros((32, 1), np.uint8), "label": np.zeros(32, np.int32)}
 
-    monkeypatch.setattr(pipeline, "load", batches)
+    monkeypatch.setattr(loader, "load", batches)
     mesh, fed = sharding.make_mesh(tiny_config.mesh), slow(np.zeros(1), [step])
-    found, why = bench_step.input_wait(tiny_config, 10, None, mesh, fed, 0.5)
+    found, why = step_time.input_wait(tiny_config, 10, None, mesh, fed, 0.5)
     assert found == pytest.approx(share, abs=0.15)
     assert why == ""
 
@@ -178,8 +180,8 @@ def test_images_that_cannot_be_loaded_leave_the_wait_unknown(monkeypatch, tiny_c
         raise UserError("picture.jpg: not an image")
         yield
 
-    monkeypatch.setattr(pipeline, "load", batches)
-    found = bench_step.input_wait(tiny_config, 10, None, None, None, 0.1)
+    monkeypatch.setattr(loader, "load", batches)
+    found = step_time.input_wait(tiny_config, 10, None, None, None, 0.1)
     assert found == (None, "picture.jpg: not an image")
 
 

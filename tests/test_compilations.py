@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jax
 
-from deit_jax import train
-from deit_jax.data.sources import open_dataset
-from deit_jax.teacher import random_teacher
+from deit_jax.data.sources.registry import open_dataset
+from deit_jax.train import loop
+from deit_jax.train.load_teacher import random_teacher
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 STEPS, EVALUATE, SAVE = 12, 3, 4  # in all, and every so many; an epoch has five
@@ -38,7 +38,7 @@ def compiled_in(config, workdir: Path, total=STEPS, change=lambda x: x) -> set[t
     config.train.eval_every_epochs, config.train.save_every_epochs = EVALUATE / 5, SAVE / 5
     dataset = open_dataset(config.data)
     teacher = random_teacher(config, len(dataset.classes))
-    trainer = train.Trainer(config, workdir, dataset, teacher)
+    trainer = loop.Trainer(config, workdir, dataset, teacher)
     step, numbers = trainer._step, iter(range(1, total + 1))
     with compilations() as (found, now):
 

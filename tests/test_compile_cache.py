@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from deit_jax import compile_cache
+from deit_jax.cli import compile_cache
 from tests.faults import driver
 
 # Trains, and then tells how many programs were read from the cache.

@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from deit_jax import config as config_lib
-from deit_jax import optim, step
+from deit_jax.config.serialize import differences, flatten, from_json, to_json
 from deit_jax.errors import UserError
-from deit_jax.teacher import Teacher
+from deit_jax.models.build import build_model, image_size
+from deit_jax.step.optimizer import make_optimizer, make_schedule
+from deit_jax.step.state import init_state
+from deit_jax.step.teacher import Teacher
+from deit_jax.step.train_step import StepConfig, train_step
+from deit_jax.train.validate import validate
 
 CONFIGS = [
     ("base", None),
@@ -40,23 +44,23 @@ def load(name, text):
 @pytest.mark.parametrize(("name", "text"), CONFIGS)
 def test_config_is_valid_and_its_step_traces_at_full_size(name, text):
     config = load(name, text)
-    config_lib.build_model(config.model, 1000)
+    build_model(config.model, 1000)
     if config.distill.kind != "none":
         config.teacher.weights = "somewhere"
     config.init.weights = "somewhere" if config.init.required else ""
-    config_lib.validate(config, num_devices=8)
-    model = config_lib.build_model(config.model, 1000, "bfloat16")
-    size = config_lib.image_size(config.model)
-    tx = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, config.epochs, 1251))
+    validate(config, num_devices=8)
+    model = build_model(config.model, 1000, "bfloat16")
+    size = image_size(config.model)
+    tx = make_optimizer(config.optim, make_schedule(config.optim, config.epochs, 1251))
     state = jax.eval_shape(
         functools.partial(
-            step.init_state, model=model, image_size=size, tx=tx, ema_decay=config.optim.ema_decay
+            init_state, model=model, image_size=size, tx=tx, ema_decay=config.optim.ema_decay
         ),
         jax.random.key(0),
     )
     teacher = teacher_params = None
     if config.distill.kind != "none":
-        network = config_lib.build_model(config.teacher.model, 1000, "bfloat16").clone(folded=True)
+        network = build_model(config.teacher.model, 1000, "bfloat16").clone(folded=True)
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         teacher_params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
         data = config.data
@@ -65,10 +69,8 @@ def test_config_is_valid_and_its_step_traces_at_full_size(name, text):
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    recipe = step.Recipe.from_config(config, 1000)
-    function = functools.partial(
-        step.train_step, model=model, teacher=teacher, tx=tx, recipe=recipe
-    )
+    recipe = StepConfig.from_config(config, 1000)
+    function = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
     new_state, metrics = jax.eval_shape(function, state, teacher_params, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
@@ -79,7 +81,7 @@ def test_config_is_valid_and_its_step_traces_at_full_size(name, text):
 def test_base_holds_the_papers_recipe():
     """DeiT table 9 and the reference's defaults."""
     c = load("deit", "variant=base,distilled=True")
-    flat = config_lib.flatten(c)
+    flat = flatten(c)
     expected = {
         "batch_size": 1024,
         "epochs": 300.0,
@@ -109,29 +111,29 @@ def test_base_holds_the_papers_recipe():
 
 
 def test_json_form_round_trips(tiny_config):
-    values = config_lib.to_json(tiny_config)
-    again = config_lib.from_json(values)
-    assert config_lib.differences(values, config_lib.to_json(again)) == []
+    values = to_json(tiny_config)
+    again = from_json(values)
+    assert differences(values, to_json(again)) == []
     assert again.teacher.model.widths == (8, 16)
 
 
 def test_differences_name_what_matters_and_only_that(tiny_config):
-    old = config_lib.to_json(tiny_config)
+    old = to_json(tiny_config)
     tiny_config.train.log_every_steps = 77
     tiny_config.mixing.prob = 0.3
-    changed = config_lib.differences(old, config_lib.to_json(tiny_config))
+    changed = differences(old, to_json(tiny_config))
     assert changed == ["mixing.prob: 1.0 -> 0.3"]
 
 
 def test_both_heads_learn_labels_in_a_distilled_model_without_a_teacher(tiny_config):
     tiny_config.loss.heads = "both"
     with pytest.raises(UserError, match=r"loss\.heads='both': .*set config\.distill\.kind=none"):
-        config_lib.validate(tiny_config, 8)
+        validate(tiny_config, 8)
     tiny_config.distill.kind = "none"
-    config_lib.validate(tiny_config, 8)
+    validate(tiny_config, 8)
     tiny_config.model.name = "deit_tiny_patch16_224"
     with pytest.raises(UserError, match=r"no distillation head; take a distilled model"):
-        config_lib.validate(tiny_config, 8)
+        validate(tiny_config, 8)
 
 
 @pytest.mark.parametrize("text", ["variant=huge", "variants=tiny", "distilled=yes", "epochs=x"])

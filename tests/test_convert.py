@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 
 import deit_jax
-from deit_jax import __main__, convert, evaluate, export, predict, teacher, weight_files, weights
+from deit_jax import __main__
+from deit_jax.analysis import classify, evaluate
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
+from deit_jax.train.load_teacher import load_teacher
+from deit_jax.weights import convert, readers
+from deit_jax.weights.exporters import huggingface
+from deit_jax.weights.exporters import timm as timm_lib
+from deit_jax.weights.fit import LoadedWeights
+from deit_jax.weights.load import from_torch, open_model, to_torch
 from tests.test_weights import Attack, as_zip, assert_same
 from tests.timm_reference import import_transformers
 
@@ -39,7 +46,7 @@ def opened(name, overrides, classes=("cat", "dog", "owl"), std=0.1):
         ),
         shapes,
     )
-    return weights.Opened(
+    return LoadedWeights(
         source="memory",
         format="memory",
         name=name,
@@ -69,7 +76,7 @@ def test_what_describes_itself_comes_back_whole(name, overrides, to, tmp_path):
         assert not path.exists()
         return
     assert convert.convert(first, path, to) == to
-    second = weights.open_model(path)
+    second = open_model(path)
     assert_same(jax.device_get(second.variables), first.variables)
     ours = (first.name, first.model, first.classes, first.image_size, first.mean, first.std)
     assert ours == (
@@ -83,18 +90,18 @@ def test_pth_is_torchs_and_comes_back_whole(name, overrides, tmp_path, torch):
     first, path = opened(name, overrides), tmp_path / "w.pth"
     assert convert.convert(first, path) == "deit"
     theirs = torch.load(path, weights_only=True)["model"]
-    expected = weights.to_torch(first.variables, "deit")
+    expected = to_torch(first.variables, "deit")
     assert list(theirs) == list(expected)
     for key, value in expected.items():
         assert theirs[key].is_contiguous()
         np.testing.assert_array_equal(theirs[key].numpy(), value, strict=True)
     again = tmp_path / "again.pth"  # as PyTorch writes it
     torch.save({"model": theirs, "epoch": 1}, again)
-    read = [weight_files.read(p) for p in (path, again)]
+    read = [readers.read(p) for p in (path, again)]
     for key, value in expected.items():
         np.testing.assert_array_equal(read[0][key], value, strict=True)
         np.testing.assert_array_equal(read[1][key], value, strict=True)
-    assert_same(weights.from_torch(read[0], name, **overrides), dict_without_empty(first.variables))
+    assert_same(from_torch(read[0], name, **overrides), dict_without_empty(first.variables))
 
 
 def dict_without_empty(variables):
@@ -126,10 +133,10 @@ def test_transformers_loads_our_folder_strictly_and_agrees(name, tmp_path):
     np.testing.assert_allclose(heads.fused(), expected, atol=1e-4)
     # theirs -> ours -> theirs
     model.save_pretrained(tmp_path / "theirs")
-    second = weights.open_model(tmp_path / "theirs")
+    second = open_model(tmp_path / "theirs")
     assert_same(second.variables, first.variables)
     convert.convert(second, tmp_path / "ours")
-    stored, written = (weight_files.read(tmp_path / d) for d in ("theirs", "ours"))
+    stored, written = (readers.read(tmp_path / d) for d in ("theirs", "ours"))
     assert stored.keys() == written.keys()
     for key, value in stored.items():
         np.testing.assert_array_equal(written[key], value, strict=True)
@@ -162,7 +169,7 @@ def test_timm_loads_our_file_strictly(name, overrides, tmp_path, timm):
     theirs = timm.create_model(f"tf_{name}" if not overrides else name, num_classes=3, **kwargs)
     theirs.load_state_dict(load_file(path), strict=True)
     flat = {key: value.numpy() for key, value in theirs.state_dict().items()}
-    back = weights.from_torch(flat, name, **overrides)
+    back = from_torch(flat, name, **overrides)
     assert_same(back, dict_without_empty(first.variables))
 
 
@@ -177,7 +184,7 @@ def test_timm_loads_our_file_strictly(name, overrides, tmp_path, timm):
 def test_timms_call_that_is_printed_gives_our_logits(name, overrides, tmp_path, timm, torch):
     first, path = opened(name, overrides), tmp_path / "w.safetensors"
     convert.convert(first, path)
-    theirs = eval(export.timm_call(first, path), {"timm": timm}).eval()
+    theirs = eval(timm_lib.timm_call(first, path), {"timm": timm}).eval()
     images, heads = logits(first.model, first.variables, first.image_size)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
@@ -185,13 +192,15 @@ def test_timms_call_that_is_printed_gives_our_logits(name, overrides, tmp_path, 
 
 
 def test_timm_has_no_call_for_a_convnet_of_other_shapes(tmp_path):
-    assert export.timm_call(opened(*FAMILIES[3]), tmp_path / "w.safetensors") is None
+    assert timm_lib.timm_call(opened(*FAMILIES[3]), tmp_path / "w.safetensors") is None
 
 
 def test_transformers_call_that_is_printed_gives_our_model(tmp_path):
     transformers, first = import_transformers(), opened(DISTILLED, SMALL)
     convert.convert(first, tmp_path / "hf")
-    model = eval(export.transformers_call(first, tmp_path / "hf"), {"transformers": transformers})
+    model = eval(
+        huggingface.transformers_call(first, tmp_path / "hf"), {"transformers": transformers}
+    )
     assert model.num_parameters() == sum(x.size for x in jax.tree.leaves(first.variables))
 
 
@@ -275,7 +284,7 @@ def test_convert_goes_round_all_formats(distilled, tmp_path, capsys):
         assert (code, err) == (0, "")
         assert DISTILLED in out
         source = tmp_path / name
-    assert_same(weights.open_model(source).variables, weights.open_model(distilled).variables)
+    assert_same(open_model(source).variables, open_model(distilled).variables)
     code, out, err = run(
         capsys, "convert", source, tmp_path / "p.pth", "--head=cls", "--image_size=48"
     )
@@ -330,14 +339,14 @@ def test_predict_evaluate_and_teacher_take_any_weights(tmp_path, tiny_config):
     convert.convert(first, tmp_path / "w.pth")
     picture = str(tmp_path / "x.png")
     Image.fromarray(np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3)).save(picture)
-    answers = [predict.predict(str(path), [picture]) for path in (file, workdir)]
+    answers = [classify.classify(str(path), [picture]) for path in (file, workdir)]
     assert answers[0] == answers[1]
     c.data.eval_crop_ratio, c.train.eval_batch_size = 1.0, 1024
     results = [evaluate.evaluate_run(c, str(path)) for path in (file, workdir)]
     assert results[0] == results[1]
     assert set(results[0]) == {"examples", "cls", "fused"}
     for path in (file, workdir, tmp_path / "w.pth"):
-        found, params = teacher.load_teacher(c, str(path), first.classes)
+        found, params = load_teacher(c, str(path), first.classes)
         told = path.suffix != ".pth"
         assert found.mean == ((0.1, 0.2, 0.3) if told else (0.485, 0.456, 0.406))
         assert found.model.folded
@@ -347,4 +356,4 @@ def test_predict_evaluate_and_teacher_take_any_weights(tmp_path, tiny_config):
         expected = logits(first.model, first.variables)[1]
         np.testing.assert_allclose(heads.cls, expected.cls, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="knows 10 classes"):
-        teacher.load_teacher(c, str(file), ["one"])
+        load_teacher(c, str(file), ["one"])

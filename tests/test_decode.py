@@ -11,12 +11,12 @@ from scipy import stats
 from skimage import data
 from sklearn.datasets import load_sample_image, load_sample_images
 
-from deit_jax.data import decode, resize
+from deit_jax.data import decode, decoders
 from deit_jax.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 TOLERANCE = 0.3  # mean absolute difference from Pillow, in levels of 255
-DECODERS = resize.available()
+DECODERS = decoders.available()
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_an_enormous_image_is_refused_by_name(monkeypatch):
 @pytest.mark.parametrize("size", [48, 224])
 def test_every_decoder_is_within_the_tolerance_of_pillow(name, size):
     """Crops of real photographs in JPEG files, against Pillow's decode, crop and resize."""
-    decoder, rng, gaps = resize.choose(name), np.random.default_rng(0), []
+    decoder, rng, gaps = decoders.choose(name), np.random.default_rng(0), []
     for number, photograph in enumerate(photographs()):
         options = {"quality": 94, "subsampling": 2 * (number % 2), "progressive": number == 2}
         encoded = encode(Image.fromarray(photograph), "jpeg", **options)
@@ -225,7 +225,7 @@ def test_every_decoder_is_within_the_tolerance_of_pillow(name, size):
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (300, 2), (2, 300), (224, 224), (500, 224)])
 def test_every_resizer_takes_any_shape_and_keeps_a_flat_image_flat(name, shape):
-    resized = resize.choose(name).resize
+    resized = decoders.choose(name).resize
     for value in (0, 1, 77, 254, 255):
         flat = np.full((*shape, 3), value, np.uint8)
         assert np.array_equal(resized(flat, 224, 224), np.full((224, 224, 3), value)), value
@@ -261,7 +261,7 @@ def real_files(photo):
 @pytest.mark.parametrize("name", DECODERS)
 def test_every_decoder_reads_every_kind_of_file_as_pillow(photo, name):
     for kind, encoded in real_files(photo):
-        ours = decode.read(encoded, "example", resize.choose(name))
+        ours = decode.read(encoded, "example", decoders.choose(name))
         assert ours.shape == (427, 640, 3), kind  # the turned one too, as torchvision loads it
         gap = np.abs(pixels(ours) - pixels(decode.decode(encoded, "example"))).mean()
         assert gap <= TOLERANCE / 3, kind
@@ -270,7 +270,7 @@ def test_every_decoder_reads_every_kind_of_file_as_pillow(photo, name):
 
 
 def test_pixels_lie_in_the_scratch_if_they_fit(photo):
-    encoded, decoder = encode(photo, "jpeg", quality=94), resize.choose(DECODERS[-1])
+    encoded, decoder = encode(photo, "jpeg", quality=94), decoders.choose(DECODERS[-1])
     alone = decode.read(encoded, "example", decoder)
     for size in (0, 427 * 640 * 3 - 1, 427 * 640 * 3, 2**20):
         scratch = np.zeros(size, np.uint8)
@@ -287,20 +287,20 @@ def test_every_decoder_names_a_damaged_file(photo, name):
             for share in (0.02, 0.5, 0.97):
                 with pytest.raises(UserError, match=r"^a/b\.jpg: not a readable image \(.+\)"):
                     decode.read(
-                        encoded[: int(share * len(encoded))], "a/b.jpg", resize.choose(name)
+                        encoded[: int(share * len(encoded))], "a/b.jpg", decoders.choose(name)
                     )
 
 
 def test_auto_is_the_fastest_decoder_installed(monkeypatch):
-    assert resize.choose("auto").name == DECODERS[-1]
+    assert decoders.choose("auto").name == DECODERS[-1]
     for missing in ("simplejpeg", "kornia_rs cykooz_resizer"):
         monkeypatch.setattr(
-            resize.importlib.util, "find_spec", lambda name, m=missing: None if name in m else 1
+            decoders.importlib.util, "find_spec", lambda name, m=missing: None if name in m else 1
         )
-        assert resize.choose("auto").name == "pillow"
+        assert decoders.choose("auto").name == "pillow"
     with pytest.raises(UserError, match=r"decoder='fast' is not installed: pip install simplejpeg"):
-        resize.choose("fast")
-    assert "pillow 1" in str(resize.choose("auto"))
+        decoders.choose("fast")
+    assert "pillow 1" in str(decoders.choose("auto"))
 
 
 def test_random_crops_depend_on_nothing_but_the_generator():

@@ -5,8 +5,8 @@ import types
 import jax
 import pytest
 
-from deit_jax import distributed
 from deit_jax.errors import UserError
+from deit_jax.parallel import processes
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def options(multihost=True, coordinator=None, num_processes=None, process_id=Non
 
 def join(told, **kwargs):
     with pytest.raises(UserError, match=r"^--multihost: no such place; give --coordinator"):
-        distributed.joined(options(**kwargs)).__enter__()
+        processes.joined(options(**kwargs)).__enter__()
     return told[-1]
 
 
 def test_a_single_process_joins_nobody(told):
-    with distributed.joined(options(multihost=False)):
+    with processes.joined(options(multihost=False)):
         pass
     assert not told
 

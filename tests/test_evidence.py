@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
 
-from deit_jax.data import idx_source
+from deit_jax.data.sources.idx import open_idx
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "benchmarks" / "evidence"
@@ -55,10 +55,10 @@ def toy(tmp_path_factory):
 
 
 def test_a_subset_has_as_many_images_of_every_class(toy):
-    dataset = idx_source.open_idx("fashion_mnist", str(toy / "runs" / "toy" / "data"))
+    dataset = open_idx("fashion_mnist", str(toy / "runs" / "toy" / "data"))
     assert np.bincount(dataset.train.labels).tolist() == [20] * 10
     assert len(dataset.eval) == 500
-    everything = idx_source.open_idx("fashion_mnist", str(toy / "idx"))
+    everything = open_idx("fashion_mnist", str(toy / "idx"))
     every = (everything.train[i] for i in range(1000))
     known = {example["image"].tobytes(): example["label"] for example in every}
     for i in range(200):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base, deit
-from deit_jax import flops
 from deit_jax.models import registry
+from deit_jax.perf import flops
 
 
 def gmacs(name):

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deit_jax import weight_files, weights
-from deit_jax.data import decode, resize
+from deit_jax.data import decode, decoders
 from deit_jax.errors import UserError
+from deit_jax.weights import readers
+from deit_jax.weights.load import open_model
 from tests import hostile
 
 SECONDS = 10.0  # for one input on a busy machine; what hangs takes for ever
@@ -52,7 +53,7 @@ def test_a_bomb_is_refused_at_once(name, tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(BOMBS[name])
     with quickly(), in_memory(64), pytest.raises(ValueError, match=r"weights\.pth"):
-        weight_files.read(path)
+        readers.read(path)
 
 
 def test_an_ordered_dict_of_python_2_is_read(tmp_path):
@@ -65,16 +66,16 @@ def test_an_ordered_dict_of_python_2_is_read(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", tree)
         archive.writestr("archive/data/0", np.float32([3, 4]).tobytes())
-    assert weight_files.read(path)["w"].tolist() == [3, 4]
+    assert readers.read(path)["w"].tolist() == [3, 4]
 
 
-@pytest.mark.parametrize("name", resize.available())
+@pytest.mark.parametrize("name", decoders.available())
 @pytest.mark.parametrize("size", [(60000, 60000), (12000, 12000), (65000, 1500)])
 def test_a_file_that_claims_to_be_enormous_is_refused_at_once(name, size):
     for kind, data in hostile.files_that_claim(*size).items():
         assert len(data) < 5000
         with quickly(), in_memory(16), pytest.raises(UserError, match=r"^x: not a readable image"):
-            decode.read(data, "x", resize.choose(name))
+            decode.read(data, "x", decoders.choose(name))
         with quickly(), in_memory(16), pytest.raises(UserError, match=r"bomb|exceeds limit"):
             decode.decode(data, f"x of {kind}")
 
@@ -120,10 +121,10 @@ def test_whole_files_are_opened(targets):
     """The fuzz begins from files that are fine, or it would show nothing."""
     made = targets["weights"]
     for name in ("hf", "run"):
-        assert weights.open_model(made.folder / name, default=None).variables["params"]
+        assert open_model(made.folder / name, default=None).variables["params"]
     with pytest.raises(UserError, match=r"weights do not fit: missing blocks\.1"):
-        weights.open_model(made.folder / "timm")  # a name of a larger model; all else is in order
+        open_model(made.folder / "timm")  # a name of a larger model; all else is in order
     for name, data in made.files.items():
         path = made.folder / f"whole-{name}"
         path.write_bytes(data)
-        assert weight_files.read(path)["cls_token"].shape == (1, 1, 6)
+        assert readers.read(path)["cls_token"].shape == (1, 1, 6)

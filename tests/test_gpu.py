@@ -8,12 +8,21 @@ import pytest
 
 from configs import quickstart
 from deit_jax import __main__ as program
-from deit_jax import bench_step, checkpoint, compiled_step, evaluate, memory, sharding, train
-from deit_jax import config as config_lib
+from deit_jax.analysis import evaluate
+from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.models import attention, cudnn
-from deit_jax.step import Recipe
-from deit_jax.weights import folded
+from deit_jax.models.build import compute_dtype
+from deit_jax.parallel import sharding
+from deit_jax.perf import step_time
+from deit_jax.step import compile as compile_lib
+from deit_jax.step.train_step import StepConfig
+from deit_jax.train import loop, memory, run
+from deit_jax.train.evaluator import parts, step
+from deit_jax.train.run import open_dataset
+from deit_jax.train.validate import validate
+from deit_jax.weights.load import folded
+from deit_jax.workdir.saved_run import load_run
 from tests.test_convert import opened
 
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
@@ -39,11 +48,11 @@ def gpu(monkeypatch):
 
 def test_a_gpu_without_bfloat16_computes_in_float32_unless_told_otherwise(gpu, tiny_config):
     gpu(7.5)
-    assert config_lib.compute_dtype("auto") == "float32"
-    config_lib.validate(tiny_config, 8)
+    assert compute_dtype("auto") == "float32"
+    validate(tiny_config, 8)
     tiny_config.dtype = "bfloat16"
     with pytest.raises(UserError, match=r"dtype='bfloat16': .*capability 7.5.* take float32"):
-        config_lib.validate(tiny_config, 8)
+        validate(tiny_config, 8)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +76,9 @@ def test_cudnn_is_checked_before_anything_is_written(gpu, tiny_config, part, fie
         with pytest.raises(
             UserError, match=f"{part}model.attention='cudnn': .*{reason}.*auto or xla"
         ):
-            config_lib.validate(tiny_config, 8)
+            validate(tiny_config, 8)
     else:
-        config_lib.validate(tiny_config, 8)
+        validate(tiny_config, 8)
 
 
 def test_a_run_that_insists_on_cudnn_is_counted_and_timed(gpu, monkeypatch, tiny_config):
@@ -80,7 +89,7 @@ def test_a_run_that_insists_on_cudnn_is_counted_and_timed(gpu, monkeypatch, tiny
     tiny_config.distill.kind, tiny_config.dtype = "none", "bfloat16"
     tiny_config.data.source = "folder:/nowhere"
     tiny_config.model.attention = "cudnn"
-    result = bench_step.measure(tiny_config, 0.1, compare=True)
+    result = step_time.measure(tiny_config, 0.1, compare=True)
     assert result["attention"] == "cudnn"
     assert set(result["attention_ms"]) == {"cudnn", "xla"}
     assert min(result["attention_ms"].values()) > 0
@@ -96,22 +105,22 @@ def test_a_kernel_that_fails_leaves_the_others_time(gpu, monkeypatch, tiny_confi
             raise jax.errors.JaxRuntimeError("INTERNAL: no plan\nmore")
         return 1.5
 
-    monkeypatch.setattr(bench_step, "_median_ms", median_ms)
-    dataset = train.open_dataset(tiny_config.data)
-    found = bench_step.compare_attention(tiny_config, dataset, None, 0.1, {})
+    monkeypatch.setattr(step_time, "_median_ms", median_ms)
+    dataset = open_dataset(tiny_config.data)
+    found = step_time.compare_attention(tiny_config, dataset, None, 0.1, {})
     assert found == {"cudnn": "INTERNAL: no plan", "xla": 1.5}
     known = {"cudnn": 2.5}  # measured before
-    found = bench_step.compare_attention(tiny_config, dataset, None, 0.1, known)
+    found = step_time.compare_attention(tiny_config, dataset, None, 0.1, known)
     assert found == {"cudnn": 2.5, "xla": 1.5}
 
 
 def test_only_a_gpus_step_excludes_kernels_and_by_a_name_that_xla_knows(monkeypatch, tiny_config):
     mesh = sharding.make_mesh(tiny_config.mesh)
-    recipe = Recipe.from_config(tiny_config, 10, mesh)
-    assert compiled_step.compiler_options(mesh, True) == {}  # on a CPU nothing changes
+    recipe = StepConfig.from_config(tiny_config, 10, mesh)
+    assert compile_lib.compiler_options(mesh, True) == {}  # on a CPU nothing changes
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
-    assert compiled_step.compiler_options(mesh, False) == {}
-    options = compiled_step.compiler_options(mesh, True)
+    assert compile_lib.compiler_options(mesh, False) == {}
+    options = compile_lib.compiler_options(mesh, True)
     assert list(options) == ["xla_gpu_exclude_nondeterministic_ops"]
     lowered = jax.jit(lambda x: x + 1).lower(np.float32(1))
     assert lowered.compile(compiler_options=options)(np.float32(1)) == 2
@@ -119,19 +128,19 @@ def test_only_a_gpus_step_excludes_kernels_and_by_a_name_that_xla_knows(monkeypa
         lowered.compile(compiler_options={"xla_gpu_exclude_nothing": True})
     asked = []
     monkeypatch.setattr(jax, "jit", lambda f, **words: asked.append(words) or f)
-    compiled_step.jit_train_step(None, None, None, recipe, mesh, None, deterministic=True)
+    compile_lib.jit_train_step(None, None, None, recipe, mesh, None, deterministic=True)
     assert asked[0]["compiler_options"] == options
 
 
 def test_a_runs_config_reaches_the_compiler(monkeypatch, tiny_config, tmp_path):
     asked = []
-    real = compiled_step.compiler_options
+    real = compile_lib.compiler_options
     monkeypatch.setattr(
-        compiled_step, "compiler_options", lambda *words: asked.append(words[1]) or real(*words)
+        compile_lib, "compiler_options", lambda *words: asked.append(words[1]) or real(*words)
     )
     tiny_config.distill.kind, tiny_config.train.deterministic = "none", True
-    dataset = train.open_dataset(tiny_config.data)
-    train.Trainer(tiny_config, tmp_path, dataset).checkpointer.close()
+    dataset = open_dataset(tiny_config.data)
+    loop.Trainer(tiny_config, tmp_path, dataset).checkpointer.close()
     assert asked == [True]
 
 
@@ -148,9 +157,9 @@ def test_a_training_out_of_memory_says_which_fields_help(
 ):
     tiny_config.distill.kind = "none"
     tiny_config.update_from_flattened_dict(fields)
-    monkeypatch.setattr(train, "jit_train_step", lambda *_, **__: raises)
+    monkeypatch.setattr(run, "jit_train_step", lambda *_, **__: raises)
     with pytest.raises(UserError, match=r"^training: the device is out of memory; try ") as raised:
-        train.train(tiny_config, tmp_path / "run")
+        run.train(tiny_config, tmp_path / "run")
     text = str(raised.value)
     flags = [word.removeprefix("--config.") for word in text.split() if word.startswith("--")]
     assert [flag.rstrip(",") for flag in flags] == [*expected, "batch_size"]
@@ -158,7 +167,7 @@ def test_a_training_out_of_memory_says_which_fields_help(
 
 
 def test_it_is_one_line_of_the_command_too(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "jit_train_step", lambda *_, **__: raises)
+    monkeypatch.setattr(run, "jit_train_step", lambda *_, **__: raises)
     words = [f"--config={quickstart.__file__}", f"--workdir={tmp_path}/run"]
     assert program.main(["train", *words, "--config.distill.kind=none"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
@@ -167,9 +176,9 @@ def test_it_is_one_line_of_the_command_too(monkeypatch, tmp_path, capsys):
 
 def test_an_evaluation_out_of_memory_has_its_own_field(monkeypatch, tiny_config, tmp_path):
     tiny_config.distill.kind = "none"
-    monkeypatch.setattr(evaluate.step, "eval_step", raises)
+    monkeypatch.setattr(step, "eval_step", raises)
     with pytest.raises(UserError, match=r"evaluation: .* try --config.train.eval_batch_size=128"):
-        train.train(tiny_config, tmp_path / "run")
+        run.train(tiny_config, tmp_path / "run")
 
 
 def test_other_errors_of_the_device_stay_what_they_are():
@@ -181,9 +190,9 @@ def test_other_errors_of_the_device_stay_what_they_are():
 
 def test_an_evaluation_in_parts_counts_what_a_whole_one_does(monkeypatch, tiny_config, tmp_path):
     tiny_config.distill.kind, tiny_config.epochs = "none", 0.2
-    whole = train.train(tiny_config, tmp_path / "whole")
-    monkeypatch.setattr(evaluate.parts, "forward_parts", lambda *_: 4)
-    config = config_lib.from_json(json.loads((tmp_path / "whole/config.json").read_text()))
+    whole = run.train(tiny_config, tmp_path / "whole")
+    monkeypatch.setattr(parts, "forward_parts", lambda *_: 4)
+    config = from_json(json.loads((tmp_path / "whole/config.json").read_text()))
     again = evaluate.evaluate_run(config, str(tmp_path / "whole"))
     assert {k: again[k] for k in ("examples", "cls", "dist")} == {
         k: whole[k] for k in ("examples", "cls", "dist")
@@ -192,12 +201,12 @@ def test_an_evaluation_in_parts_counts_what_a_whole_one_does(monkeypatch, tiny_c
 
 def test_a_run_trained_with_cudnn_opens_where_there_is_none(tiny_config, tmp_path):
     tiny_config.distill.kind, tiny_config.epochs = "none", 0.2
-    train.train(tiny_config, tmp_path / "run")
+    run.train(tiny_config, tmp_path / "run")
     path = tmp_path / "run/config.json"
     saved = json.loads(path.read_text())
     saved["model"]["attention"] = "cudnn"
     path.write_text(json.dumps(saved))
-    assert checkpoint.load_run(tmp_path / "run").model.attention == "auto"
+    assert load_run(tmp_path / "run").model.attention == "auto"
 
 
 def test_a_bench_on_a_backend_that_tells_nothing(monkeypatch, tiny_config):
@@ -206,12 +215,12 @@ def test_a_bench_on_a_backend_that_tells_nothing(monkeypatch, tiny_config):
             return None
 
     tiny_config.distill.kind = "none"
-    nothing = bench_step.peak_memory(Compiled())
+    nothing = step_time.peak_memory(Compiled())
     assert nothing == {"peak_bytes": None, "peak_bytes_by": None}
-    monkeypatch.setattr(bench_step, "peak_memory", lambda _: nothing)
+    monkeypatch.setattr(step_time, "peak_memory", lambda _: nothing)
     tiny_config.data.source = "folder:/nowhere"
-    result = bench_step.measure(tiny_config, 0.1, compare=True)
-    report = bench_step.report(result)
+    result = step_time.measure(tiny_config, 0.1, compare=True)
+    report = step_time.report(result)
     assert "peak memory: not known" in report
     assert "attention: xla\n" in report
     assert result["attention_ms"]["xla"] > 0

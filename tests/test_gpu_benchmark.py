@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from benchmarks import gpu, gpu_jax
-from deit_jax import compiled_step
+from deit_jax.step import compile as compile_lib
 
 ROOT = Path(__file__).parent.parent
 ROWS = gpu.rows(list(gpu.PEERS), [], turns=1, toy=True)
@@ -70,7 +70,7 @@ def test_the_step_that_is_measured_is_the_one_that_a_run_compiles(monkeypatch):
     batch = gpu_jax.random_batch(config, 10)
     model = gpu_jax.config_lib.build_model(config.model, 10, config.dtype)
     schedule = gpu_jax.optim.make_schedule(config.optim, config.epochs, gpu_jax.STEPS_PER_EPOCH)
-    own = compiled_step.jit_train_step(
+    own = compile_lib.jit_train_step(
         model,
         teacher[0],
         gpu_jax.optim.make_optimizer(config.optim, schedule),

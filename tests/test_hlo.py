@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from deit_jax import hlo
+from deit_jax.perf import hlo_cost
 
 LAYOUT = "{1,0:T(8,128)(2,1)S(1)}"
 PROGRAM = f"""HloModule jit_step, entry_computation_layout={{(f32[4]{{0}})->f32[4]{{0}}}}
@@ -76,7 +76,7 @@ backend_config={{"estimated_cycles":"1000"}}
 
 
 def test_every_part_of_a_program_is_counted_as_often_as_it_runs():
-    cost = hlo.cost(PROGRAM)
+    cost = hlo_cost.cost(PROGRAM)
     # The counter goes 1, 3, 5, 7; the loop whose end is drawn counts once.
     assert cost.cycles == 100 + 1000 + (4 + 1) * 10
     assert cost.unknown_loops == 1
@@ -97,7 +97,7 @@ def test_every_part_of_a_program_is_counted_as_often_as_it_runs():
 
 def test_a_noted_trip_count_is_taken():
     noted = 'while(%carry), backend_config={"known_trip_count":{"n":"7"}}, '
-    cost = hlo.cost(PROGRAM.replace("while(%carry), ", noted))
+    cost = hlo_cost.cost(PROGRAM.replace("while(%carry), ", noted))
     assert cost.cycles == 1100 + (7 + 1) * 10
 
 
@@ -111,7 +111,7 @@ def test_a_noted_trip_count_is_taken():
     ],
 )
 def test_bytes_of_shapes(shape, size):
-    assert hlo.shape_bytes(shape) == size
+    assert hlo_cost.shape_bytes(shape) == size
 
 
 def test_a_scans_collective_is_counted_at_every_turn():
@@ -130,6 +130,6 @@ def test_a_scans_collective_is_counted_at_every_turn():
         jax.ShapeDtypeStruct((8, 16), jnp.float32),
     )
     compiled = jax.jit(scan, in_shardings=places, out_shardings=places[1]).lower(*shapes).compile()
-    cost = hlo.cost(compiled.as_text())
+    cost = hlo_cost.cost(compiled.as_text())
     assert cost.bytes["all_reduce"] == 5 * 8 * 16 * 4
     assert cost.unknown_loops == 0

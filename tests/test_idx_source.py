@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deit_jax.data import idx_source
+from deit_jax.data.sources.idx import DEFAULT_DIRS
 from tests.test_sources import error_of, open_data, pixels
 
 
@@ -64,7 +64,7 @@ def test_each_mistake_in_idx_files_is_one_line(idx, tmp_path_factory):
 
 
 def test_the_real_fashion_mnist_where_debian_has_put_it():
-    if not Path(idx_source.DEFAULT_DIRS["fashion_mnist"]).is_dir():
+    if not Path(DEFAULT_DIRS["fashion_mnist"]).is_dir():
         pytest.skip("apt install dataset-fashion-mnist")
     dataset = open_data("fashion_mnist")
     assert (len(dataset.train), len(dataset.eval)) == (60_000, 10_000)

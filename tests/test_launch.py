@@ -22,8 +22,8 @@ import pytest
 import yaml
 from absl import flags
 
-from deit_jax import cli, distributed
-from deit_jax import config as config_lib
+from deit_jax.cli.flags import Command, add_process_flags
+from deit_jax.train.validate import validate
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -278,12 +278,12 @@ def test_jobset_is_valid():
 def check_command(words):
     """Parse a `deit train` command line as the command does, but for the mounts."""
     assert words[:2] == ["deit", "train"]
-    command = cli.Command("train", "")
+    command = Command("train", "")
     command.add_config(words[2:])
     flags.DEFINE_string("workdir", "", "", flag_values=command.flags)
-    distributed.add_flags(command)
+    add_process_flags(command)
     assert not command.parse(words[2:], required=("config", "workdir"))
-    config_lib.validate(command.config, 16)
+    validate(command.config, 16)
     return command
 
 

@@ -6,8 +6,10 @@ import pytest
 from ml_collections import ConfigDict
 from scipy.special import log_softmax, rel_entr, softmax
 
-from deit_jax import losses
 from deit_jax.models.heads import Heads
+from deit_jax.step import losses
+from deit_jax.step.distill import hard, soft
+from deit_jax.step.objective import distillation
 
 RNG = np.random.default_rng(0)
 B, K = 6, 11
@@ -46,7 +48,7 @@ def test_cross_entropy():
 def test_hard_distillation_is_cross_entropy_with_unsmoothed_labels():
     one_hot = np.eye(K)[LABELS]
     np.testing.assert_allclose(
-        ours(losses.hard_distillation, LOGITS, LABELS),
+        ours(hard.hard_distillation, LOGITS, LABELS),
         numpy_cross_entropy(LOGITS, one_hot),
         rtol=1e-6,
     )
@@ -57,7 +59,7 @@ def test_soft_distillation_has_both_reductions(tau):
     total = numpy_soft(LOGITS, TEACHER, tau)
     for reduction, divisor in (("batchmean", B), ("numel", B * K)):
         np.testing.assert_allclose(
-            ours(losses.soft_distillation, LOGITS, TEACHER, tau=tau, reduction=reduction),
+            ours(soft.soft_distillation, LOGITS, TEACHER, tau=tau, reduction=reduction),
             total / divisor,
             rtol=2e-5,
         )
@@ -69,7 +71,7 @@ def test_distillation_combines_the_terms_through_the_right_head(kind, dist_head)
     distill = ConfigDict({"kind": kind, "alpha": 0.3, "tau": 2.0, "reduction": "batchmean"})
     heads = Heads(jnp.array(LOGITS), jnp.array(OTHER) if dist_head else None)
     signal = {"none": None, "soft": jnp.array(TEACHER), "hard": jnp.array(TEACHER.argmax(1))}[kind]
-    loss, terms = losses.distillation(heads, jnp.array(TARGETS), signal, distill)
+    loss, terms = distillation(heads, jnp.array(TARGETS), signal, distill)
 
     own = numpy_cross_entropy(LOGITS, TARGETS)
     student = OTHER if dist_head else LOGITS
@@ -87,7 +89,7 @@ def test_distillation_combines_the_terms_through_the_right_head(kind, dist_head)
 
 def test_both_heads_learn_the_labels_where_asked_and_without_a_teacher():
     heads, none = Heads(jnp.array(LOGITS), jnp.array(OTHER)), ConfigDict({"kind": "none"})
-    loss, terms = losses.distillation(heads, jnp.array(TARGETS), None, none, label_heads="both")
+    loss, terms = distillation(heads, jnp.array(TARGETS), None, none, label_heads="both")
     two = [numpy_cross_entropy(x, TARGETS) for x in (LOGITS, OTHER)]
     np.testing.assert_allclose(loss, np.mean(two), rtol=1e-6)
     assert set(terms) == {"loss_label"}
@@ -97,7 +99,7 @@ def test_losses_agree_with_pytorch(torch):
     functional = torch.nn.functional
     logits, teacher = torch.tensor(LOGITS), torch.tensor(TEACHER)
     np.testing.assert_allclose(
-        ours(losses.hard_distillation, LOGITS, TEACHER.argmax(1)),
+        ours(hard.hard_distillation, LOGITS, TEACHER.argmax(1)),
         functional.cross_entropy(logits, teacher.argmax(1)).item(),
         rtol=1e-5,
     )
@@ -106,7 +108,7 @@ def test_losses_agree_with_pytorch(torch):
     )
     for reduction, divisor in (("batchmean", B), ("numel", logits.numel())):
         np.testing.assert_allclose(
-            ours(losses.soft_distillation, LOGITS, TEACHER, tau=3.0, reduction=reduction),
+            ours(soft.soft_distillation, LOGITS, TEACHER, tau=3.0, reduction=reduction),
             kl.item() * 9 / divisor,
             rtol=1e-5,
         )

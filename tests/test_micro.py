@@ -6,7 +6,9 @@ import functools
 import jax
 import pytest
 
-from deit_jax import hlo, sharding, step
+from deit_jax.parallel import sharding
+from deit_jax.perf import hlo_cost
+from deit_jax.step.train_step import train_step
 from tests.test_step import B, assert_close, build, make_batch
 
 
@@ -16,7 +18,7 @@ def step_over(config, parts):
     keywords = dict(function.__wrapped__.keywords)
     keywords["recipe"] = dataclasses.replace(keywords["recipe"], micro_batches=parts, mesh=mesh)
     places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
-    jitted = jax.jit(functools.partial(step.train_step, **keywords), out_shardings=places)
+    jitted = jax.jit(functools.partial(train_step, **keywords), out_shardings=places)
     return jitted, state, teacher_params, sharding.to_devices(make_batch(), mesh, B)
 
 
@@ -40,7 +42,7 @@ def test_the_gradient_crosses_devices_once_however_many_parts(tiny_config):
     moved = []
     for parts in (1, 4):
         jitted, *arguments = step_over(tiny_config, parts)
-        cost = hlo.cost(jitted.lower(*arguments).compile().as_text())
+        cost = hlo_cost.cost(jitted.lower(*arguments).compile().as_text())
         assert not cost.bytes["all_gather"] + cost.bytes["all_to_all"], cost.messages
         moved.append(cost.bytes["all_reduce"])
     size = sum(x.size for x in jax.tree.leaves(arguments[0].params))

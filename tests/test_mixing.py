@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 from scipy import stats
 
-from deit_jax import erasing, hlo, mixing
+from deit_jax.perf import hlo_cost
+from deit_jax.step import mixup, random_erasing
 
 B, H, W, K, GROUP = 64, 12, 20, 5, 8
 RNG = np.random.default_rng(0)
@@ -17,7 +18,7 @@ IMAGES = RNG.normal(size=(B, H, W, 3)).astype(np.float32)
 LABELS = RNG.integers(0, K, B).astype(np.int32)
 
 
-ERASE = jax.jit(erasing.random_erase, static_argnums=2)
+ERASE = jax.jit(random_erasing.random_erase, static_argnums=2)
 
 
 def config(**changes):
@@ -27,7 +28,7 @@ def config(**changes):
 
 @functools.cache
 def jitted_mix(smoothing, changes):
-    return jax.jit(lambda key, x, y: mixing.mix(key, x, y, K, smoothing, config(**dict(changes))))
+    return jax.jit(lambda key, x, y: mixup.mix(key, x, y, K, smoothing, config(**dict(changes))))
 
 
 def mix(seed=0, smoothing=0.1, **changes):
@@ -88,7 +89,7 @@ def test_cutmix_boxes_are_distributed_as_timms():
     n, size = 4000, 32
     key_lam, key_box = jax.random.split(jax.random.key(1))
     lam = jax.random.uniform(key_lam, (n,))
-    ours = np.asarray(mixing.cutmix_box(key_box, lam, size, size)).sum((1, 2))
+    ours = np.asarray(mixup.cutmix_box(key_box, lam, size, size)).sum((1, 2))
     rng = np.random.default_rng(1)
     theirs = []
     for value in rng.uniform(size=n):
@@ -117,7 +118,7 @@ def test_mixup_lambda_follows_the_beta_distribution(alpha):
     groups = 5000
     key = jax.random.key(0)
     _, lam = jax.jit(
-        lambda k: mixing._draw(k, groups, 4, 4, config(mixup_alpha=alpha, cutmix_alpha=0.0))
+        lambda k: mixup._draw(k, groups, 4, 4, config(mixup_alpha=alpha, cutmix_alpha=0.0))
     )(key)
     lam = np.asarray(lam)
     assert np.all((lam >= 0) & (lam <= 1))
@@ -126,8 +127,8 @@ def test_mixup_lambda_follows_the_beta_distribution(alpha):
 
 def test_drawing_lambda_takes_no_loop_of_unknown_length():
     """One of unknown length would ask all devices in every turn whether to go on."""
-    draw = jax.jit(lambda k: mixing._draw(k, 8, 4, 4, config()))
-    assert hlo.cost(draw.lower(jax.random.key(0)).compile().as_text()).unknown_loops == 0
+    draw = jax.jit(lambda k: mixup._draw(k, 8, 4, 4, config()))
+    assert hlo_cost.cost(draw.lower(jax.random.key(0)).compile().as_text()).unknown_loops == 0
 
 
 @pytest.mark.parametrize(("group", "repeats"), [(64, 3), (8, 3), (6, 3), (8, 4)])
@@ -136,7 +137,7 @@ def test_copies_of_an_image_never_meet(group, repeats):
     positions = np.arange(5 * group).reshape(-1, group)
     for shift in range(repeats):
         image = (positions + shift) // repeats
-        partner = np.asarray(mixing._partner(jnp.asarray(image)))
+        partner = np.asarray(mixup._partner(jnp.asarray(image)))
         assert not np.any(image == partner)
 
 

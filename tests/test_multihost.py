@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deit_jax import checkpoint, metrics
-from deit_jax import train as train_lib
-from deit_jax.data.pipeline import EpochOrder
-from deit_jax.data.sources import open_dataset
+from deit_jax.data.order import EpochOrder
+from deit_jax.data.sources.registry import open_dataset
+from deit_jax.storage import read_lines
+from deit_jax.train.run import train
+from deit_jax.workdir.saved_run import load_run
 from tests.test_tape import array
 from tests.tiny import make_tiny_config
 
@@ -70,7 +71,7 @@ def finish(*processes):
 def records(workdir):
     """Return the metrics of training steps; none before the file is there."""
     path = workdir / "metrics.jsonl"
-    return [r for r in metrics.read_lines(path) if "loss" in r] if path.exists() else []
+    return [r for r in read_lines(path) if "loss" in r] if path.exists() else []
 
 
 def wait_for(ready, *processes):
@@ -86,7 +87,7 @@ def test_killed_on_four_processes_ends_on_two_as_on_one(words, tmp_path):
     one, many = tmp_path / "one", tmp_path / "many"
     config = make_tiny_config()
     config.model.depth, config.optim.eps, config.teacher.tape = 1, 1e-4, "record"
-    train_lib.train(config, one)
+    train(config, one)
     words = [*words, f"--config.teacher.weights={one / 'teacher'}"]
     four = start_all(4, many, [*words, "--config.teacher.tape=record"])
     wait_for(lambda: (many / "checkpoints" / "3").is_dir(), *four)
@@ -110,7 +111,7 @@ def test_killed_on_four_processes_ends_on_two_as_on_one(words, tmp_path):
     assert [r["step"] for r in records(many)] == list(range(1, 11))
     for a, b in zip(records(one), records(many), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    states = [checkpoint.load_run(run) for run in (one, many)]
+    states = [load_run(run) for run in (one, many)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
         *(s.variables["params"] for s in states),

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deit_jax import noise
-from deit_jax.apart import apart
+from deit_jax.step import noise
+from deit_jax.step.fusion import unfused
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 16, 16, 3), (1,)])
@@ -45,7 +45,7 @@ def program(platform, function, *arguments):
 @pytest.mark.eight_devices
 def test_what_stands_apart_is_computed_once_and_kept():
     def function(x):
-        y = apart(jnp.sin, x)
+        y = unfused(jnp.sin, x)
         return y + 1, y.T * 2
 
     x = jnp.arange(6.0).reshape(2, 3)

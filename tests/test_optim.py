@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from configs import base, deit
-from deit_jax import optim
+from deit_jax.data.order import whole_steps
+from deit_jax.step.optimizer import decay_mask, make_optimizer, make_schedule
 
 STEPS = 10
 
@@ -24,7 +25,7 @@ def reference_lr(optim_config, epochs, t):
 
 def test_schedule_is_timms_cosine_at_every_step():
     c = base.get_config()
-    schedule = optim.make_schedule(c.optim, c.epochs, STEPS)
+    schedule = make_schedule(c.optim, c.epochs, STEPS)
     for step in (0, 1, 25, 49, 50, 51, 1500, 2999):
         expected = reference_lr(c.optim, c.epochs, step / STEPS)
         np.testing.assert_allclose(schedule(jnp.int32(step)), expected, rtol=1e-5)
@@ -39,7 +40,7 @@ def test_schedule_agrees_with_timm_at_whole_epochs(timm):
     theirs = CosineLRScheduler(
         opt, t_initial=300, lr_min=c.min_lr, warmup_lr_init=c.warmup_lr, warmup_t=5
     )
-    schedule = optim.make_schedule(c, 300.0, STEPS)
+    schedule = make_schedule(c, 300.0, STEPS)
     for epoch in (0, 1, 4, 5, 6, 150, 299):
         theirs.step(epoch)
         expected = opt.param_groups[0]["lr"]
@@ -68,7 +69,7 @@ def params():
 
 
 def test_decay_mask_is_the_references():
-    assert optim.decay_mask(params()) == {
+    assert decay_mask(params()) == {
         "cls_token": False,
         "dist_token": True,  # deliberate in the reference: deit issues 48 and 60
         "pos_embed": False,
@@ -88,8 +89,8 @@ def numpy_adamw(p, grads, lrs, decay, c):
 
 
 def run(config, p, grads):
-    schedule = optim.make_schedule(config.optim, 2.0, STEPS)
-    tx = optim.make_optimizer(config.optim, schedule)
+    schedule = make_schedule(config.optim, 2.0, STEPS)
+    tx = make_optimizer(config.optim, schedule)
     p, grads = jax.tree.map(jnp.float32, (p, grads))
     state = tx.init(p)
     for g in grads:
@@ -142,7 +143,7 @@ def test_clipping_bounds_the_global_norm():
 
 @pytest.mark.parametrize(("epochs", "steps"), [(2.0, 20), (0.25, 3), (0.001, 1)])
 def test_whole_steps(epochs, steps):
-    assert optim.whole_steps(epochs, STEPS) == steps
+    assert whole_steps(epochs, STEPS) == steps
 
 
 def test_lamb_is_timms(timm, torch):
@@ -155,7 +156,7 @@ def test_lamb_is_timms(timm, torch):
     grads = [jax.tree.map(lambda x: rng.normal(size=x.shape), p) for _ in range(4)]
     ours, lrs = run(c, p, grads)
     theirs = jax.tree.map(lambda x: torch.nn.Parameter(torch.tensor(x, dtype=torch.float32)), p)
-    decayed = jax.tree.leaves(optim.decay_mask(p))
+    decayed = jax.tree.leaves(decay_mask(p))
     groups = [
         {
             "params": [x for x, d in zip(jax.tree.leaves(theirs), decayed, strict=True) if d == on],

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from deit_jax import __main__ as program
-from deit_jax import prepare
+from deit_jax.data.prepare import build
 from tests.test_prepare import contents, folder_data, opened, photographs, raw, tree
 
 __all__ = ["tree"]  # a fixture
@@ -98,14 +98,14 @@ def check_imagenet(result, images, splits=(9, 5)):
 
 def test_the_official_tars_become_tfds_imagenet2012(ilsvrc, tmp_path):
     root, images = ilsvrc
-    check_imagenet(prepare.prepare(root, tmp_path / "out", workers=1), images)
+    check_imagenet(build.prepare(root, tmp_path / "out", workers=1), images)
 
 
 def test_the_devkit_may_be_extracted(ilsvrc, tmp_path):
     root, images = ilsvrc
     (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     shutil.copytree(tmp_path / "ILSVRC2012_devkit_t12", root / "ILSVRC2012_devkit_t12")
-    check_imagenet(prepare.prepare(root, tmp_path / "out", workers=1), images)
+    check_imagenet(build.prepare(root, tmp_path / "out", workers=1), images)
 
 
 def test_without_the_devkit_the_validation_labels_are_tfds_own(ilsvrc, tmp_path):
@@ -117,7 +117,7 @@ def test_without_the_devkit_the_validation_labels_are_tfds_own(ilsvrc, tmp_path)
     for i, wnid in enumerate(path.read_text().split()[:5]):
         name = f"ILSVRC2012_val_{i + 1:08d}.JPEG"
         images[name] = (images[name][0], wnid)
-    check_imagenet(prepare.prepare(root, tmp_path / "out", workers=1), images)
+    check_imagenet(build.prepare(root, tmp_path / "out", workers=1), images)
 
 
 def test_extracted_imagenet_is_imagenet2012_too(tmp_path):
@@ -129,7 +129,7 @@ def test_extracted_imagenet_is_imagenet2012_too(tmp_path):
         for wnid in names:
             (tmp_path / "in" / split / wnid).mkdir(parents=True)
             (tmp_path / "in" / split / wnid / f"{wnid}_1.JPEG").write_bytes(data)
-    result = prepare.prepare(tmp_path / "in", tmp_path / "out", workers=1)
+    result = build.prepare(tmp_path / "in", tmp_path / "out", workers=1)
     assert result["path"].endswith("imagenet2012/5.1.0")
     assert opened(result).classes == names
 
@@ -151,7 +151,7 @@ def test_hugging_faces_parquet_arrives_with_its_class_names(tree, tmp_path):
             table = table.replace_schema_metadata({"huggingface": json.dumps(described)})
             path = root / f"{split}-{number:05d}-of-{files:05d}.parquet"
             pyarrow.parquet.write_table(table, path, row_group_size=3)
-    result = prepare.prepare(root.parent, tmp_path / "out", workers=1)
+    result = build.prepare(root.parent, tmp_path / "out", workers=1)
     assert (result["name"], result["shards"]) == ("imagenet_mini", 4)
     ours = opened(result)
     assert ours.classes == names

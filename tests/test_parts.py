@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deit_jax import devices, liveness, memory, parts, sharding
 from deit_jax.errors import UserError
 from deit_jax.models import registry
+from deit_jax.parallel import devices as devices_lib
+from deit_jax.parallel import sharding
+from deit_jax.train import liveness, memory, parts
 
 
 class Device:
@@ -111,10 +113,10 @@ class Gpu:
 )
 def test_a_plugin_need_not_tell_its_memory(stats, limit, peak):
     others = [Gpu({"bytes_limit": 20, "peak_bytes_in_use": 1}), Gpu(stats)]
-    assert devices.bytes_limit(others) == limit
-    assert devices.peak_bytes(others) == (peak or 1)
-    assert devices.peak_bytes(others[1:]) == peak
-    assert devices.peak_bytes([types.SimpleNamespace()]) is None  # no such attribute
+    assert devices_lib.bytes_limit(others) == limit
+    assert devices_lib.peak_bytes(others) == (peak or 1)
+    assert devices_lib.peak_bytes(others[1:]) == peak
+    assert devices_lib.peak_bytes([types.SimpleNamespace()]) is None  # no such attribute
 
 
 @pytest.fixture
@@ -123,7 +125,7 @@ def gpus(monkeypatch):
 
     def pretend(size):
         monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
-        monkeypatch.setattr(devices, "bytes_limit", lambda _: size)
+        monkeypatch.setattr(devices_lib, "bytes_limit", lambda _: size)
         memory._limit.cache_clear()
         parts._fitting.cache_clear()
 
@@ -231,7 +233,7 @@ def test_the_estimate_is_near_what_a_tpus_compiler_takes(fields):
     """Against XLA's own account of a program for which no device is needed."""
     pytest.importorskip("libtpu")
     from configs import deit
-    from deit_jax import plan
+    from deit_jax.perf import plan
 
     config = deit.get_config("variant=tiny,distilled=True,kind=none")
     config.model.depth, config.batch_size, config.train.micro_batch = 4, 4 * 64, 0

@@ -16,13 +16,18 @@ from skimage import data
 from sklearn.datasets import load_sample_images
 
 from configs import base
-from deit_jax.data import decode, pipeline, resize
-from deit_jax.data.pipeline import EpochOrder, EvalBatches, TrainBatches
-from deit_jax.data.sources import ArraySource, FolderSource, open_dataset
+from deit_jax.data import batches as batches_lib
+from deit_jax.data import decode, decoders
+from deit_jax.data.batches import EvalBatches, TrainBatches
+from deit_jax.data.loader import load
+from deit_jax.data.order import EpochOrder, example_rng, example_rngs
+from deit_jax.data.sources.base import ArraySource
+from deit_jax.data.sources.folder import FolderSource
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DECODERS = resize.available()
+DECODERS = decoders.available()
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"
 
 
@@ -159,7 +164,7 @@ def test_another_seed_is_another_order():
 
 def test_positions_have_random_numbers_of_their_own():
     draws = {
-        tuple(pipeline.example_rng(seed, position).integers(2**63, size=2))
+        tuple(example_rng(seed, position).integers(2**63, size=2))
         for seed in (0, 1, 2**40)
         for position in (0, 1, 2, 2**32, 2**50)
     }
@@ -168,9 +173,9 @@ def test_positions_have_random_numbers_of_their_own():
 
 def test_a_generator_used_again_draws_what_a_new_one_does():
     for seed in (0, 7, 2**40):
-        at = pipeline.example_rngs(seed)
+        at = example_rngs(seed)
         for position in (3, 2**50, 0, 3, 1):
-            ours, fresh = at(position), pipeline.example_rng(seed, position)
+            ours, fresh = at(position), example_rng(seed, position)
             for _ in range(3):  # an odd number of 32-bit draws leaves half a word behind
                 assert ours.integers(2**31, dtype=np.int32) == fresh.integers(2**31, dtype=np.int32)
                 assert ours.normal() == fresh.normal()
@@ -181,10 +186,10 @@ def test_any_start_and_number_of_threads_gives_the_same_bytes(noise):
     alone = [batches(step) for step in range(8)]
     for start in (0, 3, 7):
         for threads in (1, 4):
-            loaded = copies(pipeline.load(train_batches(noise), start, 8, threads, prefetch=4))
+            loaded = copies(load(train_batches(noise), start, 8, threads, prefetch=4))
             assert len(loaded) == 8 - start
             assert all(equal(a, b) for a, b in zip(loaded, alone[start:], strict=True))
-    assert list(pipeline.load(batches, 8, 8, 1, 4)) == []
+    assert list(load(batches, 8, 8, 1, 4)) == []
     assert not equal(alone[0], alone[1])
     assert not equal(alone[0], train_batches(noise, seed=1)(0))
 
@@ -217,11 +222,11 @@ def test_scattered_rows_are_those_of_the_whole_batch(noise):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_photographs_give_the_same_bytes_however_they_are_loaded(photos, decoder, monkeypatch):
     """Threads, processes, blocks, where a run goes on, and decoding once or for each copy."""
-    monkeypatch.setattr(pipeline, "BLOCK", 5)
+    monkeypatch.setattr(batches_lib, "BLOCK", 5)
     made = {"batch": 28, "size": 48, "decoder": decoder}
     whole = [train_batches(photos.train, **made)(step) for step in range(3)]
     for start, threads in ((0, 1), (0, 4), (1, 4), (2, 1)):
-        loaded = copies(pipeline.load(train_batches(photos.train, **made), start, 3, threads, 2))
+        loaded = copies(load(train_batches(photos.train, **made), start, 3, threads, 2))
         assert all(equal(a, b) for a, b in zip(loaded, whole[start:], strict=True))
     for processes in (2, 4, 28):  # with 28, each row decodes for itself
         for step in (0, 2):
@@ -236,7 +241,7 @@ def test_photographs_give_the_same_bytes_however_they_are_loaded(photos, decoder
 @pytest.mark.parametrize("repeats", [1, 2, 3, 7])
 @pytest.mark.parametrize("batch", [16, 64, 100])
 def test_blocks_share_out_the_rows_and_keep_copies_together(noise, batch, repeats, monkeypatch):
-    monkeypatch.setattr(pipeline, "BLOCK", 5)
+    monkeypatch.setattr(batches_lib, "BLOCK", 5)
     for rows in (range(batch), range(batch // 4, batch // 2)):
         batches = train_batches(noise, batch, repeats, rows=rows, size=8)
         order = EpochOrder(50, batch, repeats, 0)
@@ -262,7 +267,7 @@ def test_decoders_differ_by_rounding(photos, decoder):
 def test_memory_is_used_again_once_nobody_refers_to_it(noise):
     batches = train_batches(noise)
     used, kept = set(), []
-    for step, batch in enumerate(pipeline.load(batches, 0, 40, 2, 2)):
+    for step, batch in enumerate(load(batches, 0, 40, 2, 2)):
         if step < 3:
             kept.append((step, batch["image"][4:8]))  # a view is a reference
         used.add(batch["image"].ctypes.data)
@@ -273,7 +278,7 @@ def test_memory_is_used_again_once_nobody_refers_to_it(noise):
 
 def test_arrays_of_jax_keep_the_batch_they_share(noise):
     batches = train_batches(noise, batch=64, size=32)
-    kept = [jax.device_put(batch["image"]) for batch in pipeline.load(batches, 0, 12, 2, 2)]
+    kept = [jax.device_put(batch["image"]) for batch in load(batches, 0, 12, 2, 2)]
     for step, array in enumerate(kept):
         assert np.array_equal(array, batches(step)["image"])
 
@@ -325,7 +330,7 @@ def test_a_view_is_crop_then_flip(noise):
 @pytest.mark.parametrize("auto", [RANDAUGMENT, "3aug", ""])
 def test_photographs_go_through_every_augmentation(photos, auto):
     batches = train_batches(photos.train, batch=24, size=64, auto=auto)
-    for batch in pipeline.load(batches, 0, 2, 2, 2):
+    for batch in load(batches, 0, 2, 2, 2):
         assert batch["image"].shape == (24, 64, 64, 3)
         assert set(batch["label"].tolist()) == {0, 1}
         assert len({image.tobytes() for image in batch["image"]}) == 24
@@ -340,7 +345,7 @@ def test_evaluation_meets_every_example_once_and_masks_the_rest(noise, examples,
     source = ArraySource("part", noise._images[:examples], noise.labels[:examples])
     batches = EvalBatches(source, batch, 16, 1.0, range(batch))
     assert len(batches) == -(-examples // batch)
-    loaded = list(pipeline.load(batches, 0, len(batches), 2, 2))
+    loaded = list(load(batches, 0, len(batches), 2, 2))
     valid = np.concatenate([b["valid"] for b in loaded])
     assert valid.dtype == bool
     assert valid.tolist() == [True] * examples + [False] * (batch * len(batches) - examples)
@@ -389,7 +394,7 @@ def test_the_next_readable_image_stands_in_for_a_broken_one(broken, decoder, cap
     assert [record.message.count("not a readable image") for record in caplog.records] == [1, 1, 1]
     for start, threads in ((0, 4), (2, 1)):
         again = train_batches(source, decoder=decoder, skip=True)
-        loaded = copies(pipeline.load(again, start, 3, threads, 2))
+        loaded = copies(load(again, start, 3, threads, 2))
         assert all(equal(a, batches(start + i)) for i, a in enumerate(loaded))
 
 
@@ -410,11 +415,11 @@ def test_any_failure_of_a_worker_names_its_example(noise, threads, monkeypatch):
     monkeypatch.setattr(batches, "_augment", fail)
     named = r"^noise example (\d+) \(example \1\): ZeroDivisionError: by zero"
     with pytest.raises(UserError, match=named):
-        list(pipeline.load(batches, 0, 4, threads, 2))
+        list(load(batches, 0, 4, threads, 2))
     batches = train_batches(noise)
     monkeypatch.setattr(CountingSource, "__getitem__", fail)
     with pytest.raises(UserError, match=named):
-        list(pipeline.load(batches, 0, 4, threads, 2))
+        list(load(batches, 0, 4, threads, 2))
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -431,7 +436,7 @@ def test_an_unreadable_file_stops_the_loader_with_its_name(tmp_path, threads):
     source = parts.eval if str(path) in held else parts.train
     batches = train_batches(source, batch=2, repeats=1)
     with pytest.raises(UserError, match=r"class1/7\.jpg \(example \d\): not a readable") as error:
-        for _ in pipeline.load(batches, 0, 100, threads, 4):
+        for _ in load(batches, 0, 100, threads, 4):
             pass
     assert type(error.value) is UserError
     assert "\n" not in str(error.value)
@@ -452,7 +457,7 @@ class Slow:
 
 def test_batches_are_loaded_ahead_in_parallel_and_in_order():
     began = time.perf_counter()
-    steps = [batch["step"].tolist() for batch in pipeline.load(Slow(), 2, 18, 8, prefetch=4)]
+    steps = [batch["step"].tolist() for batch in load(Slow(), 2, 18, 8, prefetch=4)]
     assert steps == [[step, step] for step in range(2, 18)]
     assert time.perf_counter() - began < 1.5  # 3.2 one after the other, 0.4 at best
 
@@ -465,7 +470,7 @@ def test_the_first_batch_is_loaded_by_all_threads():
             return {"step": np.empty(8)}
 
     began = time.perf_counter()
-    next(pipeline.load(Wide(), 0, 1, 8, prefetch=1))
+    next(load(Wide(), 0, 1, 8, prefetch=1))
     assert time.perf_counter() - began < 0.5  # 0.8 by one thread
 
 

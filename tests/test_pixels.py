@@ -23,7 +23,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-from deit_jax.data import pixels
+from deit_jax.data import image_ops
 from deit_jax.data.augment import OPS
 
 LEVELS = (0.0, 0.7, 2.4, 2.5, 4.1, 5.0, 7.3, 8.6, 9.0, 9.37, 10.0)
@@ -111,7 +111,7 @@ def test_operation_matches_pillow(photos, name):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 9)])
 def test_small_and_flat_images(name, shape):
     # Equalize and AutoContrast have nothing to stretch here; the rest must not leave the image.
-    flat = np.full((*shape, 3), pixels.FILL, np.uint8)
+    flat = np.full((*shape, 3), image_ops.FILL, np.uint8)
     for level in LEVELS:
         reference = np.asarray(pillow(name, level, -1)(Image.fromarray(flat)))
         assert np.array_equal(OPS[name](flat, level, -1), reference), level
@@ -120,7 +120,7 @@ def test_small_and_flat_images(name, shape):
 @pytest.mark.parametrize("value", [0, 1, 77, 128, 200, 254, 255])
 def test_geometry_keeps_a_flat_image_flat(value, monkeypatch):
     """Dropping the fraction must not lose a level to float rounding."""
-    monkeypatch.setattr(pixels, "FILL", (value, value, value))
+    monkeypatch.setattr(image_ops, "FILL", (value, value, value))
     flat = np.full((61, 84, 3), value, np.uint8)
     for name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"):
         for level in LEVELS:
@@ -130,10 +130,12 @@ def test_geometry_keeps_a_flat_image_flat(value, monkeypatch):
 def test_three_augment_parts_match_pillow(photos):
     for photo in photos:
         image = Image.fromarray(photo)
-        assert difference(pixels.grayscale(photo), ImageOps.grayscale(image).convert("RGB"))[1] < 1
-        assert np.array_equal(pixels.solarize(photo, 128), ImageOps.solarize(image, 128))
+        assert (
+            difference(image_ops.grayscale(photo), ImageOps.grayscale(image).convert("RGB"))[1] < 1
+        )
+        assert np.array_equal(image_ops.solarize(photo, 128), ImageOps.solarize(image, 128))
         for radius in (0.1, 0.3, 0.77, 1.23, 1.6, 1.97):
             reference = image.filter(ImageFilter.GaussianBlur(radius))
-            mean, largest = difference(pixels.gaussian_blur(photo, radius), reference)
+            mean, largest = difference(image_ops.gaussian_blur(photo, radius), reference)
             assert mean < 0.01, radius
             assert largest <= 1, radius

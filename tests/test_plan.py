@@ -13,8 +13,10 @@ import pytest
 
 from configs import deit, deit3
 from deit_jax import __main__ as program
-from deit_jax import bench_step, chips, plan, sharding, train
-from deit_jax.teacher import random_teacher
+from deit_jax.parallel import sharding
+from deit_jax.perf import chips, plan, step_time
+from deit_jax.train import loop
+from deit_jax.train.load_teacher import random_teacher
 
 
 @pytest.fixture
@@ -60,11 +62,11 @@ def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, mon
     """On the same CPU devices, the plan's program is the Trainer's, to the letter."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     tiny_config.mesh.fsdp, tiny_config.teacher.tape = 2, tape
-    dataset, _ = bench_step.data_or_random(tiny_config)
+    dataset, _ = step_time.data_or_random(tiny_config)
     teacher = random_teacher(tiny_config, 10) if tape == "off" else None
-    trainer = train.Trainer(tiny_config, tmp_path, dataset, teacher)
+    trainer = loop.Trainer(tiny_config, tmp_path, dataset, teacher)
     trainer.checkpointer.close()
-    batch = bench_step.random_batch(tiny_config, 10, trainer.mesh)
+    batch = step_time.random_batch(tiny_config, 10, trainer.mesh)
     own = trainer._step.lower(trainer.state, trainer.teacher_params, batch)
     mesh = sharding.make_mesh(tiny_config.mesh)
     planned, arguments, _ = plan.lower_step(tiny_config, mesh, 10, len(dataset.train))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from deit_jax import platforms
+from deit_jax.cli import platforms
 
 
 @pytest.fixture

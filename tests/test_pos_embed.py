@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deit_jax.pos_embed import resize_pos_embed
+from deit_jax.models.pos_embed import resize_pos_embed
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])

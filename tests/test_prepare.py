@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from configs import base
-from deit_jax import prepare
-from deit_jax.data import originals, shards
-from deit_jax.data.sources import open_dataset
+from deit_jax.cli import prepare
+from deit_jax.data.prepare import build, readers, writer
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def tree(tmp_path_factory):
 @pytest.fixture
 def small_shards(monkeypatch):
     """Make every shard hold a few photographs."""
-    monkeypatch.setattr(originals, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(readers, "SHARD_BYTES", 100_000)
 
 
 def contents(source):
@@ -71,7 +71,7 @@ def snapshot(folder):
     return {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
         for p in Path(folder).iterdir()
-        if p.name != prepare.JOURNAL
+        if p.name != build.JOURNAL
     }
 
 
@@ -82,7 +82,7 @@ def folder_data(root):
 
 
 def test_a_tree_arrives_byte_for_byte_in_the_splits_that_the_folder_has(tree, tmp_path):
-    result = prepare.prepare(tree, tmp_path, workers=1)
+    result = build.prepare(tree, tmp_path, workers=1)
     assert result["name"] == "my_photos_2"
     assert result["examples"] == {"train": 20, "validation": 4}
     folder, ours = folder_data(tree), opened(result)
@@ -131,16 +131,16 @@ def test_plain_tfds_opens_it_and_nothing_imports_tensorflow(tree, tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tree, tmp_path, small_shards):
-    one = prepare.prepare(tree, tmp_path / "1", workers=1)
-    three = prepare.prepare(tree, tmp_path / "3", workers=3)
+    one = build.prepare(tree, tmp_path / "1", workers=1)
+    three = build.prepare(tree, tmp_path / "3", workers=3)
     assert one["shards"] > 4
     assert snapshot(one["path"]) == snapshot(three["path"])
     assert one["sha256"] == three["sha256"]
 
 
 def test_the_checksum_file_is_sha256sums(tree, tmp_path, small_shards):
-    result = prepare.prepare(tree, tmp_path, workers=1)
-    lines = (Path(result["path"]) / prepare.CHECKSUMS).read_text().splitlines()
+    result = build.prepare(tree, tmp_path, workers=1)
+    lines = (Path(result["path"]) / build.CHECKSUMS).read_text().splitlines()
     assert len(lines) == result["shards"]
     for line in lines:
         digest, _, name = line.partition("  ")
@@ -149,19 +149,19 @@ def test_the_checksum_file_is_sha256sums(tree, tmp_path, small_shards):
 
 
 def test_running_again_checks_and_a_damaged_file_is_written_anew(tree, tmp_path, small_shards):
-    first = prepare.prepare(tree, tmp_path, workers=1)
+    first = build.prepare(tree, tmp_path, workers=1)
     before = snapshot(first["path"])
-    assert prepare.prepare(tree, tmp_path, workers=1)["shards_kept"] == first["shards"]
+    assert build.prepare(tree, tmp_path, workers=1)["shards_kept"] == first["shards"]
     victims = sorted(Path(first["path"]).glob("*array_record*"))[:2]
     victims[0].write_bytes(victims[0].read_bytes()[:-1] + b"x")
     victims[1].unlink()
-    again = prepare.prepare(tree, tmp_path, workers=1)
+    again = build.prepare(tree, tmp_path, workers=1)
     assert again["shards_kept"] == first["shards"] - 2
     assert snapshot(first["path"]) == before
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tree, tmp_path, small_shards):
-    whole = prepare.prepare(tree, tmp_path / "whole", workers=1)
+    whole = build.prepare(tree, tmp_path / "whole", workers=1)
     code = (
         "import sys; from deit_jax import __main__; from deit_jax.data import originals\n"
         "originals.SHARD_BYTES = 100_000\n"
@@ -181,7 +181,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tree, tmp_path,
         assert error.splitlines()[-1] == "deit prepare: interrupted"
         assert "shards are finished and kept" in error
         assert not (folder / "dataset_info.json").exists()
-    result = prepare.prepare(tree, tmp_path / "part", workers=1)
+    result = build.prepare(tree, tmp_path / "part", workers=1)
     assert result["shards_kept"] > 0
     assert snapshot(folder) == snapshot(whole["path"])
 
@@ -189,8 +189,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tree, tmp_path,
 def test_a_failed_run_keeps_its_shards_and_a_torn_journal_line_does_no_harm(
     tree, tmp_path, small_shards, monkeypatch
 ):
-    whole = prepare.prepare(tree, tmp_path / "whole", workers=1)
-    write, count = shards.write_shard, 0
+    whole = build.prepare(tree, tmp_path / "whole", workers=1)
+    write, count = writer.write_shard, 0
 
     def failing(job):
         nonlocal count
@@ -199,28 +199,28 @@ def test_a_failed_run_keeps_its_shards_and_a_torn_journal_line_does_no_harm(
             raise UserError("the disk burns")
         return write(job)
 
-    monkeypatch.setattr(prepare, "write_shard", failing)
+    monkeypatch.setattr(build, "write_shard", failing)
     with pytest.raises(UserError, match="the disk burns"):
-        prepare.prepare(tree, tmp_path / "part", workers=1)
+        build.prepare(tree, tmp_path / "part", workers=1)
     monkeypatch.undo()
-    monkeypatch.setattr(originals, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(readers, "SHARD_BYTES", 100_000)
     folder = tmp_path / "part" / "my_photos_2" / "1.0.0"
-    with (folder / prepare.JOURNAL).open("a") as file:
+    with (folder / build.JOURNAL).open("a") as file:
         file.write('{"file": "my_ph')
-    assert prepare.prepare(tree, tmp_path / "part", workers=1)["shards_kept"] == 2
+    assert build.prepare(tree, tmp_path / "part", workers=1)["shards_kept"] == 2
     assert snapshot(folder) == snapshot(whole["path"])
 
 
 def test_other_images_or_options_do_not_mix_with_what_is_there(tree, tmp_path):
-    prepare.prepare(tree, tmp_path, workers=1)
+    build.prepare(tree, tmp_path, workers=1)
     with pytest.raises(UserError, match="other images or options; delete it, or choose --name"):
-        prepare.prepare(tree, tmp_path, workers=1, max_side=100)
-    result = prepare.prepare(tree, tmp_path, name="small", workers=1, max_side=100)
+        build.prepare(tree, tmp_path, workers=1, max_side=100)
+    result = build.prepare(tree, tmp_path, name="small", workers=1, max_side=100)
     assert result["name"] == "small"
 
 
 def test_max_side_makes_large_images_smaller_and_leaves_small_ones_alone(tree, tmp_path):
-    result = prepare.prepare(tree, tmp_path, workers=1, max_side=292)
+    result = build.prepare(tree, tmp_path, workers=1, max_side=292)
     source = opened(result, train_split="train+validation").train
     stored = {example["file_name"].decode(): example["image"] for example in raw(source)}
     kept = 0
@@ -248,12 +248,12 @@ def test_max_side_keeps_orientation_and_sixteen_bits():
     exif[0x0112] = 6
     data = io.BytesIO()
     image.save(data, "jpeg", exif=exif)
-    small = Image.open(io.BytesIO(shards.fit(data.getvalue(), 64)))
+    small = Image.open(io.BytesIO(writer.fit(data.getvalue(), 64)))
     assert max(small.size) == 64
     assert small.getexif()[0x0112] == 6
     deep = io.BytesIO()
     Image.fromarray(np.arange(10_000, dtype=np.uint16).reshape(100, 100)).save(deep, "png")
-    assert shards.fit(deep.getvalue(), 64) == deep.getvalue()
+    assert writer.fit(deep.getvalue(), 64) == deep.getvalue()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -263,9 +263,9 @@ def test_an_unreadable_image_stops_with_its_name_or_is_listed(tree, tmp_path, wo
     (root / "cat" / "1.JPEG").write_bytes(b"not an image")
     (root / "cat" / "2.JPEG").write_bytes(b"")
     with pytest.raises(UserError, match=r"cat/[12]\.JPEG: not a readable image") as error:
-        prepare.prepare(root, tmp_path / "out", workers=workers)
+        build.prepare(root, tmp_path / "out", workers=workers)
     assert "\n" not in str(error.value)
-    result = prepare.prepare(
+    result = build.prepare(
         root, tmp_path / "skipping", workers=workers, skip_unreadable=True, eval_fraction=0.5
     )
     assert sorted(result["skipped"]) == ["cat/1.JPEG", "cat/2.JPEG"]
@@ -278,7 +278,7 @@ def test_an_unreadable_image_stops_with_its_name_or_is_listed(tree, tmp_path, wo
 def test_a_full_disk_is_noticed_before_anything_is_written(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(UserError, match=r"0\.0 GB are needed, 0\.0 GB are free"):
-        prepare.prepare(tree, tmp_path, workers=1)
+        build.prepare(tree, tmp_path, workers=1)
 
 
 def test_a_write_that_fails_names_the_file_and_leaves_no_part(tree, tmp_path, monkeypatch):
@@ -291,5 +291,5 @@ def test_a_write_that_fails_names_the_file_and_leaves_no_part(tree, tmp_path, mo
 
     monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
     with pytest.raises(UserError, match=r"00001: cannot be written \(No space left on device\)"):
-        prepare.prepare(tree, tmp_path, workers=1)
+        build.prepare(tree, tmp_path, workers=1)
     assert not list(tmp_path.rglob("*.tmp"))

@@ -20,11 +20,20 @@ from safetensors.numpy import save_file
 
 import deit_jax
 from deit_jax import __main__ as program
-from deit_jax import analyze, answers, charts, dialects, report, report_run, run_files, weights
-from deit_jax import config as config_lib
-from deit_jax import train as train_lib
+from deit_jax.analysis import figures as figures_lib
+from deit_jax.analysis import predictions
+from deit_jax.analysis.report import page as page_lib
+from deit_jax.analysis.report import single_run, svg_charts
+from deit_jax.cli import analyze
 from deit_jax.data import decode
-from deit_jax.data.sources import ArraySource, open_dataset
+from deit_jax.data.sources.base import ArraySource
+from deit_jax.data.sources.registry import open_dataset
+from deit_jax.models.build import build_model
+from deit_jax.train import run as run_lib
+from deit_jax.train.run import train
+from deit_jax.weights import load, torch_names
+from deit_jax.weights.load import WeightsError
+from deit_jax.workdir import records as records_lib
 from tests.tiny import make_tiny_config
 
 HOSTILE = '</td><script>alert("&amp;")</script>\'" & <b>'
@@ -42,31 +51,31 @@ def run(tmp_path_factory):
     config.epochs, config.optim.warmup_epochs = 1.0, 0.5
     config.mixing.prob = config.augment.erase_prob = 0.0  # less to compile
     config.train.eval_every_epochs = config.train.save_every_epochs = 0.5
-    model = config_lib.build_model(config.model, 10)
-    rng, shapes = np.random.default_rng(0), dialects.shapes(model)["params"]
+    model = build_model(config.model, 10)
+    rng, shapes = np.random.default_rng(0), torch_names.shapes(model)["params"]
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: rng.normal(8 * (path[-1].key == "scale"), 0.16, x.shape), shapes
     )
     params = jax.tree.map(np.float32, params)
     config.init.weights = str(workdir.with_name("start.safetensors"))
-    save_file(dialects.to_torch({"params": params}), config.init.weights)
+    save_file(torch_names.to_torch({"params": params}), config.init.weights)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lib, "_draw", lambda *_: None)  # which takes seconds
-        train_lib.train(config, workdir)
+        patch.setattr(run_lib, "_draw", lambda *_: None)  # which takes seconds
+        train(config, workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def found(run):
     """Return the analysis of the student."""
-    return analyze.analyze([run])
+    return figures_lib.analyze([run])
 
 
 @pytest.fixture
 def few_images(monkeypatch):
     """Look at the attention and tokens of few images."""
-    monkeypatch.setattr(analyze, "TOKEN_IMAGES", 4)
-    monkeypatch.setattr(analyze, "ATTENTION_IMAGES", 1)
+    monkeypatch.setattr(figures_lib, "TOKEN_IMAGES", 4)
+    monkeypatch.setattr(figures_lib, "ATTENTION_IMAGES", 1)
 
 
 class Page(html.parser.HTMLParser):
@@ -187,7 +196,7 @@ def test_tokens_and_attention_are_of_the_images_shown(found, student):
         np.testing.assert_allclose(seen["last_layer"], last[i], atol=2e-4)
         np.testing.assert_allclose(seen["rollout"], rolled[i], atol=2e-4)
     features = jax.jit(functools.partial(deit_jax.analysis.token_features, model))
-    some = features(params, images[answers.spaced(359, 128)])
+    some = features(params, images[predictions.spaced(359, 128)])
     expected = deit_jax.analysis.token_cosines(some)
     np.testing.assert_allclose(figures["tokens"]["cosines"], expected, atol=1e-5)
     assert figures["tokens"]["images"] == 128
@@ -218,7 +227,7 @@ def no_requests(text):
 
 
 def test_page_is_whole_and_its_figures_are_the_runs(run, found):
-    text = report.page(found)
+    text = page_lib.page(found)
     page = no_requests(text)
     parts = (
         "confusion",
@@ -269,7 +278,7 @@ def drawn(text, title):
 
 
 def test_curves_are_drawn_as_they_were_written(run, found):
-    text = report.page(found)
+    text = page_lib.page(found)
     records = lines_of(run / "metrics.jsonl")
     for title, keys in (
         ("Training loss", ("loss", "loss_label", "loss_teacher")),
@@ -309,7 +318,7 @@ def test_commands_write_one_file_and_agree(run, found, capsys, few_images, monke
     assert {k: v for k, v in after.items() if k != run} == {
         k: v for k, v in before.items() if k != run
     }
-    monkeypatch.setattr(analyze, "analyze", lambda *arguments: asked.append(arguments) or found)
+    monkeypatch.setattr(figures_lib, "analyze", lambda *arguments: asked.append(arguments) or found)
     asked = []
     assert program.main(["analyze", f"--workdir={run}", "--images=20"]) == 0
     assert json.loads(capsys.readouterr().out) == found.figures
@@ -321,7 +330,7 @@ def test_commands_write_one_file_and_agree(run, found, capsys, few_images, monke
 
 def test_several_runs_and_one_without_attention(run, found, few_images):
     """The teacher is a run too, of a RegNetY."""
-    both = analyze.analyze([run, run / "teacher"])
+    both = figures_lib.analyze([run, run / "teacher"])
     assert [r["name"] for r in both.figures["runs"]] == ["student", "teacher"]
     teacher = both.figures["runs"][1]
     assert teacher["attention"] is teacher["tokens"] is teacher["position_similarity"] is None
@@ -332,24 +341,24 @@ def test_several_runs_and_one_without_attention(run, found, few_images):
     percent = np.array(matrix["percent"])
     np.testing.assert_array_equal(percent[0], percent[-1])  # they are the same network
     np.testing.assert_array_equal(percent[:4, :4], found.figures["disagreement"]["percent"])
-    page = no_requests(report.page(both))
+    page = no_requests(page_lib.page(both))
     parts = ("confusion", "mistakes", "config", "versions")
     assert page.ids[-5:] == ["run-2", *(f"run-2-{p}" for p in parts)]
     results = json.loads((run / "teacher" / "results.json").read_text())
     top1, top5 = (f"{results['fused'][k]:.2f}" for k in ("top1", "top5"))
     assert ["teacher", "fused", top1, top5, "9"] in page.cells
     assert ["model.name", "deit_tiny_distilled_patch16_224", "regnety_002"] in page.cells
-    losses = drawn(report.page(both), "Training loss")
+    losses = drawn(page_lib.page(both), "Training loss")
     assert sorted(map(len, losses)) == [9, 9, 9, 9]
     # Of many runs a chart shows one curve each: the loss, the accuracy of the model's answer.
     many = {**both.figures, "runs": both.figures["runs"] * 2}
-    four = report.page(analyze.Analysis(many, both.pictures * 2))
+    four = page_lib.page(figures_lib.Analysis(many, both.pictures * 2))
     assert sorted(map(len, drawn(four, "Training loss"))) == [9, 9, 9, 9]
     assert len(drawn(four, "Accuracy on held-out images")) == 4
     # A run of other classes has no matrix with it.
     other = copy.deepcopy(both.figures)
     other["disagreement"] = None
-    said = " ".join(Page(report.page(analyze.Analysis(other, both.pictures))).texts)
+    said = " ".join(Page(page_lib.page(figures_lib.Analysis(other, both.pictures))).texts)
     assert "not evaluated on the same images" in said
 
 
@@ -360,7 +369,7 @@ def test_a_run_that_is_under_way(run, tmp_path, few_images):
     path = workdir / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])  # the last line, an evaluation, is cut
     (workdir / "teacher").rename(workdir / "moved")
-    found = analyze.analyze([workdir], images=20)
+    found = figures_lib.analyze([workdir], images=20)
     (figures,) = found.figures["runs"]
     records = lines_of(run / "metrics.jsonl")
     evaluation = next(r for r in records if "eval/cls.top1" in r)
@@ -369,7 +378,7 @@ def test_a_run_that_is_under_way(run, tmp_path, few_images):
     assert figures["accuracy"]["heads"]["ema.cls"]["top5"] == evaluation["eval/ema.cls.top5"]
     assert figures["notes"].keys() == {"teacher"}
     assert not figures["finished"]
-    said = " ".join(no_requests(report.page(found)).texts)
+    said = " ".join(no_requests(page_lib.page(found)).texts)
     assert "not finished, at step 9 of 9" in said
     assert "the checkpoint after step 5" in said
     assert "The teacher's opinion is missing" in said
@@ -381,15 +390,15 @@ def test_a_run_without_checkpoints_or_data(run, tmp_path, capsys):
     bare.mkdir()
     for name in ("config.json", "classes.json", "metrics.jsonl"):
         shutil.copy(run / name, bare)
-    found = analyze.analyze([bare])
-    page = no_requests(report.page(found))
+    found = figures_lib.analyze([bare])
+    page = no_requests(page_lib.page(found))
     assert page.ids == ["curves", "accuracy", "run-1", "run-1-config", "run-1-versions"]
     said = " ".join(page.texts)
     assert "Nothing is saved yet to look at" in said
-    assert len(drawn(report.page(found), "Training loss")[0]) == 9
+    assert len(drawn(page_lib.page(found), "Training loss")[0]) == 9
     (bare / "metrics.jsonl").unlink()
     shutil.copytree(run / "teacher", bare / "teacher")
-    said = " ".join(Page(report.page(analyze.analyze([bare]))).texts)
+    said = " ".join(Page(page_lib.page(figures_lib.analyze([bare]))).texts)
     assert "Nothing is written yet" in said
     assert f"its teacher is a run of its own, {bare}/teacher" in said
     assert "There was no evaluation yet" in said
@@ -421,9 +430,9 @@ def test_hostile_names_are_text(found):
         item["name"] = item["predicted"] = item["teacher"]["class"] = HOSTILE
     for item in run["attention"]["images"]:
         item["class"] = item["name"] = HOSTILE
-    text = report.page(analyze.Analysis(figures, found.pictures))
+    text = page_lib.page(figures_lib.Analysis(figures, found.pictures))
     page = no_requests(text.encode("utf-8", "replace").decode())
-    plain = no_requests(report.page(found))
+    plain = no_requests(page_lib.page(found))
     # Not an element more than on the page of harmless names, but for the note's.
     assert len(page.tags) == len(plain.tags) + 1
     said = "".join(page.texts)
@@ -436,9 +445,11 @@ def test_many_classes_have_pairs_instead_of_a_matrix(found):
     rng, classes = np.random.default_rng(0), [f"class {i}" for i in range(50)]
     truth = rng.integers(0, 50, 2000)
     labels = np.where(rng.random(2000) < 0.4, truth, rng.integers(-1, 50, 2000))
-    said = answers.Answers(np.arange(2000), truth, {"fused": labels}, {"fused": rng.random(2000)})
+    said = predictions.Predictions(
+        np.arange(2000), truth, {"fused": labels}, {"fused": rng.random(2000)}
+    )
     source = ArraySource("noise", np.zeros((2000, 2, 2), np.uint8), truth)
-    errors = answers.errors(said, source, classes)
+    errors = predictions.errors(said, source, classes)
     assert errors["confusion"] is None
     assert errors["unanswered"] == np.sum(labels == -1) > 0
     for pair in errors["confused"]:
@@ -451,37 +462,42 @@ def test_many_classes_have_pairs_instead_of_a_matrix(found):
     )
     assert errors["confused"][0]["examples"] == most
     assert sum(c["right"] for c in errors["classes"]) == np.sum(truth == labels)
-    run = {"evaluation": {"images": 2000, "of": 4000, "top1": answers.top1(said), **errors}}
-    parts = "".join(t for part in report_run.confusion(run) for t in part.itertext())
+    run = {"evaluation": {"images": 2000, "of": 4000, "top1": predictions.top1(said), **errors}}
+    parts = "".join(t for part in single_run.confusion(run) for t in part.itertext())
     assert "2000 of 4000 images, evenly spaced" in parts
     assert "images got logits that are not finite" in parts
 
 
 def test_gaps_logarithms_and_long_curves():
     values = [1.0, None, 10.0, 0.0, 100.0, 1000.0]
-    figure = charts.line_chart("x", [charts.Line("a", range(6), values)], "step", "y", log=True)
+    figure = svg_charts.line_chart(
+        "x", [svg_charts.Line("a", range(6), values)], "step", "y", log=True
+    )
     (path,) = [e.get("d") for e in figure.iter("path") if e.get("class") == "curve d0"][:1]
     assert [len(part.split("L")) for part in path.split("M")[1:]] == [1, 1, 2]
     heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)]
     np.testing.assert_allclose(np.diff(heights), np.diff(heights)[0], atol=0.11)  # decades
-    assert charts.line_chart("x", [charts.Line("a", [1, 2], [None, None])], "step", "y") is None
-    assert charts.line_chart("x", [charts.Line("a", [5], [0.0])], "step", "y") is not None
+    assert (
+        svg_charts.line_chart("x", [svg_charts.Line("a", [1, 2], [None, None])], "step", "y")
+        is None
+    )
+    assert svg_charts.line_chart("x", [svg_charts.Line("a", [5], [0.0])], "step", "y") is not None
     noise = np.random.default_rng(0).normal(size=100_000)
     noise[54_321] = 99.0
     points = [*enumerate(noise.tolist())]
-    kept = charts.thinned(points)
-    assert len(kept) <= charts.MOST
+    kept = svg_charts.thinned(points)
+    assert len(kept) <= svg_charts.MOST
     assert (54_321, 99.0) in kept
     assert min(kept, key=lambda p: p[1]) == min(points, key=lambda p: p[1])
     assert set(kept) <= set(points)
-    assert charts.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert charts.number(-0.0015) == "\N{MINUS SIGN}1.5e\N{MINUS SIGN}3"
-    assert charts.number(250_000.0) == "250k"
+    assert svg_charts.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert svg_charts.number(-0.0015) == "\N{MINUS SIGN}1.5e\N{MINUS SIGN}3"
+    assert svg_charts.number(250_000.0) == "250k"
 
 
 def test_names_are_the_shortest_ends_that_differ():
     paths = [Path(p) for p in ("/a/b/small", "/c/b/small", "/c/base")]
-    assert run_files.names(paths) == ["a/b/small", "c/b/small", "base"]
+    assert records_lib.names(paths) == ["a/b/small", "c/b/small", "base"]
 
 
 def test_who_holds_the_lock_is_under_way(tmp_path, monkeypatch):
@@ -491,39 +507,39 @@ def test_who_holds_the_lock_is_under_way(tmp_path, monkeypatch):
     def locked_by(pid, host=None):
         host = host or socket.gethostname()
         (tmp_path / "lock").write_text(f"process {pid} on {host} since 2026-01-01\n")
-        return run_files.under_way(tmp_path)
+        return records_lib.under_way(tmp_path)
 
-    assert not run_files.under_way(tmp_path)
+    assert not records_lib.under_way(tmp_path)
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         assert locked_by(other.pid)
-        analyze._leave_accelerator([tmp_path])
+        figures_lib._leave_accelerator([tmp_path])
         assert updates == [("jax_platforms", "cpu")]
         assert not locked_by(other.pid, "elsewhere")
         assert not locked_by(os.getpid())
     finally:
         other.communicate(b"\n")
     assert not locked_by(other.pid)
-    analyze._leave_accelerator([tmp_path])
+    figures_lib._leave_accelerator([tmp_path])
     assert len(updates) == 1
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_not_the_end(run, tmp_path, monkeypatch):
     workdir = shutil.copytree(run, tmp_path / "student")
-    real, newest = weights.open_model, workdir / "checkpoints" / "9"
+    real, newest = load.open_model, workdir / "checkpoints" / "9"
 
     def open_model(*arguments, **options):
         if newest.exists():  # as a training does that keeps few of them
             newest.rename(workdir / "gone")
-            raise weights.WeightsError("array not found")
+            raise WeightsError("array not found")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(weights, "open_model", open_model)
-    assert analyze._open(workdir).run.step == 5
+    monkeypatch.setattr(load, "open_model", open_model)
+    assert figures_lib._open(workdir).run.step == 5
     for place in (workdir / "checkpoints").iterdir():
         place.rename(workdir / f"gone-{place.name}")
-    with pytest.raises(analyze.UserError, match="no checkpoint yet"):
-        analyze._open(workdir)
+    with pytest.raises(figures_lib.UserError, match="no checkpoint yet"):
+        figures_lib._open(workdir)
 
 
 def test_each_mistake_is_one_line(run, tmp_path, capsys):
@@ -538,5 +554,7 @@ def test_each_mistake_is_one_line(run, tmp_path, capsys):
             error = capsys.readouterr().err.strip()
             assert part in error
             assert len(error.splitlines()) == 1
-    with pytest.raises(analyze.UserError, match=r"--out=/nowhere/x: cannot be written \(No such"):
+    with pytest.raises(
+        figures_lib.UserError, match=r"--out=/nowhere/x: cannot be written \(No such"
+    ):
         analyze.write("/nowhere/x", "")

@@ -12,9 +12,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, deit, deit3
-from deit_jax import config as config_lib
-from deit_jax import optim, sharding, step, train
+from deit_jax.config import schema
 from deit_jax.errors import UserError
+from deit_jax.models.build import build_model, image_size
+from deit_jax.parallel import sharding
+from deit_jax.step.optimizer import make_optimizer
+from deit_jax.step.state import init_state
+from deit_jax.train import loop
+from deit_jax.train.run import open_dataset
+from deit_jax.train.validate import validate
 from tests.test_step import make_teacher
 from tests.tiny import make_tiny_config
 
@@ -33,10 +39,10 @@ def make_mesh_config(data=-1, fsdp=1, tensor=1, slices=1):
 
 def make_state(config):
     """Return a model and the shapes of its train state."""
-    model = config_lib.build_model(config.model, 1000)
-    tx = optim.make_optimizer(config.optim, lambda step: 0.1)
-    size, decay = config_lib.image_size(config.model), config.optim.ema_decay
-    init = functools.partial(step.init_state, model=model, image_size=size, tx=tx, ema_decay=decay)
+    model = build_model(config.model, 1000)
+    tx = make_optimizer(config.optim, lambda step: 0.1)
+    size, decay = image_size(config.model), config.optim.ema_decay
+    init = functools.partial(init_state, model=model, image_size=size, tx=tx, ema_decay=decay)
     return model, jax.eval_shape(init, jax.random.key(0))
 
 
@@ -46,7 +52,7 @@ def specs(config, sizes):
     mesh = sharding.make_mesh(make_mesh_config(*sizes))
     places = sharding.state_shardings(mesh, state, model)
     leaves = jax.tree_util.tree_leaves_with_path(places)
-    return {optim.path_name(path): list(place.spec) for path, place in leaves}
+    return {sharding.path_name(path): list(place.spec) for path, place in leaves}
 
 
 def by_kind(found):
@@ -126,15 +132,15 @@ def test_no_device_holds_more_than_its_share(tmp_path, monkeypatch):
     config = make_tiny_config()
     config.model.width, config.model.num_heads = 32, 4
     config.mesh.fsdp = config.mesh.tensor = 2
-    dataset = train.open_dataset(config.data)
-    trainer = train.Trainer(config, tmp_path, dataset, make_teacher())
+    dataset = open_dataset(config.data)
+    trainer = loop.Trainer(config, tmp_path, dataset, make_teacher())
     trainer.checkpointer.close()
     for tree, least in ((trainer.state, 40), (trainer.teacher_params, 4)):
         split = 0
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             share = leaf.sharding.shard_shape(leaf.shape)
             assert {s.data.shape for s in leaf.addressable_shards} == {share}
-            if leaf.size >= 256 and optim.path_name(path).endswith("kernel"):
+            if leaf.size >= 256 and sharding.path_name(path).endswith("kernel"):
                 assert np.prod(share) <= leaf.size // 2, path
             split += share != leaf.shape
         assert split >= least
@@ -146,11 +152,11 @@ def test_the_batch_checks_count_what_splits_the_batch(tiny_config):
     tiny_config.mesh.tensor = 4
     tiny_config.batch_size = tiny_config.train.eval_batch_size = 2
     tiny_config.augment.repeats, tiny_config.mixing.group_size = 1, 2
-    config_lib.validate(tiny_config, num_devices=8)
+    validate(tiny_config, num_devices=8)
     tiny_config.batch_size = 3
     with pytest.raises(UserError, match=r"batch_size=3.*mesh.data=2 x mesh.fsdp=1"):
-        config_lib.validate(tiny_config, num_devices=8)
+        validate(tiny_config, num_devices=8)
 
 
 def test_the_mesh_may_change_when_a_run_goes_on():
-    assert {f"mesh.{name}" for name in base.get_config().mesh} <= set(config_lib.HARMLESS)
+    assert {f"mesh.{name}" for name in base.get_config().mesh} <= set(schema.MAY_CHANGE)

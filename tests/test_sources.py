@@ -10,8 +10,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from configs import base
-from deit_jax.data import sources
 from deit_jax.data.decode import decode
+from deit_jax.data.sources import base as base_lib
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,7 +22,7 @@ def open_data(source, **fields):
     config = base.get_config().data
     config.source = str(source)
     config.update(fields)
-    return sources.open_dataset(config)
+    return open_dataset(config)
 
 
 def error_of(source, **fields):
@@ -218,19 +219,19 @@ def test_parquet_says_how_to_convert_it():
 
 def test_packed_strings_are_the_strings(folder):
     strings = ["", "a", "/data/ü/鳥.png", os.fsdecode(b"/not/\xffutf8"), "", "z" * 1000]
-    packed = sources.PackedStrings(strings)
+    packed = base_lib.PackedStrings(strings)
     assert len(packed) == 6
     assert list(packed) == strings
     assert packed[-1] == strings[-1]
     with pytest.raises(IndexError):
         packed[6]
-    assert list(sources.PackedStrings.unpack(packed.block, packed.ends)) == strings
+    assert list(base_lib.PackedStrings.unpack(packed.block, packed.ends)) == strings
 
 
 def test_many_names_take_the_memory_of_their_characters():
     names = (f"/data/imagenet/train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(10**5))
     tracemalloc.start()
-    packed = sources.PackedStrings(names)
+    packed = base_lib.PackedStrings(names)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 7.5e6  # about 55 characters and an end each; a list of them takes 11.8 MB

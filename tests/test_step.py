@@ -10,9 +10,15 @@ import optax
 import pytest
 from PIL import Image
 
-from deit_jax import config as config_lib
-from deit_jax import losses, optim, sharding, step
-from deit_jax.teacher import Teacher
+from deit_jax.models.build import build_model
+from deit_jax.models.preprocess import normalise
+from deit_jax.parallel import sharding
+from deit_jax.step import eval_step, losses
+from deit_jax.step.objective import distillation
+from deit_jax.step.optimizer import make_optimizer, make_schedule
+from deit_jax.step.state import init_state
+from deit_jax.step.teacher import Teacher
+from deit_jax.step.train_step import StepConfig, model_inputs, train_step
 from tests.tiny import make_tiny_config
 
 K, B, SIZE = 10, 32, 16
@@ -30,7 +36,7 @@ def make_batch(n=B):
 
 def make_teacher():
     """Return a small convnet with random weights, and its parameters."""
-    model = config_lib.build_model(make_tiny_config().teacher.model, K).clone(folded=True)
+    model = build_model(make_tiny_config().teacher.model, K).clone(folded=True)
     params = jax.jit(model.init)(jax.random.key(7), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     return Teacher(model, MEAN, STD, MEAN, STD), params
 
@@ -38,10 +44,10 @@ def make_teacher():
 def build(config, devices=None):
     """Return (jitted step, state, teacher's params, mesh) as train.py builds them."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    model = config_lib.build_model(config.model, K, "float32")
-    tx = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, config.epochs, 5))
+    model = build_model(config.model, K, "float32")
+    tx = make_optimizer(config.optim, make_schedule(config.optim, config.epochs, 5))
     init = functools.partial(
-        step.init_state, model=model, image_size=SIZE, tx=tx, ema_decay=config.optim.ema_decay
+        init_state, model=model, image_size=SIZE, tx=tx, ema_decay=config.optim.ema_decay
     )
     key = jax.random.key(config.seed)
     places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
@@ -49,11 +55,11 @@ def build(config, devices=None):
     teacher, teacher_params = make_teacher() if config.distill.kind != "none" else (None, None)
     teacher_params = jax.device_put(teacher_params, sharding.replicated(mesh))
     function = functools.partial(
-        step.train_step,
+        train_step,
         model=model,
         teacher=teacher,
         tx=tx,
-        recipe=step.Recipe.from_config(config, K),
+        recipe=StepConfig.from_config(config, K),
     )
     jitted = jax.jit(function, out_shardings=(places, sharding.replicated(mesh)))
     return jitted, state, teacher_params, mesh
@@ -147,7 +153,7 @@ def test_step_is_the_gradient_of_the_written_out_objective(tiny_config):
     teacher, _ = make_teacher()
     said = teacher.model.apply({"params": teacher_params}, jnp.float32(images)).cls.argmax(-1)
     assert len(np.unique(said)) > 1
-    model = config_lib.build_model(c.model, K)
+    model = build_model(c.model, K)
 
     def objective(params):
         heads = model.apply({"params": params}, jnp.float32(images))
@@ -170,13 +176,13 @@ def test_teacher_has_no_state_and_gets_no_gradient(tiny_config):
     teacher, _ = make_teacher()
 
     def loss(params, kind):
-        images = step.normalise(jnp.asarray(make_batch()["image"]), MEAN, STD)
+        images = normalise(jnp.asarray(make_batch()["image"]), MEAN, STD)
         signal = teacher.signal(params, images, kind)
         distill = make_tiny_config().distill
         distill.kind = kind
         logits = jnp.ones((B, K)) * jnp.arange(K)
         targets = losses.smooth_one_hot(jnp.zeros(B, jnp.int32), K, 0.1)
-        return losses.distillation(losses.Heads(logits), targets, signal, distill)[0]
+        return distillation(losses.Heads(logits), targets, signal, distill)[0]
 
     for kind in ("hard", "soft"):
         grads = jax.grad(loss)(teacher_params, kind)
@@ -188,13 +194,13 @@ def test_teacher_sees_its_own_normalisation():
     batch = make_batch(4)["image"]
     other = Teacher(teacher.model, (0.5,) * 3, (0.5,) * 3, MEAN, STD)
     own = teacher.model.apply({"params": params}, jnp.float32(batch / 255.0 * 2 - 1)).cls
-    handed = other.logits(params, step.normalise(jnp.asarray(batch), MEAN, STD))
+    handed = other.logits(params, normalise(jnp.asarray(batch), MEAN, STD))
     np.testing.assert_allclose(handed, own, atol=1e-4)
 
 
 def test_teacher_sees_its_own_resolution():
     teacher, params = make_teacher()
-    images = step.normalise(jnp.asarray(make_batch(4)["image"]), MEAN, STD)
+    images = normalise(jnp.asarray(make_batch(4)["image"]), MEAN, STD)
     at_32 = Teacher(teacher.model, MEAN, STD, MEAN, STD, image_size=32)
     resized = np.stack(
         [
@@ -247,7 +253,7 @@ def test_counts_are_numpys_ranks_and_padding_is_not_counted():
     labels = rng.integers(0, K, 40).astype(np.int32)
     valid = rng.random(40) < 0.7
     order = np.argsort(-logits, axis=1, kind="stable")
-    got = step.count_correct(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(valid))
+    got = eval_step.count_correct(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(valid))
     for k in (1, 5):
         right = (order[:, :k] == labels[:, None]).any(1) & valid
         assert int(got[f"top{k}"]) == right.sum()
@@ -255,7 +261,7 @@ def test_counts_are_numpys_ranks_and_padding_is_not_counted():
 
 def test_nan_logits_are_never_right():
     logits = jnp.full((3, K), jnp.nan)
-    counts = step.count_correct(logits, jnp.zeros(3, jnp.int32), jnp.ones(3, bool))
+    counts = eval_step.count_correct(logits, jnp.zeros(3, jnp.int32), jnp.ones(3, bool))
     assert jax.tree.leaves(counts) == [0, 0]
 
 
@@ -270,12 +276,12 @@ def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind
     parts["recipe"] = dataclasses.replace(parts["recipe"], record=True)
     places = jax.tree.map(lambda x: x.sharding, state)
     places = {"out_shardings": (places, sharding.replicated(mesh))}
-    recording = jax.jit(functools.partial(step.train_step, **parts), **places)
+    recording = jax.jit(functools.partial(train_step, **parts), **places)
     parts["teacher"] = None
-    replaying = jax.jit(functools.partial(step.train_step, **parts), **places)
+    replaying = jax.jit(functools.partial(train_step, **parts), **places)
     batch = sharding.to_devices(make_batch(), mesh, B)
     fused, told = recording(state, teacher_params, batch)
-    images, *_ = step.model_inputs(state.step, batch, parts["recipe"])
+    images, *_ = model_inputs(state.step, batch, parts["recipe"])
     teacher, params = make_teacher()
     logits = np.asarray(teacher.logits(params, images))
     expected = logits.argmax(-1) if kind == "hard" else logits

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from deit_jax import checkpoint, run_tape, step, tape, tape_command, teacher
-from deit_jax import train as train_lib
+from deit_jax.cli import tape as tape_lib
 from deit_jax.errors import UserError
+from deit_jax.step.train_step import StepConfig, model_inputs
+from deit_jax.train import record_tape
+from deit_jax.train.experiment import prepared
+from deit_jax.train.load_teacher import load_teacher, teacher_config
+from deit_jax.train.run import config_lib, train
+from deit_jax.train.tape import fingerprint, session, tape
+from deit_jax.train.tape import layout as layout_lib
+from deit_jax.workdir import checkpoints
 from tests.tiny import make_tiny_config
 
 STEPS = 10
@@ -37,7 +44,7 @@ def replaying(config, path, weights=""):
 
 def saved(workdir):
     """Return the whole final state: parameters, moments, average, health."""
-    return checkpoint.ocp.StandardCheckpointer().restore(
+    return checkpoints.ocp.StandardCheckpointer().restore(
         (workdir / "checkpoints" / str(STEPS) / "default").absolute()
     )
 
@@ -70,12 +77,12 @@ def runs(tmp_path_factory):
     """Train the same student with the live teacher, without a tape and recording one."""
     root = tmp_path_factory.mktemp("runs")
     config = full_config()
-    train_lib.train(teacher.teacher_config(config), root / "teacher")
+    train(teacher_config(config), root / "teacher")
     config.teacher.weights = str(root / "teacher")
-    train_lib.train(config, root / "fused")
+    train(config, root / "fused")
     recording = config.copy_and_resolve_references()
     recording.teacher.tape = "record"
-    train_lib.train(recording, root / "recorded")
+    train(recording, root / "recorded")
     return types.SimpleNamespace(
         root=root, config=config, recording=recording, tape=root / "recorded" / "tape"
     )
@@ -87,13 +94,13 @@ def test_recording_changes_no_bit_and_labels_are_the_teachers(runs):
     assert labels.dtype == np.int16
     assert labels.shape == (STEPS, 32)
     assert (recorded[:, 0] == 0).all()
-    config, dataset = train_lib.prepared(runs.config, runs.root / "fused")
-    network, params = teacher.load_teacher(config, config.teacher.weights, dataset.classes)
-    run = tape_command.Labeller(config, dataset, (network, params))
-    recipe = step.Recipe.from_config(config, len(dataset.classes))
+    config, dataset = prepared(runs.config, runs.root / "fused")
+    network, params = load_teacher(config, config.teacher.weights, dataset.classes)
+    run = record_tape.Labeller(config, dataset, (network, params))
+    recipe = StepConfig.from_config(config, len(dataset.classes))
     for number in (0, 3, 9):
         batch = jax.tree.map(jnp.asarray, run.batches(number))
-        images, *_ = step.model_inputs(number, batch, recipe)
+        images, *_ = model_inputs(number, batch, recipe)
         logits = np.asarray(network.model.apply({"params": params}, images, train=False).cls)
         np.testing.assert_array_equal(labels[number], logits.argmax(-1))
 
@@ -101,26 +108,26 @@ def test_recording_changes_no_bit_and_labels_are_the_teachers(runs):
 def test_a_tape_recorded_without_a_student_is_the_same(runs, tmp_path):
     config = runs.recording.copy_and_resolve_references()
     config.teacher.tape_path = str(tmp_path / "alone")
-    assert tape_command.record(config, tmp_path / "run") == tmp_path / "alone"
+    assert record_tape.record(config, tmp_path / "run") == tmp_path / "alone"
     assert_same_tape(tmp_path / "alone", runs.tape)
     opened = tape.Tape.open(tmp_path / "alone")
     assert opened.fingerprint["teacher.sha256"]
     opened.recorded[4:] = 7
     opened.forget(4, 0)  # as if cut off there
     assert (array(tmp_path / "alone", "recorded")[4:] == -1).all()
-    tape_command.record(config, tmp_path / "run")
+    record_tape.record(config, tmp_path / "run")
     assert_same_tape(tmp_path / "alone", runs.tape)
 
 
 def test_a_replayed_run_has_the_bits_of_the_fused_one_also_resumed(runs, tmp_path, caplog):
     config = replaying(runs.config, runs.tape)
     with caplog.at_level(logging.INFO, "deit_jax"):
-        results = train_lib.train(config, tmp_path / "replayed")
+        results = train(config, tmp_path / "replayed")
     assert "which teacher it is of is not checked" in caplog.text
     assert "teacher" not in results
     assert_same_bits(runs.root / "fused", tmp_path / "replayed")
     cut_back(tmp_path / "replayed", tmp_path / "resumed", 4)
-    train_lib.train(config, tmp_path / "resumed")
+    train(config, tmp_path / "resumed")
     assert_same_bits(runs.root / "fused", tmp_path / "resumed")
 
 
@@ -130,7 +137,7 @@ def test_a_recording_run_that_was_killed_ends_with_the_same_tape(runs, tmp_path)
     opened = tape.Tape.open(tmp_path / "run" / "tape")
     opened.recorded[6:] = 7
     opened.forget(6, 0)
-    train_lib.train(runs.recording, tmp_path / "run")
+    train(runs.recording, tmp_path / "run")
     assert_same_bits(runs.root / "fused", tmp_path / "run")
     assert_same_tape(tmp_path / "run" / "tape", runs.tape)
 
@@ -142,11 +149,11 @@ def test_the_teacher_answers_where_the_tape_is_silent(runs, tmp_path, caplog):
     opened.recorded[[2, 3, 8]] = 1  # of a run that had rolled back
     opened._write_claims(0, STEPS)
     with pytest.raises(UserError, match=r"has 7 of the 10 steps.*config.teacher.weights"):
-        train_lib.train(replaying(runs.config, tmp_path / "tape"), tmp_path / "none")
+        train(replaying(runs.config, tmp_path / "tape"), tmp_path / "none")
     assert not (tmp_path / "none").exists()
     config = replaying(runs.config, tmp_path / "tape", runs.config.teacher.weights)
     with caplog.at_level(logging.INFO, "deit_jax"):
-        train_lib.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     assert "the teacher answers in the other 3" in caplog.text
     assert_same_bits(runs.root / "fused", tmp_path / "run")
 
@@ -159,47 +166,49 @@ def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_differen
     with pytest.raises(
         UserError, match=r"seed: 0 there, 1 here; .*augment.flip_prob: 0.5 there, 0.25 here"
     ):
-        train_lib.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     soft = replaying(runs.config, runs.tape)
     soft.distill.kind = "soft"
     with pytest.raises(UserError, match=r"distill.kind: hard there, soft here"):
-        train_lib.train(soft, tmp_path / "run")
-    dataset = train_lib.prepared(runs.config, tmp_path)[1]
-    network, params = teacher.load_teacher(
-        runs.config, runs.config.teacher.weights, dataset.classes
-    )
+        train(soft, tmp_path / "run")
+    dataset = prepared(runs.config, tmp_path)[1]
+    network, params = load_teacher(runs.config, runs.config.teacher.weights, dataset.classes)
     other = jax.tree.map(lambda x: x + 1e-3, params)
     with pytest.raises(UserError, match=r"teacher.sha256"):
-        run_tape.open_tape(replaying(runs.config, runs.tape), tmp_path, dataset, (network, other))
+        session.open_tape(replaying(runs.config, runs.tape), tmp_path, dataset, (network, other))
     student = replaying(runs.config, runs.tape)
     student.model.drop_path, student.optim.lr, student.epochs = 0.0, 0.1, 1.0
     student.model.depth, student.loss.smoothing, student.optim.accum_steps = 3, 0.0, 1
-    run_tape.open_tape(student, tmp_path, dataset, (network, params))  # the student is free
-    monkeypatch.setattr(tape, "VIEWS", tape.VIEWS + 1)  # as a later version of the code has it
-    with pytest.raises(UserError, match=rf"views: {tape.VIEWS - 1} there, {tape.VIEWS} here"):
-        run_tape.open_tape(student, tmp_path, dataset, (network, params))
+    session.open_tape(student, tmp_path, dataset, (network, params))  # the student is free
+    monkeypatch.setattr(
+        fingerprint, "VIEWS", fingerprint.VIEWS + 1
+    )  # as a later version of the code has it
+    with pytest.raises(
+        UserError, match=rf"views: {fingerprint.VIEWS - 1} there, {fingerprint.VIEWS} here"
+    ):
+        session.open_tape(student, tmp_path, dataset, (network, params))
 
 
 def test_epochs_beyond_the_tape_are_counted(runs, tmp_path):
     config = replaying(runs.config, runs.tape)
     config.epochs = 3.0
     with pytest.raises(UserError, match=r"has 10 of the 15 steps to train"):
-        train_lib.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
 
 
 def test_impossible_configs_are_refused(tiny_config, tmp_path):
     tiny_config.teacher.tape = "replay"
     with pytest.raises(UserError, match=r"config.teacher.tape_path='': replaying needs"):
-        train_lib.train(tiny_config, tmp_path / "run")
+        train(tiny_config, tmp_path / "run")
     tiny_config.teacher.tape_path = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"nowhere/tape.json: cannot be read"):
-        train_lib.train(tiny_config, tmp_path / "run")
+        train(tiny_config, tmp_path / "run")
     tiny_config.distill.kind = "none"
     with pytest.raises(UserError, match=r"config.teacher.tape='replay': a label tape is of a"):
-        train_lib.train(tiny_config, tmp_path / "run")
+        train(tiny_config, tmp_path / "run")
 
 
-LAYOUTS = (tape.Layout("hard", 4, 10, 3), tape.Layout("soft", 4, 10, 3))
+LAYOUTS = (layout_lib.Layout("hard", 4, 10, 3), layout_lib.Layout("soft", 4, 10, 3))
 
 
 def given(layout):
@@ -218,12 +227,12 @@ def answers(layout, count):
         signals = rng.integers(0, layout.num_classes, shape).astype(np.int32)
     else:
         signals = rng.normal(0, 3, (*shape, layout.num_classes)).astype(np.float32)
-    return signals, [jax.device_get(tape.pack(jnp.asarray(s), layout)) for s in signals]
+    return signals, [jax.device_get(layout_lib.pack(jnp.asarray(s), layout)) for s in signals]
 
 
 def make_tape(path, layout, steps=6, count=5, rollbacks=0):
     made = tape.Tape.create(path, layout, given(layout), steps)
-    recorder = run_tape.Recorder(made, layout)
+    recorder = session.TapeRecorder(made, layout)
     recorder.begin(0, steps, rollbacks)
     signals, packed = answers(layout, count)
     for number, parts in enumerate(packed):
@@ -255,24 +264,26 @@ def test_what_is_written_is_read_row_by_row(tmp_path, layout):
 
 
 def test_all_classes_kept_give_the_distribution_to_half_precision():
-    layout = tape.Layout("soft", 4, 10, 10)
+    layout = layout_lib.Layout("soft", 4, 10, 10)
     signals, packed = answers(layout, 1)
-    found = tape.unpack(packed[0], layout)
+    found = layout_lib.unpack(packed[0], layout)
     np.testing.assert_allclose(
         found, np.asarray(jax.nn.log_softmax(signals[0])), rtol=1e-3, atol=1e-3
     )
 
 
 def test_a_certain_teacher_leaves_finite_numbers():
-    layout = tape.Layout("soft", 1, 10, 3)
+    layout = layout_lib.Layout("soft", 1, 10, 3)
     sure = jnp.full((1, 10), -1e30).at[0, 4].set(1e30)
-    assert np.isfinite(tape.unpack(jax.device_get(tape.pack(sure, layout)), layout)).all()
+    assert np.isfinite(
+        layout_lib.unpack(jax.device_get(layout_lib.pack(sure, layout)), layout)
+    ).all()
 
 
 def test_steps_that_a_rollback_undid_are_not_claimed(tmp_path):
     layout = LAYOUTS[0]
     make_tape(tmp_path / "tape", layout)
-    recorder = run_tape.Recorder(tape.Tape.open(tmp_path / "tape"), layout)
+    recorder = session.TapeRecorder(tape.Tape.open(tmp_path / "tape"), layout)
     recorder.begin(2, 6, 1)
     opened = tape.Tape.open(tmp_path / "tape")
     assert opened.recorded.tolist() == [0, 0, -1, -1, -1, -1]
@@ -285,7 +296,7 @@ def test_steps_that_a_rollback_undid_are_not_claimed(tmp_path):
 def test_a_tape_grows_with_the_run(tmp_path):
     layout = LAYOUTS[0]
     signals = make_tape(tmp_path / "tape", layout)
-    recorder = run_tape.Recorder(tape.Tape.open(tmp_path / "tape"), layout)
+    recorder = session.TapeRecorder(tape.Tape.open(tmp_path / "tape"), layout)
     recorder.begin(5, 9, 0)
     recorder.record(8, answers(layout, 1)[1][0])
     recorder.flush()
@@ -297,7 +308,7 @@ def test_a_tape_grows_with_the_run(tmp_path):
 def test_a_full_disk_is_told_of_and_claims_nothing(tmp_path, caplog, monkeypatch):
     layout = LAYOUTS[0]
     opened = tape.Tape.create(tmp_path / "tape", layout, given(layout), 6)
-    recorder = run_tape.Recorder(opened, layout)
+    recorder = session.TapeRecorder(opened, layout)
     recorder.begin(0, 6, 0)
 
     class Full:
@@ -378,24 +389,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 def test_info_counts_and_names(tmp_path, capsys):
     make_tape(tmp_path / "tape", LAYOUTS[0])
-    tape_command.main(["info", str(tmp_path / "tape"), "--json"])
+    tape_lib.main(["info", str(tmp_path / "tape"), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert (facts["kind"], facts["steps"], facts["recorded"]) == ("hard", 6, 5)
     assert facts["bytes"] == sum(
         p.stat().st_size for p in (tmp_path / "tape").rglob("*") if p.is_file()
     )
-    tape_command.main(["info", str(tmp_path / "tape")])
+    tape_lib.main(["info", str(tmp_path / "tape")])
     assert "5 of 6 steps recorded" in capsys.readouterr().out
 
 
 def test_what_may_change_in_a_run(tiny_config):
     """A hard tape trains the same bits, so a run may take it up; a soft one is rounded."""
-    old = train_lib.config_lib.to_json(tiny_config)
+    old = config_lib.to_json(tiny_config)
     tiny_config.teacher.tape, tiny_config.teacher.tape_path = "replay", "/tape"
-    differences = train_lib.config_lib.differences
-    assert differences(old, train_lib.config_lib.to_json(tiny_config)) == []
+    differences = config_lib.differences
+    assert differences(old, config_lib.to_json(tiny_config)) == []
     tiny_config.distill.kind = old["distill"]["kind"] = "soft"
-    new = train_lib.config_lib.to_json(tiny_config)
+    new = config_lib.to_json(tiny_config)
     assert differences(old, new) == ["teacher.tape: off -> replay"]
     tiny_config.teacher.tape = "record"
-    assert differences(old, train_lib.config_lib.to_json(tiny_config)) == []
+    assert differences(old, config_lib.to_json(tiny_config)) == []

@@ -4,8 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from deit_jax import checkpoint, metrics, sharding, tape
-from deit_jax import train as train_lib
+from deit_jax.parallel import sharding
+from deit_jax.storage import read_lines
+from deit_jax.train import run
+from deit_jax.train.run import teacher_config, train
+from deit_jax.train.tape import tape
+from deit_jax.workdir.saved_run import load_run
 from tests.faults.test_divergence import compile_once, poison  # noqa: F401
 from tests.test_tape import STEPS, array, assert_same_bits, full_config, replaying
 
@@ -20,9 +24,9 @@ def config(tmp_path_factory):
     c.train.eval_batch_size = 1624
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda n, **_: make_mesh(n, jax.devices()[:1]))
-        patch.setattr(train_lib, "_draw", lambda trainer, results: None)
+        patch.setattr(run, "_draw", lambda trainer, results: None)
         root = tmp_path_factory.mktemp("teacher")
-        train_lib.train(train_lib.teacher_config(c), root)
+        train(teacher_config(c), root)
         c.teacher.weights = str(root)
         yield c
 
@@ -32,15 +36,15 @@ def test_a_run_that_went_back_is_recorded_and_replayed_as_it_went_on(config, tmp
     poison(monkeypatch, lambda number, seed: number >= 6 and seed == 0)
     config = config.copy_and_resolve_references()
     config.train.max_bad_steps, config.train.on_divergence = 1, "rollback"
-    train_lib.train(config, tmp_path / "recorded")
+    train(config, tmp_path / "recorded")
     path = tmp_path / "recorded" / "tape"
     assert array(path, "recorded")[:, 0].tolist() == [0] * 4 + [1] * 6
     # Up to where it goes back the teacher answers: the tape has other views of those steps.
     replay = replaying(config, path, config.teacher.weights)
-    train_lib.train(replay, tmp_path / "replayed")
+    train(replay, tmp_path / "replayed")
     assert_same_bits(tmp_path / "recorded", tmp_path / "replayed")
     for name in ("recorded", "replayed"):
-        history = metrics.read_lines(tmp_path / name / "history.jsonl")
+        history = read_lines(tmp_path / name / "history.jsonl")
         assert [(r["to"], r["step"]) for r in history if r["event"] == "rollback"] == [(4, 8)]
 
 
@@ -49,17 +53,17 @@ def test_soft_distillation_from_all_classes_ends_close_to_the_live_one(config, t
     config = config.copy_and_resolve_references()
     config.distill.kind, config.distill.tau, config.optim.eps = "soft", 3.0, 1e-4
     assert config.teacher.tape_top_k >= 10
-    train_lib.train(config, tmp_path / "live")
+    train(config, tmp_path / "live")
     assert tape.Tape.open(tmp_path / "live" / "tape").layout.top_k == 10
-    train_lib.train(replaying(config, tmp_path / "live" / "tape"), tmp_path / "replayed")
+    train(replaying(config, tmp_path / "live" / "tape"), tmp_path / "replayed")
     losses = [
-        [r["loss"] for r in metrics.read_lines(tmp_path / name / "metrics.jsonl") if "loss" in r]
+        [r["loss"] for r in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in r]
         for name in ("live", "replayed")
     ]
     assert len(losses[0]) == STEPS
     np.testing.assert_allclose(*losses, rtol=1e-3)
     live, replayed = (
-        checkpoint.load_run(tmp_path / name).variables["params"] for name in ("live", "replayed")
+        load_run(tmp_path / name).variables["params"] for name in ("live", "replayed")
     )
     apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), live, replayed)
     assert 0 < max(jax.tree.leaves(apart)) < 1e-4  # of steps of 1e-3 and less, ten of them

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from deit_jax.data import tfds_source
+from deit_jax.data.sources.tfds import allow_open_files
 from deit_jax.errors import UserError
 from tests.test_sources import error_of, open_data, pixels
 
@@ -128,11 +128,11 @@ def test_a_data_set_of_more_files_than_may_be_open_raises_the_limit(monkeypatch)
     ):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
         set_to.clear()
-        tfds_source.allow_open_files(1024)
+        allow_open_files(1024)
         assert set_to == result
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
     with pytest.raises(UserError, match="1024 files, but a process may open only 1024"):
-        tfds_source.allow_open_files(1024)
+        allow_open_files(1024)
 
 
 def test_tfds_needs_no_tensorflow_and_prints_nothing(tfds_dir):

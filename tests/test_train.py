@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deit_jax import checkpoint, evaluate, metrics, predict
-from deit_jax import train as train_lib
+from deit_jax.analysis import classify, evaluate
 from deit_jax.errors import UserError
+from deit_jax.storage import read_lines
+from deit_jax.train import loop
+from deit_jax.train.run import config_lib, load_teacher, open_dataset, train
+from deit_jax.workdir import checkpoints
+from deit_jax.workdir.saved_run import _restore_on_host, load_run
 from tests.tiny import make_tiny_config
 
 
 def final_state(workdir):
-    return checkpoint.load_run(workdir)
+    return load_run(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def finished(tmp_path_factory):
     config.model.drop_path = 0.2
     config.train.save_every_epochs = 0.2  # every step
     config.train.keep_checkpoints = 100
-    results = train_lib.train(config, workdir)
+    results = train(config, workdir)
     return config, workdir, results
 
 
@@ -41,21 +45,21 @@ def test_run_leaves_its_files(finished):
         assert 0 <= saved[part]["top1"] <= saved[part]["top5"] <= 100
     assert set(saved["ema"]) == {"cls", "dist", "fused"}
     assert (workdir / "picture.png").read_bytes().startswith(b"\x89PNG")
-    records = metrics.read_lines(workdir / "metrics.jsonl")
+    records = read_lines(workdir / "metrics.jsonl")
     steps = [r["step"] for r in records if "loss" in r]
     assert steps == list(range(1, 11))
     first = records[0]
     mean = (first["loss_label"] + first["loss_teacher"]) / 2
     assert first["loss"] == pytest.approx(mean, rel=1e-5)
     assert first["lr"] == pytest.approx(config.optim.warmup_lr)
-    rates = metrics.read_lines(workdir / "timing.jsonl")
+    rates = read_lines(workdir / "timing.jsonl")
     assert all(r["images_per_second"] > 0 and 0 <= r["input_wait"] <= 1 for r in rates)
     assert list((workdir / "tensorboard").glob("events*"))
 
 
 def test_checkpoint_holds_nothing_of_the_teacher(finished):
     _, workdir, _ = finished
-    state = checkpoint._restore_on_host(workdir / "checkpoints")
+    state = _restore_on_host(workdir / "checkpoints")
     assert not state["batch_stats"]  # the student's own: a transformer has none
     student = sum(x.size for x in jax.tree.leaves(state["params"]))
     directory = sorted((workdir / "checkpoints").iterdir(), key=lambda p: p.name)[-1]
@@ -71,7 +75,7 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(finished, tmp_path, sto
     (resumed / "results.json").unlink()
     for step in range(stop + 1, 11):  # as if it had been killed after saving step `stop`
         shutil.rmtree(resumed / "checkpoints" / str(step))
-    train_lib.train(config, resumed)
+    train(config, resumed)
     a, b = (final_state(d) for d in (whole, resumed))
     assert b.step == 10
     jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
@@ -84,9 +88,9 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(finished, tmp_path, sto
 def test_optimizer_state_is_restored_exactly(finished, tmp_path):
     """A resumed optimizer with zeroed moments would end elsewhere; compare them directly."""
     config, whole, _ = finished
-    dataset = train_lib.open_dataset(config.data)
-    teacher = train_lib.load_teacher(config, str(whole / "teacher"), dataset.classes)
-    trainer = train_lib.Trainer(config, whole, dataset, teacher)
+    dataset = open_dataset(config.data)
+    teacher = load_teacher(config, str(whole / "teacher"), dataset.classes)
+    trainer = loop.Trainer(config, whole, dataset, teacher)
     moments = [np.abs(x).max() for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim]
     assert min(moments) > 0
     assert int(trainer.state.step) == 10
@@ -96,7 +100,7 @@ def test_optimizer_state_is_restored_exactly(finished, tmp_path):
 def test_a_finished_run_is_not_trained_again(finished, capsys):
     config, workdir, results = finished
     before = (workdir / "metrics.jsonl").stat().st_mtime_ns
-    assert train_lib.train(config, workdir) == results
+    assert train(config, workdir) == results
     assert (workdir / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -105,10 +109,10 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(finis
     other = config.copy_and_resolve_references()
     other.optim.lr, other.epochs = 0.5, 3.0
     with pytest.raises(UserError, match=r"epochs: 2.0 -> 3.0; optim.lr: 0.001 -> 0.5"):
-        train_lib.train(other, workdir)
+        train(other, workdir)
     harmless = config.copy_and_resolve_references()
     harmless.train.log_every_steps, harmless.data.threads = 7, 1
-    train_lib.train(harmless, workdir)
+    train(harmless, workdir)
 
 
 def test_evaluating_the_run_gives_its_results(finished):
@@ -119,12 +123,13 @@ def test_evaluating_the_run_gives_its_results(finished):
 
 def test_evaluation_counts_what_numpy_counts(finished):
     """Recompute top-1 and top-5 of every head from logits, image by image."""
-    from deit_jax import step
-    from deit_jax.data import decode, sources
+    from deit_jax.data import decode
+    from deit_jax.data.sources.registry import open_dataset
+    from deit_jax.models.preprocess import normalise
 
     config, workdir, results = finished
     run = final_state(workdir)
-    held = sources.open_dataset(config.data).eval
+    held = open_dataset(config.data).eval
     images = np.stack(
         [
             np.asarray(decode.centre_crop(decode.decode(held[i]["image"], ""), 16, 1.0))
@@ -132,7 +137,7 @@ def test_evaluation_counts_what_numpy_counts(finished):
         ]
     )
     labels = np.array([held[i]["label"] for i in range(len(held))])
-    normalised = step.normalise(jnp.asarray(images), config.data.mean, config.data.std)
+    normalised = normalise(jnp.asarray(images), config.data.mean, config.data.std)
     heads = jax.jit(run.model.apply)(run.variables, normalised)
     for name, logits in (("cls", heads.cls), ("dist", heads.dist), ("fused", heads.fused())):
         order = np.argsort(-np.asarray(logits), axis=1)
@@ -150,7 +155,7 @@ def test_predict_names_the_classes_of_image_files(finished, tmp_path):
     for i in range(3):
         paths.append(str(tmp_path / f"{i}.png"))
         Image.fromarray((load_digits().images[i] * 15).astype(np.uint8)).save(paths[-1])
-    results = predict.predict(str(workdir), paths, topk=3)
+    results = classify.classify(str(workdir), paths, topk=3)
     assert [r["image"] for r in results] == paths
     for result in results:
         probabilities = [p["probability"] for p in result["predictions"]]
@@ -161,7 +166,7 @@ def test_predict_names_the_classes_of_image_files(finished, tmp_path):
 
 
 def test_the_latest_checkpoints_and_the_best_are_kept(tiny_config, tmp_path):
-    saver = checkpoint.Checkpointer(tmp_path, keep=2)
+    saver = checkpoints.Checkpointer(tmp_path, keep=2)
     for step, top1 in enumerate([10.0, 90.0, None, 50.0, None, None], start=1):
         saver.save(step, {"x": np.float32(step)}, top1)
     saver.close()
@@ -175,7 +180,7 @@ def test_plain_training_of_a_convnet_and_class_token_distillation(tiny_config, t
     c.epochs, c.model.name = 1.0, "deit_tiny_patch16_224"
     for kind in ("soft", "hard"):
         c.distill.kind = kind
-        results = train_lib.train(c, tmp_path / kind)
+        results = train(c, tmp_path / kind)
         assert "dist" not in results
         assert results["teacher"]["top5"] > 0
         c.teacher.weights = str(tmp_path / "soft" / "teacher")
@@ -183,11 +188,11 @@ def test_plain_training_of_a_convnet_and_class_token_distillation(tiny_config, t
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
     # Such a rate is refused at the start; what stops a run that got one is what this is about.
-    monkeypatch.setattr(train_lib.config_lib, "validate", lambda config, devices: None)
+    monkeypatch.setattr(config_lib, "validate", lambda config, devices: None)
     tiny_config.optim.lr, tiny_config.optim.warmup_epochs = 1e30, 0.0
     tiny_config.distill.kind, tiny_config.train.max_bad_steps = "none", 2
     with pytest.raises(UserError, match=r"is (nan|inf) at step"):
-        train_lib.train(tiny_config, tmp_path / "run")
+        train(tiny_config, tmp_path / "run")
 
 
 def test_distilled_fine_tuning_at_another_resolution(finished, tmp_path, caplog, torch):
@@ -199,11 +204,11 @@ def test_distilled_fine_tuning_at_another_resolution(finished, tmp_path, caplog,
     c.model.image_size, c.epochs = 24, 1.0
     c.optim.lr = c.optim.warmup_lr = c.optim.min_lr = 0.0  # the weights stay: look at the start
     with caplog.at_level("INFO", "deit_jax"):
-        results = train_lib.train(c, tmp_path / "fine")
+        results = train(c, tmp_path / "fine")
     assert "4x4" in caplog.text
     assert "6x6" in caplog.text
     assert results["dist"]["top5"] > 0
-    old, new = (checkpoint.load_run(d).variables["params"] for d in (workdir, tmp_path / "fine"))
+    old, new = (load_run(d).variables["params"] for d in (workdir, tmp_path / "fine"))
     np.testing.assert_array_equal(old["head_dist"]["kernel"], new["head_dist"]["kernel"])
     grid = old["pos_embed"][:, 2:].reshape(1, 4, 4, -1).transpose(0, 3, 1, 2)
     resized = interpolate(torch.tensor(grid), (6, 6), mode="bicubic", align_corners=False).numpy()
@@ -214,10 +219,10 @@ def test_distilled_fine_tuning_at_another_resolution(finished, tmp_path, caplog,
 def test_a_config_that_fine_tunes_asks_for_weights(tiny_config, tmp_path):
     tiny_config.init.required = True
     with pytest.raises(UserError, match=r"config.init.weights=''.*starts from trained weights"):
-        train_lib.train(tiny_config, tmp_path / "run")
+        train(tiny_config, tmp_path / "run")
     tiny_config.init.weights = "/nowhere"
     with pytest.raises(UserError, match="/nowhere"):
-        train_lib.train(tiny_config, tmp_path / "run")
+        train(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -235,12 +240,12 @@ def test_unreadable_images_are_skipped_and_counted(tiny_config, tmp_path, caplog
     c.data.train_split, c.data.eval_split = "train", "val"
     c.distill.kind, c.epochs, c.batch_size, c.train.eval_batch_size = "none", 4.0, 24, 8
     with caplog.at_level(logging.WARNING, logger="deit_jax"):
-        train_lib.train(c, tmp_path / "run")
-    rates = metrics.read_lines(tmp_path / "run" / "timing.jsonl")
+        train(c, tmp_path / "run")
+    rates = read_lines(tmp_path / "run" / "timing.jsonl")
     assert rates[-1]["unreadable_images"] == 1
     named = [r.message for r in caplog.records if "another image stands in" in r.message]
     assert len(named) == 1
     assert "6.png" in named[0]
     c.data.skip_unreadable = False
     with pytest.raises(UserError, match=r"6\.png"):
-        train_lib.train(c, tmp_path / "other")
+        train(c, tmp_path / "other")

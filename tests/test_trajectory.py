@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deit_jax import optim, step, weights
 from deit_jax.models.registry import create_model
-from deit_jax.teacher import Teacher
+from deit_jax.step import train_step as train_step_lib
+from deit_jax.step.optimizer import make_optimizer, make_schedule
+from deit_jax.step.state import TrainState
+from deit_jax.step.teacher import Teacher
+from deit_jax.step.train_step import StepConfig
+from deit_jax.weights.load import from_torch
 from tests.tiny import make_tiny_config
 
 K, B, STEPS, SIZE = 10, 16, 20, 32
@@ -145,19 +149,19 @@ def run_reference(torch, model, c, data):
 def run_ours(name, params, c, data):
     """Return the loss of every train_step and the final parameters."""
     model = create_model(name, num_classes=K, **SHAPE)
-    tx = optim.make_optimizer(c.optim, optim.make_schedule(c.optim, 1.0, STEPS))
+    tx = make_optimizer(c.optim, make_schedule(c.optim, 1.0, STEPS))
     teacher = Recorded(None, MEAN, STD, MEAN, STD) if c.distill.kind != "none" else None
     train_step = jax.jit(
         functools.partial(
-            step.train_step,
+            train_step_lib.train_step,
             model=model,
             teacher=teacher,
             tx=tx,
-            recipe=step.Recipe.from_config(c, K),
+            recipe=StepConfig.from_config(c, K),
         )
     )
     params = jax.tree.map(jnp.asarray, params)
-    state, losses = step.TrainState(jnp.int32(0), params, {}, tx.init(params), None), []
+    state, losses = TrainState(jnp.int32(0), params, {}, tx.init(params), None), []
     for images, labels, taught in zip(*data, strict=True):
         state, metrics = train_step(state, taught, {"image": images, "label": labels})
         losses.append(float(metrics["loss"]))
@@ -173,9 +177,9 @@ def test_twenty_updates_are_the_references(case, timm, torch):
     name, kind, reduction = CASES[case]
     c, data = make_config(kind, reduction), make_data()
     reference = make_reference(name)
-    start = weights.from_torch(tensors(reference), name, **SHAPE)["params"]
+    start = from_torch(tensors(reference), name, **SHAPE)["params"]
     expected_losses = run_reference(torch, reference, c, data)
-    expected = weights.from_torch(tensors(reference), name, **SHAPE)["params"]
+    expected = from_torch(tensors(reference), name, **SHAPE)["params"]
     losses, params = run_ours(name, start, c, data)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)  # measured: 3e-7
     assert len(set(losses)) == STEPS

@@ -7,7 +7,8 @@ import tarfile
 
 import pytest
 
-from deit_jax.data import wds_source
+from deit_jax.data.sources import webdataset
+from deit_jax.data.sources.webdataset import INDEX_NAME, images_of
 from deit_jax.errors import UserError
 from tests.test_sources import error_of, open_data
 
@@ -58,22 +59,22 @@ def test_the_index_is_kept_and_made_anew_when_a_tar_changes(wds, monkeypatch):
     root, expected = wds
     open_data(f"wds:{root}")
     indexed = []
-    real = wds_source.images_of
-    monkeypatch.setattr(wds_source, "images_of", lambda path: indexed.append(path) or real(path))
+    real = images_of
+    monkeypatch.setattr(webdataset, "images_of", lambda path: indexed.append(path) or real(path))
     open_data(f"wds:{root}")
     assert not indexed
     (root / "imagenet1k-train-0002.tar").unlink()
     dataset = open_data(f"wds:{root}")
     assert len(indexed) == 3
     assert read_all(dataset.train) == expected["train"][:8]
-    (root / wds_source.INDEX_NAME).write_bytes(b"PK\x03\x04 damaged")
+    (root / INDEX_NAME).write_bytes(b"PK\x03\x04 damaged")
     assert len(open_data(f"wds:{root}").train) == 8
     assert len(indexed) == 6
 
 
 def test_the_index_goes_elsewhere_where_the_folder_cannot_be_written(wds, tmp_path):
     root, expected = wds
-    (root / wds_source.INDEX_NAME).mkdir()  # stands in the way, for root too
+    (root / INDEX_NAME).mkdir()  # stands in the way, for root too
     for _ in range(2):
         assert read_all(open_data(f"wds:{root}").train) == expected["train"]
     assert len(list((tmp_path / "cache" / "deit_jax").glob("wds-*.npz"))) == 1

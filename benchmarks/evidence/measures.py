@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from deit_jax import analysis, answers, model_views, weights
-from deit_jax.data.sources import open_dataset
+from deit_jax.analysis import attention, transformer
+from deit_jax.analysis import predictions as predictions_lib
+from deit_jax.data.sources.registry import open_dataset
+from deit_jax.weights.load import open_model
 
 TOKEN_IMAGES = 1000
 
@@ -14,8 +16,8 @@ def token_cosines(study, arm, seed: int) -> dict:
     {} for a model with one token. The features are of the first test images.
     """
     opened, source = _opened(study.workdir(arm.name, seed))
-    images = answers.pixels(source, range(min(TOKEN_IMAGES, len(source))), opened)
-    found = model_views.tokens(opened, images)
+    images = predictions_lib.pixels(source, range(min(TOKEN_IMAGES, len(source))), opened)
+    found = transformer.tokens(opened, images)
     return {key: found[key] for key in ("learned_cosine", "cosines")} if found else {}
 
 
@@ -32,16 +34,16 @@ def disagreement(study, arm, seed: int) -> dict:
     found["none"] = predictions(study.workdir("none", seed))["cls"]
     own = predictions(study.workdir("token", seed))
     found |= {name: own[name] for name in ("cls", "dist", "fused")}
-    return {"classifiers": list(found), "disagreement": analysis.disagreement(found).tolist()}
+    return {"classifiers": list(found), "disagreement": attention.disagreement(found).tolist()}
 
 
 def predictions(workdir) -> dict[str, np.ndarray]:
     """Return the labels that each head of a run gives to the test images, and the true ones."""
     opened, source = _opened(workdir)
-    said = answers.ask(opened, None, source, np.arange(len(source)), workdir.name)
+    said = predictions_lib.predict(opened, None, source, np.arange(len(source)), workdir.name)
     return {"truth": said.truth, **said.labels}
 
 
 def _opened(workdir):
-    opened = weights.open_model(workdir)
+    opened = open_model(workdir)
     return opened, open_dataset(opened.run.config.data).eval

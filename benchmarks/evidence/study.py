@@ -26,9 +26,10 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs import base, deit, teacher  # noqa: E402
-from deit_jax import compile_cache, large_pages, platforms, train  # noqa: E402
-from deit_jax.data import idx_source  # noqa: E402
+from deit_jax.cli import compile_cache, huge_pages, platforms
+from deit_jax.data.sources.idx import open_idx  # noqa: E402
 from deit_jax.errors import UserError  # noqa: E402
+from deit_jax.train import run as run_lib  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 DATA = "fashion_mnist"
@@ -146,7 +147,7 @@ def subset(scale: Scale, source: str, folder: Path) -> Path:
         for part in ("train", "t10k")
         for kind in ("images-idx3", "labels-idx1")
     }
-    dataset = idx_source.open_idx(DATA, source)
+    dataset = open_idx(DATA, source)
     labels = dataset.train.labels
     shuffled = np.random.default_rng(0).permutation(len(labels))
     each = (scale.images or len(labels)) // len(dataset.classes)
@@ -178,7 +179,7 @@ class Study:
     def __init__(self, table: str, expectation: str, description: str):
         options = _options(description)
         platforms.choose()
-        large_pages.restart_with()
+        huge_pages.restart_with_huge_pages()
         self.table, self.name = table, options.scale
         self.scale = SCALES[options.scale]
         if options.epochs:
@@ -255,7 +256,7 @@ def train_once(config, workdir: Path) -> dict:
     """Train, or go on, or return the results of a run that is finished; memory is given back."""
     print(f"== {workdir}", flush=True)
     try:
-        return train.train(config, workdir)
+        return run_lib.train(config, workdir)
     except UserError as error:
         sys.exit(f"{workdir}: {error}")
     finally:

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from study import TOKEN, Arm, Study
 
-from deit_jax import metrics, weights
+from deit_jax.storage import read_lines
+from deit_jax.weights.load import open_model
 
 EXPECTED = """Written before the first run. The three students are the same to the last bit. The
 teacher is a convnet about as expensive as the student's forward pass, so that a step without it
@@ -26,9 +27,9 @@ REPLAYED = Arm("token-replayed", TOKEN.changes | {"teacher.tape": "replay"}, tap
 def weights_and_time(study: Study, arm: Arm, seed: int) -> dict:
     """Return a fingerprint of the weights and the median of the run's images a second."""
     workdir = study.workdir(arm.name, seed)
-    leaves = jax.tree.leaves(weights.open_model(workdir).variables)
+    leaves = jax.tree.leaves(open_model(workdir).variables)
     digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in leaves)).hexdigest()
-    rates = [r["images_per_second"] for r in metrics.read_lines(workdir / "timing.jsonl")]
+    rates = [r["images_per_second"] for r in read_lines(workdir / "timing.jsonl")]
     return {"weights": digest[:16], "images_per_second": float(np.median(rates))}
 
 

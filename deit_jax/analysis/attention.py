@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deit_jax.models import vit
+from deit_jax.models.attention_maps import log_attention
 from deit_jax.models.vit import VisionTransformer
 
 
@@ -23,7 +24,7 @@ def attention_maps(
     model: VisionTransformer, params, images: Float[Array, "B H W C"]
 ) -> Float[Array, "B depth heads N N"]:
     """Return how much of each token [last axis] every token reads; rows sum to 1."""
-    blocks = vit.log_attention(model, {"params": params}, images)
+    blocks = log_attention(model, {"params": params}, images)
     return jnp.exp(jnp.stack(blocks, axis=1))
 
 

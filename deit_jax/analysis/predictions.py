@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
-from deit_jax import step
-from deit_jax.data import pipeline
-from deit_jax.data.sources import Source, Subset
+from deit_jax.data.batches import EvalBatches
+from deit_jax.data.loader import load
+from deit_jax.data.sources.base import Source, Subset
+from deit_jax.step.eval_step import jit_logits
 
 BATCH = 128
 MATRIX = 30  # classes: a confusion matrix of more is no picture; then the most confused pairs
@@ -31,14 +31,12 @@ def pixels(
 ) -> UInt8[np.ndarray, "n H W 3"]:
     """Return images as a model is given them in evaluation, before normalisation."""
     some = Subset(source, np.asarray(numbers, np.int64))
-    batches = pipeline.EvalBatches(
-        some, len(some), opened.image_size, opened.crop_ratio, range(len(some))
-    )
+    batches = EvalBatches(some, len(some), opened.image_size, opened.crop_ratio, range(len(some)))
     return batches(0)["image"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class Predictions:
     """Labels that heads and teacher give to examples, and their probability of them.
 
     `numbers` are the examples' in the evaluation data; a label is -1 where logits are not finite.
@@ -50,50 +48,68 @@ class Answers:
     probabilities: dict[str, np.ndarray]
 
 
-def ask(opened, teacher, source: Source, numbers: Int[np.ndarray, "n"], title: str) -> Answers:
+def infer(
+    model,
+    variables,
+    images: UInt8[np.ndarray, "B H W 3"],
+    convention: tuple[tuple[float, float, float], tuple[float, float, float]],
+    teacher=None,
+    teacher_params=None,
+) -> dict[str, np.ndarray]:
+    """Return the logits of every head, and of a teacher if there is one, for some images.
+
+    `convention` are mean and standard deviation, by which the model's input is normalised.
+    """
+    mean, std = (tuple(map(float, numbers)) for numbers in convention)
+    logits = jit_logits(
+        variables, teacher_params, images, model=model, teacher=teacher, mean=mean, std=std
+    )
+    return jax.device_get(logits)
+
+
+def softmax(logits: Float[np.ndarray, "B K"]) -> Float[np.ndarray, "B K"]:
+    """Return probabilities; of logits that are not finite, nan."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def predict(
+    opened, teacher, source: Source, numbers: Int[np.ndarray, "n"], title: str
+) -> Predictions:
     """Evaluate a run's model, and its (teacher, params) if that is not None, with a progress bar.
 
     The classifiers are `cls`, `dist` where there is one, `fused` and `teacher`.
     """
-    answer, params = _compiled(opened, teacher)
-    some, found = Subset(source, numbers), []
+    network, teacher_params = teacher or (None, None)
+    variables, teacher_params = jax.device_put((opened.variables, teacher_params))
+    convention = (opened.mean, opened.std)
+    some, parts = Subset(source, numbers), []
     size = min(BATCH, len(some))
-    batches = pipeline.EvalBatches(some, size, opened.image_size, opened.crop_ratio, range(size))
-    threads = opened.run.config.data.threads
-    loader = pipeline.load(batches, 0, len(batches), threads, prefetch=2)
+    batches = EvalBatches(some, size, opened.image_size, opened.crop_ratio, range(size))
+    loader = load(batches, 0, len(batches), opened.run.config.data.threads, prefetch=2)
     bar = tqdm(total=len(some), unit="image", desc=title, leave=False, disable=None)
     with contextlib.closing(loader), bar:
         for batch in loader:
             valid = batch["valid"]
-            said = jax.device_get(answer(*params, batch["image"]))
-            said["truth"] = batch["label"].copy()  # whose memory a later batch takes
-            found.append(jax.tree.map(lambda x, valid=valid: x[valid], said))
+            logits = infer(
+                opened.model, variables, batch["image"], convention, network, teacher_params
+            )
+            answers = {name: _answer(x[valid]) for name, x in logits.items()}
+            parts.append((batch["label"][valid], answers))  # a copy: the batch's memory is lent
             bar.update(int(valid.sum()))
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
-    return Answers(numbers, whole["truth"], whole["labels"], whole["probabilities"])
+    truth, answers = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    labels = {name: label for name, (label, _) in answers.items()}
+    return Predictions(numbers, truth, labels, {name: p for name, (_, p) in answers.items()})
 
 
-def _compiled(opened, teacher):
-    """Return the function (variables, teacher's params, images) -> answers, and its weights."""
-    network, teacher_params = teacher or (None, None)
-
-    @jax.jit
-    def answer(variables, teacher_params, images):
-        images = step.normalise(images, opened.mean, opened.std)
-        heads = opened.model.apply(variables, images, train=False)
-        logits = {"cls": heads.cls, "dist": heads.dist, "fused": heads.fused()}
-        logits = {k: x for k, x in logits.items() if x is not None}
-        if network is not None:
-            logits["teacher"] = network.logits(teacher_params, images).astype(jnp.float32)
-        finite = {k: jnp.isfinite(x).all(axis=-1) for k, x in logits.items()}
-        labels = {k: jnp.where(finite[k], x.argmax(-1), -1) for k, x in logits.items()}
-        best = {k: jax.nn.softmax(x).max(-1) for k, x in logits.items()}
-        return {"labels": labels, "probabilities": best}
-
-    return answer, jax.device_put((opened.variables, teacher_params))
+def _answer(logits: Float[np.ndarray, "n K"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best labels, -1 where logits are not finite, and their probabilities."""
+    finite = np.isfinite(logits).all(axis=-1)
+    return np.where(finite, logits.argmax(-1), -1), softmax(logits).max(-1)
 
 
-def top1(answers: Answers) -> dict[str, float]:
+def top1(answers: Predictions) -> dict[str, float]:
     """Return the accuracy of every classifier in percent."""
     return {k: 100 * float(np.mean(v == answers.truth)) for k, v in answers.labels.items()}
 
@@ -106,7 +122,7 @@ def confusion(truth: np.ndarray, labels: np.ndarray, classes: int) -> Int[np.nda
     return counts
 
 
-def errors(answers: Answers, source: Source, classes: Sequence[str]) -> dict[str, Any]:
+def errors(answers: Predictions, source: Source, classes: Sequence[str]) -> dict[str, Any]:
     """Return the confusion of the fused prediction and its most confident mistakes."""
     counts = confusion(answers.truth, answers.labels["fused"], len(classes))
     wrong = counts * (1 - np.eye(len(classes), dtype=np.int64))
@@ -127,7 +143,7 @@ def errors(answers: Answers, source: Source, classes: Sequence[str]) -> dict[str
     }
 
 
-def _mistakes(answers: Answers, source: Source, classes: Sequence[str]) -> list[dict[str, Any]]:
+def _mistakes(answers: Predictions, source: Source, classes: Sequence[str]) -> list[dict[str, Any]]:
     fused = answers.labels["fused"]
     wrong = np.flatnonzero((fused != answers.truth) & (fused >= 0))
     sure = answers.probabilities["fused"][wrong]
@@ -148,7 +164,7 @@ def _mistakes(answers: Answers, source: Source, classes: Sequence[str]) -> list[
     return found
 
 
-def _opinion(answers: Answers, who: str, index: int, classes: Sequence[str]) -> dict[str, Any]:
+def _opinion(answers: Predictions, who: str, index: int, classes: Sequence[str]) -> dict[str, Any]:
     label = int(answers.labels[who][index])
     return {
         "class": classes[label] if label >= 0 else None,

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from deit_jax import analysis, step
-from deit_jax.data.sources import Source
+from deit_jax import analysis
+from deit_jax.data.sources.base import Source
+from deit_jax.models.preprocess import normalise
 from deit_jax.models.vit import VisionTransformer
 
 BATCH = 16
@@ -42,7 +43,7 @@ def _cosines(model, params, images):
 
 def _normalising(opened, function: Callable) -> Callable:
     """Return a compiled `function(params, images)` of uint8 images."""
-    return jax.jit(lambda p, x: function(p, step.normalise(x, opened.mean, opened.std)))
+    return jax.jit(lambda p, x: function(p, normalise(x, opened.mean, opened.std)))
 
 
 def attention(

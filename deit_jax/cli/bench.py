@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from deit_jax import bench_input, bench_step, cli
-from deit_jax import config as config_lib
+from deit_jax.cli.flags import Command, UsageError, no_words
+from deit_jax.perf import input_rate, step_time
+from deit_jax.train.validate import validate
 
 BENCH_DOC = """usage: deit bench --config=FILE[:ARGS] [--profile=DIR] [--compare] [--seconds=10]
        deit bench --config=FILE[:ARGS] --input-only [--device=v5e-8] [--seconds=10]
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     """Run `deit bench`."""
     from absl import flags
 
-    command = cli.Command("bench", BENCH_DOC)
+    command = Command("bench", BENCH_DOC)
     command.add_config(argv)
     own = {"flag_values": command.flags}
     flags.DEFINE_boolean("input_only", False, "measure the input pipeline instead", **own)
@@ -34,19 +35,19 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_float("mfu", 0.0, "its assumed share of the peak; 0 = by the model", 0, 1, **own)
     flags.DEFINE_boolean("compare", False, "time the step with each kernel of attention", **own)
     flags.DEFINE_boolean("json", False, "print one JSON object", **own)
-    cli.no_words(command.parse(argv, required=("config",)))
+    no_words(command.parse(argv, required=("config",)))
     config, values = command.config, command.flags
     if values.input_only and (values.profile or values.compare):
         flag = "--profile" if values.profile else "--compare"
-        raise cli.UsageError(f"{flag} is of the training step: leave out --input-only")
+        raise UsageError(f"{flag} is of the training step: leave out --input-only")
     if values.input_only:
-        config_lib.validate(bench_step.without_teacher_weights(config), num_devices=1)
-        result = bench_input.measure(config, values.seconds, values.device, values.mfu)
-        report = bench_input.report
+        validate(step_time.without_teacher_weights(config), num_devices=1)
+        result = input_rate.measure(config, values.seconds, values.device, values.mfu)
+        report = input_rate.report
     else:
         profile = Path(values.profile) if values.profile else None
-        result = bench_step.measure(config, values.seconds, profile, values.compare)
-        report = bench_step.report
+        result = step_time.measure(config, values.seconds, profile, values.compare)
+        report = step_time.report
     if values.json:
         json.dump(result, sys.stdout)
         print()

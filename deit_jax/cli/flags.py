@@ -1,4 +1,4 @@
-"""What the commands share: flags with a config file, and help."""
+"""What the commands share: flags with a config file, help, and output files."""
 
 import re
 import sys
@@ -7,10 +7,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from deit_jax.config import files
 from deit_jax.errors import UserError
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
+from deit_jax.storage import write_text
 
 _LIST = "configs/base.py lists them all"
 _REMEDIES = {  # for what the flags' libraries say of a value
@@ -37,17 +36,17 @@ class Command:
 
     def add_config(self, argv: list[str]) -> None:
         """Define --config=FILE[:ARGS] and --config.KEY=VALUE for every key of that file."""
-        # Config files import their siblings as `from configs import base`.
-        for folder in (Path.cwd(), REPOSITORY):
-            if str(folder) not in sys.path:
-                sys.path.insert(0, str(folder))
+        # A config file may import what lies beside it where the command runs; last, so that no
+        # folder there hides a package.
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
         config_flags.DEFINE_config_file(
             "config",
             None,
             "config file, with its arguments after a colon: configs/deit.py:variant=small",
             lock_config=True,
             flag_values=self.flags,
-            sys_argv=[self._name, *argv],
+            sys_argv=[self._name, *_with_config_files(argv)],
         )
 
     def parse(self, argv: list[str], required: tuple[str, ...] = ()) -> list[str]:
@@ -56,13 +55,17 @@ class Command:
             print(f"{self._doc}\n\nFlags:\n{self.flags.get_help()}")
             raise SystemExit(0)
         try:
-            rest = self.flags([self._name, *map(_underscored, argv)])[1:]
+            words = map(_underscored, _with_config_files(argv))
+            rest = self.flags([self._name, *words])[1:]
         except Exception as error:  # the config file is a program, and may raise anything
             raise UsageError(_explain(error, argv)) from error
         config = self.flags["config"].value if "config" in self.flags else None
         if config is not None and not isinstance(config, ConfigDict):
             # ml_collections puts off reporting a file that is not there to the first use.
-            raise UsageError(f"--config={self._config_path(argv)}: no such file below {Path.cwd()}")
+            raise UsageError(
+                f"--config={self._config_path(argv)}: no such file below {Path.cwd()}, nor among "
+                f"those of deit_jax ({', '.join(files.shipped())})"
+            )
         for name in required:
             if getattr(self.flags, name) in (None, ""):
                 raise UsageError(f"--{name}=… is missing; see `deit {self._name} --help`")
@@ -79,10 +82,55 @@ class Command:
         return self.flags.config
 
 
+def add_process_flags(command) -> None:
+    """Define the flags that make a process one of several."""
+    own, found = {"flag_values": command.flags}, "where TPU, Slurm or Open MPI do not tell"
+    flags.DEFINE_boolean("multihost", False, "this is one of several processes of the run", **own)
+    flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0, {found}", **own)
+    flags.DEFINE_integer("num_processes", None, f"how many there are, {found}", **own)
+    flags.DEFINE_integer("process_id", None, f"which one this is, {found}", **own)
+
+
+def add_workdir_flags(command: Command, images: int) -> None:
+    """Define the flags of the commands that look at runs; `images` is how many unless told."""
+    own = {"flag_values": command.flags}
+    flags.DEFINE_list("workdir", None, "a run, or several with commas between them", **own)
+    flags.DEFINE_integer(
+        "images", images, "evaluate on at most so many images, evenly spaced", lower_bound=1, **own
+    )
+
+
+def write_output(path: str | Path, text: str) -> None:
+    """Write what --out names; characters that UTF-8 cannot hold, as in odd file names, are `?`."""
+    try:
+        write_text(Path(path), text)
+    except OSError as error:
+        raise UserError(f"--out={path}: cannot be written ({error.strerror})") from error
+
+
 def no_words(words: list[str]) -> None:
     """Raise UsageError if the command line holds words that the command does not take."""
     if words:
         raise UsageError(f"unexpected argument {words[0]!r}; flags are written --name=value")
+
+
+def _with_config_files(argv: list[str]) -> list[str]:
+    """Return the words with the path of the config file that --config names."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        if equals:
+            words[i] = f"{flag}={_config_file(value)}"
+        elif i + 1 < len(words):
+            words[i + 1] = _config_file(words[i + 1])
+    return words
+
+
+def _config_file(text: str) -> str:
+    name, colon, arguments = text.partition(":")
+    return f"{files.locate(name)}{colon}{arguments}"
 
 
 def _underscored(word: str) -> str:

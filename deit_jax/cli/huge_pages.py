@@ -14,7 +14,7 @@ VALUE = (
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
-def restart_with() -> None:
+def restart() -> None:
     """Start this program again, as it was called, with such memory from the C library.
 
     XLA on a CPU asks for a step's whole temporary memory anew in every step; in pages of 4 kB

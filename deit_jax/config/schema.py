@@ -1,6 +1,41 @@
-"""The values that each number of a config may have. Models check their own fields themselves."""
+"""What a config may hold beyond its types: the choices, the ranges, and what a resume may change.
+
+Models check their own fields themselves; of a registry's members its own room knows.
+"""
 
 import dataclasses
+
+# Fields that may differ between a run and its continuation: they change no number it computes.
+# So do those of the mesh, and which kernels compute, but for rounding.
+MAY_CHANGE = (
+    "data.dir",
+    "data.prefetch_batches",
+    "data.threads",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.slices",
+    "mesh.tensor",
+    "model.attention",
+    "teacher.model.attention",
+    "teacher.tape_path",
+    "teacher.tape_top_k",
+    "train.deterministic",
+    "train.eval_batch_size",
+    "train.eval_every_epochs",
+    "train.keep_checkpoints",
+    "train.micro_batch",
+    "train.log_every_steps",
+    "train.save_every_epochs",
+)
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "augment.crop": ("random_resized", "simple"),
+    "init.head": ("error", "drop", "cls"),
+    "loss.heads": ("cls", "both"),
+    "distill.reduction": ("batchmean", "numel"),
+    "teacher.tape": ("off", "record", "replay"),
+    "train.on_divergence": ("stop", "rollback"),
+}
 
 INT32 = 2**31 - 1  # what the step and the counters are
 LARGE = 1e6  # for what has no limit but float32's, which its products must not reach either

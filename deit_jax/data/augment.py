@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deit_jax.data import pixels
-from deit_jax.data.pixels import Image
+from deit_jax.data import image_ops
+from deit_jax.data.image_ops import Image
 
 Augment = Callable[[Image, np.random.Generator], Image]
 
@@ -47,29 +47,31 @@ def _signed(function: Callable[[Image, float], Image], most: float, axis: int | 
 
 
 OPS: dict[str, Op] = {
-    "AutoContrast": lambda image, level, sign: pixels.autocontrast(image),
-    "Equalize": lambda image, level, sign: pixels.equalize(image),
-    "Invert": lambda image, level, sign: pixels.invert(image),
-    "Rotate": _signed(pixels.rotate, 30.0),
-    "Posterize": lambda image, level, sign: pixels.posterize(image, _steps(level, 4)),
-    "PosterizeIncreasing": lambda image, level, sign: pixels.posterize(image, 4 - _steps(level, 4)),
-    "Solarize": lambda image, level, sign: pixels.solarize(image, _steps(level, 256)),
-    "SolarizeIncreasing": lambda image, level, sign: pixels.solarize(
+    "AutoContrast": lambda image, level, sign: image_ops.autocontrast(image),
+    "Equalize": lambda image, level, sign: image_ops.equalize(image),
+    "Invert": lambda image, level, sign: image_ops.invert(image),
+    "Rotate": _signed(image_ops.rotate, 30.0),
+    "Posterize": lambda image, level, sign: image_ops.posterize(image, _steps(level, 4)),
+    "PosterizeIncreasing": lambda image, level, sign: image_ops.posterize(
+        image, 4 - _steps(level, 4)
+    ),
+    "Solarize": lambda image, level, sign: image_ops.solarize(image, _steps(level, 256)),
+    "SolarizeIncreasing": lambda image, level, sign: image_ops.solarize(
         image, 256 - _steps(level, 256)
     ),
-    "SolarizeAdd": lambda image, level, sign: pixels.solarize_add(image, _steps(level, 110)),
-    "Color": _upwards(pixels.color),
-    "ColorIncreasing": _away(pixels.color),
-    "Contrast": _upwards(pixels.contrast),
-    "ContrastIncreasing": _away(pixels.contrast),
-    "Brightness": _upwards(pixels.brightness),
-    "BrightnessIncreasing": _away(pixels.brightness),
-    "Sharpness": _upwards(pixels.sharpness),
-    "SharpnessIncreasing": _away(pixels.sharpness),
-    "ShearX": _signed(pixels.shear_x, 0.3),
-    "ShearY": _signed(pixels.shear_y, 0.3),
-    "TranslateXRel": _signed(pixels.translate_x, 0.45, axis=1),
-    "TranslateYRel": _signed(pixels.translate_y, 0.45, axis=0),
+    "SolarizeAdd": lambda image, level, sign: image_ops.solarize_add(image, _steps(level, 110)),
+    "Color": _upwards(image_ops.color),
+    "ColorIncreasing": _away(image_ops.color),
+    "Contrast": _upwards(image_ops.contrast),
+    "ContrastIncreasing": _away(image_ops.contrast),
+    "Brightness": _upwards(image_ops.brightness),
+    "BrightnessIncreasing": _away(image_ops.brightness),
+    "Sharpness": _upwards(image_ops.sharpness),
+    "SharpnessIncreasing": _away(image_ops.sharpness),
+    "ShearX": _signed(image_ops.shear_x, 0.3),
+    "ShearY": _signed(image_ops.shear_y, 0.3),
+    "TranslateXRel": _signed(image_ops.translate_x, 0.45, axis=1),
+    "TranslateYRel": _signed(image_ops.translate_y, 0.45, axis=0),
 }
 
 ORIGINAL_OPS = tuple(name for name in OPS if not name.endswith("Increasing"))
@@ -121,7 +123,7 @@ class ColorJitter:
         image = np.ascontiguousarray(image)
         factors = rng.uniform(max(0.0, 1.0 - self.strength), 1.0 + self.strength, size=3)
         for index in rng.permutation(3):
-            image = (pixels.brightness, pixels.contrast, pixels.color)[index](
+            image = (image_ops.brightness, image_ops.contrast, image_ops.color)[index](
                 image, float(factors[index])
             )
         return image
@@ -132,8 +134,8 @@ def three_augment(image: Image, rng: np.random.Generator) -> Image:
     image = np.ascontiguousarray(image)
     choice, radius = rng.integers(3), rng.uniform(0.1, 2.0)
     if choice == 0:
-        return pixels.grayscale(image)
-    return pixels.solarize(image, 128) if choice == 1 else pixels.gaussian_blur(image, radius)
+        return image_ops.grayscale(image)
+    return image_ops.solarize(image, 128) if choice == 1 else image_ops.gaussian_blur(image, radius)
 
 
 @dataclass(frozen=True)

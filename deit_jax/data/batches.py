@@ -9,12 +9,8 @@ the one that it began with.
 """
 
 import contextlib
-import dataclasses
 import logging
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import cv2
@@ -22,8 +18,9 @@ import numpy as np
 
 from deit_jax.data import decode
 from deit_jax.data.augment import make_augment
-from deit_jax.data.resize import choose, resize_pillow
-from deit_jax.data.sources import Source
+from deit_jax.data.decoders import choose, resize_pillow
+from deit_jax.data.order import EpochOrder, example_rngs
+from deit_jax.data.sources.base import Source
 from deit_jax.errors import UserError
 
 log = logging.getLogger("deit_jax")
@@ -33,64 +30,6 @@ SCRATCH = 3 << 20  # bytes for one decoded image, a million pixels; larger ones 
 MAX_SKIPS = 1000  # unreadable images in a row: the data set is damaged, not some files
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class EpochOrder:
-    """Which image stands at each position: shuffled anew every epoch, copies side by side.
-
-    An epoch has as many positions as whole batches fit in the data set; with `repeats` copies it
-    meets 1 / repeats of the images (deit's RASampler, whose "300 epochs" are 100 passes).
-    """
-
-    num_images: int
-    batch_size: int
-    repeats: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches in an epoch; one at least, which then repeats images."""
-        return max(1, self.num_images // self.batch_size)
-
-    def shuffled(self):
-        """Return the endless sequence of image indices, one random permutation after another.
-
-        It is a grain.MapDataset.
-        """
-        import grain  # takes a second, and only who loads images needs it
-
-        return grain.MapDataset.range(self.num_images).seed(self.seed).shuffle().repeat()
-
-    def slot(self, position: int) -> int:
-        """Return where in `shuffled()` the image at a position stands."""
-        per_epoch = self.steps_per_epoch * self.batch_size
-        epoch, within = divmod(position, per_epoch)
-        passes = -(-per_epoch // (self.repeats * self.num_images))  # of a set smaller than a batch
-        return epoch * passes * self.num_images + within // self.repeats
-
-
-def offset_seed(seed: int, offset: int) -> int:
-    """Return the seed of the data after `offset` rollbacks; far from those of neighbouring runs."""
-    return (seed + offset * 0x9E3779B1) % 2**32 if offset else seed
-
-
-def example_rng(seed: int, position: int) -> np.random.Generator:
-    """Return the random numbers of one position; no other position shares them."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
-
-
-def example_rngs(seed: int) -> Callable[[int], np.random.Generator]:
-    """Return `example_rng` of one seed, but ten times faster: each call ends the one before."""
-    bits = np.random.Philox(key=np.array([seed, 0], np.uint64))
-    generator, state = np.random.Generator(bits), bits.state
-
-    def at(position: int) -> np.random.Generator:
-        state["state"]["key"][1] = position
-        bits.state = state
-        return generator
-
-    return at
 
 
 @runtime_checkable
@@ -270,72 +209,3 @@ def _whole(batches: Batches, step: int) -> Batch:
     for block in range(batches.blocks):
         batches.fill(step, block, batch)
     return batch
-
-
-def usable_cores() -> int:
-    """Return the cores this process may run on, which a container may have limited."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class _Memory:
-    """Batches' arrays, given out again once nobody refers to them, as fresh ones must be cleared.
-
-    A reference is any: a view, or a JAX array on the CPU, which shares the memory.
-    """
-
-    def __init__(self, allocate: Callable[[], Batch]):
-        self._allocate, self._batches = allocate, [allocate()]
-        self._idle = self._references(self._batches[0])
-
-    @staticmethod
-    def _references(batch: Batch) -> list[int]:
-        return [sys.getrefcount(array) for array in batch.values()]
-
-    def take(self) -> Batch:
-        """Return arrays that nobody else has."""
-        for batch in self._batches:
-            if self._references(batch) == self._idle:
-                return dict(batch)
-        self._batches.append(self._allocate())
-        return dict(self._batches[-1])
-
-
-def load(batches: Batches, start: int, stop: int, threads: int, prefetch: int) -> Iterator[Batch]:
-    """Iterate over batches start … stop - 1 in order, loaded ahead by threads.
-
-    The arrays of a batch may be used for a later one once nothing refers to them.
-    """
-    import grain
-
-    cv2.setNumThreads(0)  # these threads are the parallelism; OpenCV's own would fight them
-    # A thread back from decoding waits so long for the interpreter; by default 5 ms, six images.
-    sys.setswitchinterval(1e-4)
-    memory, under_way, lock = _Memory(batches.empty), {}, threading.Lock()
-
-    def fill(number: int) -> int:
-        step, block = divmod(number, batches.blocks)
-        with lock:
-            if step not in under_way:
-                under_way[step] = memory.take()
-            batch = under_way[step]
-        batches.fill(step, block, batch)
-        return number
-
-    blocks = batches.blocks
-    ahead = prefetch * blocks
-    options = grain.ReadOptions(
-        num_threads=min(threads or usable_cores(), ahead), prefetch_buffer_size=ahead
-    )
-    numbers = grain.MapDataset.range(start * blocks, stop * blocks)
-    loader = iter(numbers.map(fill).to_iter_dataset(options))
-    try:
-        for number in loader:
-            if (number + 1) % blocks == 0:
-                with lock:
-                    batch = under_way.pop(number // blocks)
-                yield batch
-                del batch  # or its memory would not be free while the next is waited for
-    finally:
-        loader.close()  # or the interpreter would first load what is queued, and exit late

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from deit_jax.data.resize import Decoder, Pixels, Resize, Resized, resize_pillow
+from deit_jax.data.decoders import Decoder, Pixels, Resize, Resized, resize_pillow
 from deit_jax.errors import UserError
 
 # Pillow only warns of images of up to twice its limit; together with their copies they take

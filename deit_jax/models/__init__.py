@@ -1,0 +1,1 @@
+"""ViT and its teachers: one file, one family."""

@@ -13,14 +13,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# The convolutions of one module in the order they run: the i-th is followed by the i-th batch norm
-# (in name order). Names are timm's, which do not pair them up: bn1 follows conv_pw or conv_dw.
-_RUN_ORDER = (
-    ("conv",),
-    ("conv_stem", "conv_head"),
-    ("conv_dw", "conv_pw"),
-    ("conv_pw", "conv_dw", "conv_pwl"),
-)
+# For each kind of module its convolutions in the order they run: the i-th is followed by the i-th
+# batch norm (in name order).
+FoldOrders = tuple[tuple[str, ...], ...]
 
 
 def conv_init(groups: int = 1) -> Callable:
@@ -124,36 +119,42 @@ def drop_path(
     return jnp.where(mask, x / keep, jnp.zeros_like(x))
 
 
-def fold_batch_norm(variables: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
+def fold_batch_norm(variables: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return the float32 params of the `folded=True` twin of a model with these variables.
 
-    `epsilon` is the model's (its class attribute `bn_epsilon`).
+    The model says how by `bn_epsilon` and `fold_orders`.
     """
-    return _fold(variables["params"], variables["batch_stats"], epsilon)
+    return _fold(variables["params"], variables["batch_stats"], model)
 
 
-def _fold(params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
+def _fold(params: Mapping[str, Any], stats: Mapping[str, Any], model) -> dict[str, Any]:
     norms = sorted(name for name in stats if "mean" in stats[name])
-    convs = _convs_before(params, norms)
+    convs = _convs_before(params, norms, model.fold_orders)
     folded = {}
     for name, value in params.items():
         if name in convs:
             norm = convs[name]
-            folded[name] = _fold_pair(value, params[norm], stats[norm], epsilon)
+            folded[name] = _fold_pair(value, params[norm], stats[norm], model.bn_epsilon)
         elif isinstance(value, Mapping) and name not in norms:
-            folded[name] = _fold(value, stats.get(name, {}), epsilon)
+            folded[name] = _fold(value, stats.get(name, {}), model)
         elif name not in norms:
             folded[name] = jnp.asarray(value, jnp.float32)
     return folded
 
 
-def _convs_before(params: Mapping[str, Any], norms: list[str]) -> dict[str, str]:
+def _convs_before(
+    params: Mapping[str, Any], norms: list[str], orders: FoldOrders
+) -> dict[str, str]:
     """Map each convolution of one module to the batch norm that follows it."""
     if not norms:
         return {}
-    present = {name for name in params if name.startswith("conv")}
-    (order,) = (order for order in _RUN_ORDER if set(order) == present)
+    present = {name for name, value in params.items() if _is_conv(value)}
+    (order,) = (order for order in orders if set(order) == present)
     return dict(zip(order, norms, strict=True))
+
+
+def _is_conv(value) -> bool:
+    return isinstance(value, Mapping) and getattr(value.get("kernel"), "ndim", 0) == 4
 
 
 def _fold_pair(conv, norm, stats, epsilon: float) -> dict[str, Array]:

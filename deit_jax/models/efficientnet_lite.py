@@ -5,6 +5,7 @@ Shapes: B batch, H W pixels, C channels, K classes.
 
 import dataclasses
 import math
+import re
 from typing import ClassVar
 
 import jax
@@ -14,7 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deit_jax.models import limits
-from deit_jax.models.conv import ConvNorm, drop_path
+from deit_jax.models.conv import ConvNorm, FoldOrders, drop_path
+from deit_jax.models.family import Family, ModelSpec
 from deit_jax.models.heads import Heads
 
 # Stages of lite0: kernel, stride, expansion, width, blocks.
@@ -96,6 +98,12 @@ class EfficientNetLite(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     bn_epsilon: ClassVar[float] = 1e-3
+    # Names are timm's, which do not pair them up: bn1 follows conv_pw or conv_dw.
+    fold_orders: ClassVar[FoldOrders] = (
+        ("conv_stem", "conv_head"),
+        ("conv_dw", "conv_pw"),
+        ("conv_pw", "conv_dw", "conv_pwl"),
+    )
     VARIANTS: ClassVar[dict[str, LiteVariant]] = {
         "efficientnet_lite0": LiteVariant(width=1.0, depth=1.0, dropout=0.2, image_size=224),
         "efficientnet_lite1": LiteVariant(width=1.0, depth=1.1, dropout=0.2, image_size=240),
@@ -116,6 +124,11 @@ class EfficientNetLite(nn.Module):
         scaling = self.VARIANTS[self.variant]
         stages = range(len(_STAGES))
         return [(stage, i) for stage in stages for i in range(scaling.scale_depth(stage))]
+
+    @property
+    def feature_layer(self) -> str:
+        """The module whose output are the features: the last block."""
+        return "blocks_{}_{}".format(*self.block_indices()[-1])
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W C"], train: bool = False) -> Heads:
@@ -164,3 +177,52 @@ class EfficientNetLite(nn.Module):
             name="classifier",
         )
         return classifier(x).astype(jnp.float32)
+
+
+# PyPI's efficientnet_lite_pytorch, once its flat block index is split into stage and index. The
+# first block has no expansion, so its batch norms count from one later.
+_PYPI_NAMES = (
+    ("conv_stem", "_conv_stem"),
+    ("bn1", "_bn0"),
+    ("blocks.0.0.conv_dw", "_blocks.0.0._depthwise_conv"),
+    ("blocks.0.0.bn1", "_blocks.0.0._bn1"),
+    ("blocks.0.0.conv_pw", "_blocks.0.0._project_conv"),
+    ("blocks.0.0.bn2", "_blocks.0.0._bn2"),
+    ("blocks.#.#.conv_pw", "_blocks.#.#._expand_conv"),
+    ("blocks.#.#.bn1", "_blocks.#.#._bn0"),
+    ("blocks.#.#.conv_dw", "_blocks.#.#._depthwise_conv"),
+    ("blocks.#.#.bn2", "_blocks.#.#._bn1"),
+    ("blocks.#.#.conv_pwl", "_blocks.#.#._project_conv"),
+    ("blocks.#.#.bn3", "_blocks.#.#._bn2"),
+    ("conv_head", "_conv_head"),
+    ("bn2", "_bn1"),
+    ("classifier", "_fc"),
+)
+
+
+def _split_index(name: str, model: EfficientNetLite) -> str:
+    """Return `_blocks.stage.index.…` for `_blocks.number.…`; other names as they are."""
+    blocks = model.block_indices()
+
+    def stage_and_index(match: re.Match[str]) -> str:
+        number = int(match[0])
+        return "{}.{}".format(*blocks[number]) if number < len(blocks) else match[0]
+
+    return re.sub(r"(?<=^_blocks\.)\d+", stage_and_index, name)
+
+
+def _spec(name: str) -> ModelSpec:
+    half = (0.5, 0.5, 0.5)
+    size = EfficientNetLite.VARIANTS[name].image_size
+    return ModelSpec(EfficientNetLite, {"variant": name}, size, mean=half, std=half)
+
+
+FAMILY = Family(
+    cls=EfficientNetLite,
+    specs={name: _spec(name) for name in EfficientNetLite.VARIANTS},
+    heads=("classifier",),
+    aliases=_PYPI_NAMES,
+    rewrite=_split_index,
+    block=r"(_blocks\.\d+|blocks\.\d+\.\d+)\.",
+    count_blocks=lambda model: len(model.block_indices()),
+)

@@ -17,3 +17,8 @@ class Heads(NamedTuple):
         The paper adds the two softmax outputs (section 4); its code averages logits, as here.
         """
         return self.cls if self.dist is None else (self.cls + self.dist) / 2
+
+    @property
+    def taught(self) -> Float[Array, "B K"]:
+        """The logits that a teacher's term acts on: the distillation head's if there is one."""
+        return self.cls if self.dist is None else self.dist

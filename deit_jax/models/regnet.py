@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deit_jax.models import limits
-from deit_jax.models.conv import ConvNorm, conv_init, drop_path
+from deit_jax.models.conv import ConvNorm, FoldOrders, conv_init, drop_path
+from deit_jax.models.family import Family, ModelSpec
 from deit_jax.models.heads import Heads
 
 _NARROWEST = 3  # channels whose quarter, which squeeze-excite goes through, is not rounded to none
@@ -166,6 +167,7 @@ class RegNetY(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     bn_epsilon: ClassVar[float] = 1e-5
+    fold_orders: ClassVar[FoldOrders] = (("conv",),)
     VARIANTS: ClassVar[dict[str, RegNetVariant]] = {
         "regnety_002": RegNetVariant(depth=13, w0=24, wa=36.44, wm=2.49, group_width=8),
         "regnety_004": RegNetVariant(depth=16, w0=48, wa=27.89, wm=2.09, group_width=8),
@@ -212,6 +214,11 @@ class RegNetY(nn.Module):
         group_width = variant.group_width if self.group_width is None else self.group_width
         return widths, depths, tuple(min(group_width, width) for width in widths)
 
+    @property
+    def feature_layer(self) -> str:
+        """The module whose output are the features: the last stage."""
+        return f"s{len(self.stages()[0])}"
+
     @nn.compact
     def __call__(self, images: Float[Array, "B H W C"], train: bool = False) -> Heads:
         """Return the float32 logits [B K] for normalised images of any size."""
@@ -228,3 +235,13 @@ class RegNetY(nn.Module):
             x = Stage(conv_norm, width, group_width, mine, self.remat, name=f"s{i + 1}")(x, train)
         logits = ClassifierHead(self.num_classes, self.dtype, name="head")(x)
         return Heads(logits.astype(jnp.float32), None)
+
+
+FAMILY = Family(
+    cls=RegNetY,
+    specs={name: ModelSpec(RegNetY, {"variant": name}) for name in RegNetY.VARIANTS},
+    heads=("head/fc",),
+    # DeiT's teachers (timm 0.3.2) already have today's names.
+    block=r"(s\d+\.b\d+)\.",
+    count_blocks=lambda model: sum(model.stages()[1]),
+)

@@ -9,7 +9,6 @@ import time
 import traceback
 
 import jax
-from absl import flags
 from jax._src import distributed as jax_distributed  # Orbax, too, reaches the store through it
 
 from deit_jax.errors import Interrupted, UserError
@@ -20,15 +19,6 @@ FAILURE = "deit_jax/failure"  # the key under which a process tells the others w
 HEARTBEAT_S = 30  # without a sign of life for so long, a process is given up, and the run with it
 WATCH_S = 1
 GRACE_S = 3  # the first process keeps the store, so it goes last
-
-
-def add_flags(command) -> None:
-    """Define the flags that make a process one of several."""
-    own, found = {"flag_values": command.flags}, "where TPU, Slurm or Open MPI do not tell"
-    flags.DEFINE_boolean("multihost", False, "this is one of several processes of the run", **own)
-    flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0, {found}", **own)
-    flags.DEFINE_integer("num_processes", None, f"how many there are, {found}", **own)
-    flags.DEFINE_integer("process_id", None, f"which one this is, {found}", **own)
 
 
 @contextlib.contextmanager

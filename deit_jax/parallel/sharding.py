@@ -15,7 +15,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deit_jax.errors import UserError
-from deit_jax.optim import path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -199,3 +198,8 @@ def _tensor_axis(name: str, shape, heads: int | None) -> tuple[int | None, int, 
                 return axis, heads or 1, "attention heads"
             return axis, shape[axis], "classes" if "head" in name else "hidden units"
     return None, 0, ""
+
+
+def path_name(path) -> str:
+    """Return a pytree path as `blocks_0/attn/qkv/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -6,30 +6,30 @@ import jax
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from deit_jax import config as config_lib
+from deit_jax.models.build import for_counting
+from deit_jax.train.experiment import Experiment
 
 
-def flops_per_image(config, num_classes: int) -> float:
+def flops_per_image(experiment: Experiment) -> float:
     """Return the floating-point operations that one training example takes.
 
     6 per multiply-accumulate of the student (2 forward, 4 backward), 2 of the frozen teacher;
     recomputation is not counted. A label tape takes the teacher's place for nothing.
     """
-    size = config_lib.image_size(config.model)
-    flops = 3 * forward_flops(config.model, num_classes, size)
-    if config.distill.kind != "none" and config.teacher.tape != "replay":
-        size = config.teacher.image_size or size
-        flops += forward_flops(config.teacher.model, num_classes, size)
+    flops = 3 * forward_flops(experiment.model, experiment.image_size)
+    spec = experiment.teacher
+    if spec is not None and spec.answers:
+        flops += forward_flops(spec.build(experiment.num_classes), spec.image_size)
     return flops
 
 
-def forward_flops(model_config, num_classes: int, size: int) -> float:
+def forward_flops(model, size: int) -> float:
     """Return the floating-point operations of a model's answer to one image of `size` pixels.
 
     Those of its products and convolutions, 2 per multiply-accumulate, as timm counts them.
     """
     # Not by Lowered.cost_analysis(), which is None behind a plugin: on every GPU and TPU.
-    model = config_lib.for_counting(config_lib.build_model(model_config, num_classes))
+    model = for_counting(model)
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)

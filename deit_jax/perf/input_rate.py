@@ -1,23 +1,27 @@
 """How fast the input pipeline is on this machine, and what a device needs: `--input-only`."""
 
 import contextlib
+import dataclasses
 import itertools
 import re
 import time
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
 
-from deit_jax import config as config_lib
-from deit_jax.chips import CHIPS
-from deit_jax.data import decode, pipeline
+from deit_jax.data import decode
 from deit_jax.data.augment import make_augment
-from deit_jax.data.resize import choose, resize_pillow
-from deit_jax.data.sources import Dataset, open_dataset
+from deit_jax.data.decoders import choose, resize_pillow
+from deit_jax.data.loader import usable_cores
+from deit_jax.data.order import example_rng
+from deit_jax.data.sources.base import Dataset
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
-from deit_jax.flops import flops_per_image
-from deit_jax.inspect_data import train_batches
+from deit_jax.perf.chips import CHIPS
+from deit_jax.perf.flops import flops_per_image
+from deit_jax.train.experiment import Experiment, resolve
 
 STAGES = ("read", "decode", "crop", "augment", "wait")
 
@@ -45,17 +49,20 @@ def need(flops: float, device: str, mfu: float) -> dict[str, Any]:
     return {"device": f"{kind}-{count}", "assumed_mfu": mfu, "images_per_second": rate}
 
 
-def stages(config, dataset: Dataset, seconds: float) -> dict[str, float]:
+def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str, float]:
     """Return µs per produced image of each stage, one after the other in this thread.
 
     Reading and decoding are shared by the copies of an image, and so counted by share. At least
     one image of each copy is timed, and 16 before that are not.
     """
     cv2.setNumThreads(0)  # as the pipeline does
-    data, augment, size = config.data, config.augment, config_lib.image_size(config.model)
-    order = pipeline.EpochOrder(len(dataset.train), config.batch_size, augment.repeats, config.seed)
+    data, augment, size = experiment.data, experiment.augment, experiment.image_size
     decoder, apply = choose(data.decoder), make_augment(augment.auto, augment.color_jitter)
-    indices, clock, times = order.shuffled(), time.perf_counter, dict.fromkeys(STAGES[:4], 0.0)
+    indices, clock, times = (
+        experiment.order.shuffled(),
+        time.perf_counter,
+        dict.fromkeys(STAGES[:4], 0.0),
+    )
     warm_up, images, start = 16 * augment.repeats, 0, clock()
     for position in itertools.count(0, augment.repeats):
         index = int(indices[position // augment.repeats])
@@ -72,7 +79,7 @@ def stages(config, dataset: Dataset, seconds: float) -> dict[str, float]:
         t2 = clock()
         spent = [t1 - t0, t2 - t1, 0.0, 0.0]
         for copy in range(augment.repeats):
-            rng = pipeline.example_rng(config.seed, position + copy)
+            rng = example_rng(experiment.order.seed, position + copy)
             t0 = clock()
             view = crop(pixels, augment, size, rng, resize)
             t1 = clock()
@@ -97,17 +104,19 @@ def crop(pixels: np.ndarray, augment, size: int, rng, resize) -> np.ndarray:
     return view[:, ::-1] if rng.random() < augment.flip_prob else view
 
 
-def input_rate(config, dataset: Dataset, seconds: float, threads: int) -> float:
+def input_rate(experiment: Experiment, dataset: Dataset, seconds: float) -> float:
     """Return images per second of the real pipeline, nobody waiting for a model."""
-    batches = train_batches(config, dataset, range(config.batch_size))
-    loader = pipeline.load(batches, 0, 2**31, threads, config.data.prefetch_batches)
-    with contextlib.closing(loader):
+    # Short batches, so that one does not take longer than the whole measurement.
+    size = min(experiment.batch_size, 128 * experiment.order.repeats)
+    order = dataclasses.replace(experiment.order, batch_size=size)
+    short = dataclasses.replace(experiment, order=order)
+    with contextlib.closing(short.loaded(short.batches(dataset, range(size)), 0, 2**31)) as loader:
         next(loader)  # starts the threads
         began, times = time.perf_counter(), []
         while not times or times[-1] < seconds:
             next(loader)
             times.append(time.perf_counter() - began)
-    return len(times) * config.batch_size / times[-1]
+    return len(times) * size / times[-1]
 
 
 def measure(config, seconds: float, device: str = "v5e-8", mfu: float = 0.0) -> dict[str, Any]:
@@ -118,15 +127,14 @@ def measure(config, seconds: float, device: str = "v5e-8", mfu: float = 0.0) -> 
     """
     parse_device(device)
     dataset = open_dataset(config.data)
-    cores = pipeline.usable_cores()
+    cores = usable_cores()
     threads = min(config.data.threads or cores, cores)
-    stages_us = stages(config, dataset, seconds / 3)
-    # Short batches, so that one does not take longer than the whole measurement.
-    config = config.copy_and_resolve_references()
-    config.batch_size = min(config.batch_size, 128 * config.augment.repeats)
-    rate = input_rate(config, dataset, 2 * seconds / 3, config.data.threads)
+    images = len(dataset.train)
+    experiment = resolve(config, len(dataset.classes), images, devices=jax.devices()[:1])
+    stages_us = stages(experiment, dataset, seconds / 3)
+    rate = input_rate(experiment, dataset, 2 * seconds / 3)
     stages_us["wait"] = max(0.0, threads / rate * 1e6 - sum(stages_us.values()))
-    flops = flops_per_image(config, len(dataset.classes))
+    flops = flops_per_image(experiment)
     needed = need(flops, device, mfu)
     return {
         "images_per_second": rate,

@@ -1,9 +1,7 @@
 """What a training step will need on TPUs, found by compiling it for them here: `deit plan`."""
 
 import contextlib
-import functools
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -11,39 +9,25 @@ import re
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from deit_jax import cli, hlo, metrics, optim, parts, sharding
-from deit_jax import config as config_lib
-from deit_jax.bench_step import signal_of, without_teacher_weights
-from deit_jax.chips import CHIPS, TPUS
-from deit_jax.compiled_step import jit_train_step
-from deit_jax.data.sources import open_dataset
+from deit_jax.config.serialize import to_json
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
-from deit_jax.flops import flops_per_image
-from deit_jax.plan_report import advice, report, sweep_report
-from deit_jax.step import Recipe, init_state
-from deit_jax.teacher import Teacher
+from deit_jax.parallel import sharding
+from deit_jax.perf import hlo_cost
+from deit_jax.perf.chips import CHIPS, TPUS
+from deit_jax.perf.flops import flops_per_image
+from deit_jax.perf.step_time import without_teacher_weights
+from deit_jax.train.experiment import Experiment, resolve
+from deit_jax.train.tape.session import stand_in
+from deit_jax.train.validate import validate
 
 log = logging.getLogger("deit_jax")
 
-PLAN_DOC = """usage: deit plan --config=FILE[:ARGS] --topology=KIND:SIZE [--sweep] [--out=FILE]
-
-Compile the config's training step, teacher included, for TPUs that need not be there, and tell what
-it needs: memory, operations, communication, and the compiler's own estimate of its time.
-No data, no weights and no TPU are needed; compiling takes a minute or a few.
-
-  deit plan --config=configs/deit.py:variant=base,distilled=True --topology=v5e:4x4
-  deit plan --config=configs/deit3.py:size=huge --topology=v5e:8x8 --config.mesh.fsdp=8 --sweep
-
-KIND is v4, v5e, v5p, v6e or tpu7x; SIZE counts chips: 2x2 to 16x16, or 2x2x1 and on for v4, v5p and
-tpu7x (v4-64 and v5p-64 are 32 chips, 4x4x2). --config.mesh.slices=N plans N such slices. With
---sweep, less hungry variants of the config are compiled as well."""
 # Classes and training images of data sets that need not be there to be planned for.
 KNOWN_DATA = {"tfds:imagenet2012": (1000, 1_281_167)}
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -122,57 +106,25 @@ def data_size(config, classes: int, images: int) -> tuple[int, int]:
     return classes or known[0], images or known[1]
 
 
-def abstract_teacher(config, num_classes: int):
-    """Return a teacher and the shapes of its parameters, batch norm folded; no weights are read.
-
-    (None, None) where the step does without, as a label tape answers for it.
-    """
-    if config.distill.kind == "none" or config.teacher.tape == "replay":
-        return None, None
-    data, size = config.data, config.teacher.image_size or config_lib.image_size(config.model)
-    model = config_lib.build_model(config.teacher.model, num_classes, config.dtype)
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    if "batch_stats" in variables:
-        model = model.clone(folded=True)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    dtype = config_lib.compute_dtype(config.dtype)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), variables["params"])
-    return Teacher(model, data.mean, data.std, data.mean, data.std, size), params
-
-
-def lower_step(config, mesh, num_classes: int, num_images: int):
-    """Return Trainer's step, lowered for the mesh, and its abstract arguments."""
-    model = config_lib.build_model(config.model, num_classes, config.dtype)
-    size, steps = config_lib.image_size(config.model), max(1, num_images // config.batch_size)
-    tx = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, config.epochs, steps))
-    init = functools.partial(
-        init_state, model=model, image_size=size, tx=tx, ema_decay=config.optim.ema_decay
-    )
-    state = jax.eval_shape(init, jax.random.key(config.seed))
-    places = sharding.state_shardings(mesh, state, model)
-    teacher, params = abstract_teacher(config, num_classes)
-    teacher_places = sharding.state_shardings(mesh, params, teacher and teacher.model)
+def lower_step(experiment: Experiment):
+    """Return the step that a run would compile, lowered, and its abstract arguments."""
+    teacher, params = experiment.abstract_teacher() or (None, None)
+    size, batch_size = experiment.image_size, experiment.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32),
+        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((batch_size,), np.int32),
     }
-    labels = np.zeros(config.batch_size, np.int32)
-    for name, x in signal_of(config, labels, num_classes).items():
+    for name, x in stand_in(experiment, np.zeros(batch_size, np.int32)).items():
         batch[name] = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    batch_places = dict.fromkeys(batch, sharding.batch_sharding(mesh))
+    places = (
+        sharding.state_shardings(experiment.mesh, params, teacher and teacher.model),
+        dict.fromkeys(batch, sharding.batch_sharding(experiment.mesh)),
+    )
     arguments = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        (state, params, batch),
-        (places, teacher_places, batch_places),
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (params, batch), places
     )
-    recipe = Recipe.from_config(config, num_classes, mesh)
-    notes = sharding.unsplit(mesh, state.params, model)
-    return (
-        jit_train_step(model, teacher, tx, recipe, mesh, places).lower(*arguments),
-        arguments,
-        notes,
-    )
+    arguments = (experiment.abstract_state, *arguments)
+    return experiment.jit_step(teacher).lower(*arguments), arguments
 
 
 def plan(config, topology: str, classes: int = 0, images: int = 0) -> dict[str, Any]:
@@ -184,11 +136,11 @@ def plan(config, topology: str, classes: int = 0, images: int = 0) -> dict[str, 
     config = config.copy_and_resolve_references()
     devices = devices_of(topology, config.mesh.slices)
     config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    config_lib.validate(without_teacher_weights(config), len(devices))
+    validate(without_teacher_weights(config), len(devices))
     classes, images = data_size(config, classes, images)
     chips *= config.mesh.slices
-    mesh = sharding.make_mesh(config.mesh, devices)
-    lowered, arguments, notes = lower_step(config, mesh, classes, images)
+    experiment = resolve(config, classes, images, devices)
+    lowered, arguments = lower_step(experiment)
     began, compiled, needed = time.perf_counter(), None, None
     try:
         with quiet():
@@ -198,18 +150,17 @@ def plan(config, topology: str, classes: int = 0, images: int = 0) -> dict[str, 
             raise
         needed = used_bytes(str(error))
     result = {
-        "config": config_lib.to_json(config),
+        "config": to_json(config),
         "topology": topology,
         "chips": chips,
-        "mesh": dict(mesh.shape),
+        "mesh": dict(experiment.mesh.shape),
         "batch_size": config.batch_size,
         "images_per_chip": config.batch_size / chips,
         "compile_s": time.perf_counter() - began,
-        "notes": notes,
+        "notes": experiment.unsplit(),
     }
     result |= memory(compiled, arguments, needed, CHIPS[kind])
-    count = parts.micro_batches(config, mesh, classes)
-    return result | speed(config, compiled, CHIPS[kind], chips, classes, images, count)
+    return result | speed(experiment, compiled, CHIPS[kind], chips)
 
 
 def used_bytes(message: str) -> int | None:
@@ -230,7 +181,7 @@ def memory(compiled, arguments, needed: int | None, chip) -> dict[str, Any]:
     if compiled is not None:
         found = compiled.memory_analysis()
         argument, temp = found.argument_size_in_bytes, found.temp_size_in_bytes
-        peak = hlo.peak_bytes(compiled)
+        peak = hlo_cost.peak_bytes(compiled)
     sizes = {"argument_bytes": argument, "temp_bytes": temp, "peak_bytes": peak}
     sizes = {k: v and v * chip.devices for k, v in sizes.items()} | {"hbm_bytes": chip.hbm_bytes}
     return {
@@ -239,28 +190,26 @@ def memory(compiled, arguments, needed: int | None, chip) -> dict[str, Any]:
     }
 
 
-def speed(config, compiled, chip, chips, classes, images, micro_batches) -> dict[str, Any]:
-    """Return operations, communication and estimated times of one step and of the whole run.
-
-    The step is taken in so many micro-batches.
-    """
+def speed(experiment: Experiment, compiled, chip, chips: int) -> dict[str, Any]:
+    """Return operations, communication and estimated times of one step and of the whole run."""
     keys = ("flops_per_step", "collectives", "collective_counts", "estimated_cycles")
     keys += ("estimated_step_ms", "images_per_second_per_chip", "mfu", "hours", "not_estimated")
-    analytic = flops_per_image(config, classes) * config.batch_size
+    batch_size, steps = experiment.batch_size, experiment.total_steps
+    micro_batches = experiment.settings.micro_batches
+    analytic = flops_per_image(experiment) * batch_size
     result = dict.fromkeys(keys) | {"analytic_flops_per_step": analytic}
     if compiled is None:
         return result
-    cost = hlo.cost(compiled.as_text())
+    cost = hlo_cost.cost(compiled.as_text())
     seconds = cost.cycles / (chip.clock_ghz * 1e9)
-    steps = optim.whole_steps(config.epochs, max(1, images // config.batch_size))
     return result | {
         # XLA counts a loop's body once, and all but the update is in the micro-batches' loop.
         "flops_per_step": compiled.cost_analysis()["flops"] * micro_batches * chips * chip.devices,
-        "collectives": {kind: cost.bytes[kind] for kind in hlo.COLLECTIVES},
-        "collective_counts": {kind: cost.counts[kind] for kind in hlo.COLLECTIVES},
+        "collectives": {kind: cost.bytes[kind] for kind in hlo_cost.COLLECTIVES},
+        "collective_counts": {kind: cost.counts[kind] for kind in hlo_cost.COLLECTIVES},
         "estimated_cycles": cost.cycles,
         "estimated_step_ms": seconds * 1e3,
-        "images_per_second_per_chip": config.batch_size / seconds / chips,
+        "images_per_second_per_chip": batch_size / seconds / chips,
         "mfu": analytic / (seconds * chip.peak_tflops * 1e12 * chips),
         "hours": steps * seconds / 3600,
         "not_estimated": {
@@ -298,38 +247,3 @@ def sweep(config, topology: str, classes: int = 0, images: int = 0) -> list[dict
             result = {"error": str(error)}
         results.append({"change": flags, **result})
     return results
-
-
-def main(argv: list[str]) -> None:
-    """Run `deit plan`."""
-    from absl import flags
-
-    command = cli.Command("plan", PLAN_DOC)
-    command.add_config(argv)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("topology", "", "KIND:SIZE of the TPU slice, as in v5e:4x4", **own)
-    flags.DEFINE_boolean("sweep", False, "plan less hungry variants of the config as well", **own)
-    flags.DEFINE_integer("classes", 0, "number of classes, where the data is not here", 0, **own)
-    flags.DEFINE_integer("images", 0, "number of training images, likewise", 0, **own)
-    flags.DEFINE_string("out", "", "write the figures to this JSON file", **own)
-    flags.DEFINE_boolean("json", False, "print one JSON object", **own)
-    cli.no_words(command.parse(argv, required=("config", "topology")))
-    values, config = command.flags, command.config
-    jax.config.update("jax_platforms", "cpu")  # compiling needs no device, and must take none
-    result = plan(config, values.topology, values.classes, values.images)
-    if values.sweep:
-        result["sweep"] = sweep(config, values.topology, values.classes, values.images)
-    if values.out:
-        try:
-            metrics.write_json(Path(values.out), result)
-        except OSError as error:
-            raise UserError(f"--out={values.out}: cannot be written ({error.strerror})") from error
-    if values.json:
-        json.dump(result, sys.stdout)
-        print()
-        return
-    print(report(result))
-    if values.sweep:
-        print(sweep_report(result["sweep"]))
-    elif text := advice(result, list(alternatives(config, result["chips"]))):
-        print(text)

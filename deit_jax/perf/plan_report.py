@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from deit_jax.chips import GIB
+from deit_jax.perf.chips import GIB
 
 
 def report(result: dict[str, Any]) -> str:

@@ -12,16 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from deit_jax import config as config_lib
-from deit_jax import devices, hlo, parts, sharding
-from deit_jax.chips import CHIPS, device_of
-from deit_jax.data import pipeline
-from deit_jax.data.sources import ArraySource, Dataset, open_dataset
+from deit_jax.data.sources.base import ArraySource, Dataset
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
-from deit_jax.flops import flops_per_image
 from deit_jax.models import cudnn
-from deit_jax.teacher import random_teacher
-from deit_jax.train import Trainer
+from deit_jax.parallel import devices, sharding
+from deit_jax.perf import hlo_cost
+from deit_jax.perf.chips import CHIPS, device_of
+from deit_jax.perf.flops import flops_per_image
+from deit_jax.storage import backend
+from deit_jax.train.experiment import Experiment, resolve
+from deit_jax.train.loop import Trainer
+from deit_jax.train.tape.session import stand_in
+from deit_jax.train.validate import validate
 
 log = logging.getLogger("deit_jax")
 
@@ -50,33 +53,24 @@ def without_teacher_weights(config):
     return config
 
 
-def signal_of(config, labels, num_classes: int) -> dict[str, np.ndarray]:
-    """Return {"signal": what a label tape might say}, {} where none answers for the teacher."""
-    if config.distill.kind == "none" or config.teacher.tape != "replay":
-        return {}
-    soft = config.distill.kind == "soft"
-    return {"signal": np.eye(num_classes, dtype=np.float32)[labels] if soft else labels}
-
-
-def random_batch(config, num_classes: int, mesh) -> dict[str, jax.Array]:
+def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
     """Return random images and labels, on the devices as a training batch is."""
-    share = len(sharding.local_rows(mesh, config.batch_size))
-    rng, size = np.random.default_rng(0), config_lib.image_size(config.model)
+    share, size = len(experiment.rows), experiment.image_size
+    rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (share, size, size, 3), np.uint8),
-        "label": rng.integers(0, num_classes, share, np.int32),
+        "label": rng.integers(0, experiment.num_classes, share, np.int32),
     }
-    batch |= signal_of(config, batch["label"], num_classes)
-    return sharding.to_devices(batch, mesh, config.batch_size)
+    return experiment.on_devices(batch | stand_in(experiment, batch["label"]))
 
 
-class Steps:
+class CompiledStep:
     """The compiled step of a Trainer and the state that it carries on."""
 
     def __init__(self, trainer: Trainer, batch):
         self.state, self._teacher_params = trainer.state, trainer.teacher_params
         began = time.perf_counter()
-        lowered = trainer._step.lower(self.state, self._teacher_params, batch)
+        lowered = trainer.step.lower(self.state, self._teacher_params, batch)
         self.compiled = lowered.compile()
         self.compile_s = time.perf_counter() - began
 
@@ -98,24 +92,23 @@ def measure(
     with `compare` `attention_ms` the step's time with each, or why one cannot be had. `profile` is
     where a trace is written, if anywhere; raise UserError if it cannot be.
     """
-    config_lib.validate(without_teacher_weights(config), jax.device_count())
     dataset, missing = data_or_random(config)
+    experiment = _resolved(config, dataset)
     if missing:
         log.info("random images in %d classes, since %s", UNKNOWN_CLASSES, missing)
     folder = profile and _writable(profile)
-    replay = config.teacher.tape == "replay"
-    teacher = None if replay else random_teacher(config, len(dataset.classes))
+    teacher = experiment.random_teacher()
     seconds = seconds if missing else seconds / 2
-    with _trained(config, dataset, teacher) as trainer:
-        batch = random_batch(config, len(dataset.classes), trainer.mesh)
-        steps = Steps(trainer, batch)
-        result = figures(config, len(dataset.classes), step_times(steps, batch, seconds))
+    with _trained(experiment, dataset, teacher) as trainer:
+        batch = random_batch(experiment)
+        steps = CompiledStep(trainer, batch)
+        result = figures(experiment, step_times(steps, batch, seconds))
         result |= {"compile_s": steps.compile_s, **peak_memory(steps.compiled)}
-        result |= attention_of(trainer)
+        result |= attention_of(experiment)
         result["input_wait"] = None
         if not missing:
-            feed = len(dataset.classes), trainer.batches(), trainer.mesh
-            result["input_wait"], missing = input_wait(config, *feed, steps, seconds)
+            wait = input_wait(experiment, trainer.batches(), steps, seconds)
+            result["input_wait"], missing = wait
         result["input_wait_unknown"] = missing or None
         result["profile"] = folder and write_profile(steps, batch, folder)
     if compare:
@@ -125,30 +118,31 @@ def measure(
     return result
 
 
+def _resolved(config, dataset: Dataset) -> Experiment:
+    """Return what a config means for some data, without asking for its teacher's weights."""
+    validate(without_teacher_weights(config), jax.device_count())
+    return resolve(config, len(dataset.classes), len(dataset.train))
+
+
 @contextlib.contextmanager
-def _trained(config, dataset: Dataset, teacher) -> Iterator[Trainer]:
+def _trained(experiment: Experiment, dataset: Dataset, teacher) -> Iterator[Trainer]:
     """Open a run in a folder that goes again, its "out of memory" explained."""
-    mesh = sharding.make_mesh(config.mesh)
-    with (
-        parts.explained(config, mesh, len(dataset.classes)),
-        tempfile.TemporaryDirectory() as workdir,
-    ):
-        trainer = Trainer(config, Path(workdir), dataset, teacher)
+    with experiment.explained(), tempfile.TemporaryDirectory() as workdir:
+        trainer = Trainer(experiment, Path(workdir), dataset, teacher)
         with contextlib.closing(trainer.checkpointer):
             yield trainer
 
 
-def attention_of(trainer: Trainer) -> dict[str, Any]:
+def attention_of(experiment: Experiment) -> dict[str, Any]:
     """Return {"attention": "cudnn" | "xla" | None, "attention_reason": why it is not cuDNN's}."""
-    model, config = trainer.model, trainer.config
+    model = experiment.model
     if not hasattr(model, "attention_shape"):
         return {"attention": None, "attention_reason": None}
     if model.attention == "xla":
         return {"attention": "xla", "attention_reason": "model.attention=xla"}
-    count = parts.micro_batches(config, trainer.mesh, len(trainer.dataset.classes))
-    shape = model.attention_shape(config.batch_size // count)
+    shape = model.attention_shape(experiment.batch_size // experiment.settings.micro_batches)
     reason = cudnn.refusal(shape, model.dtype)
-    told = reason if sharding.platform(trainer.mesh) == "gpu" else None
+    told = reason if sharding.platform(experiment.mesh) == "gpu" else None
     return {"attention": "xla" if reason else "cudnn", "attention_reason": told or None}
 
 
@@ -159,25 +153,26 @@ def compare_attention(
 
     What is known already is not measured again.
     """
-    found = {}
+    times: dict[str, float | str] = {}
     for choice in ("cudnn", "xla"):
-        own = config.copy_and_resolve_references()
-        own.model.attention = choice
+        changed = config.copy_and_resolve_references()
+        changed.model.attention = choice
         try:
-            found[choice] = known.get(choice) or _median_ms(own, dataset, teacher, seconds)
+            times[choice] = known.get(choice) or _median_ms(
+                _resolved(changed, dataset), dataset, teacher, seconds
+            )
         except UserError as error:
-            found[choice] = str(error).partition(": ")[2] or str(error)
+            times[choice] = str(error).partition(": ")[2] or str(error)
         except jax.errors.JaxRuntimeError as error:  # of one kernel; the other may do
-            found[choice] = next(iter(str(error).splitlines()), type(error).__name__)
-    return found
+            times[choice] = next(iter(str(error).splitlines()), type(error).__name__)
+    return times
 
 
-def _median_ms(config, dataset: Dataset, teacher, seconds: float) -> float:
-    """Return the milliseconds of a config's step."""
-    config_lib.validate(without_teacher_weights(config), jax.device_count())
-    with _trained(config, dataset, teacher) as trainer:
-        batch = random_batch(config, len(dataset.classes), trainer.mesh)
-        return float(np.median(step_times(Steps(trainer, batch), batch, seconds))) * 1e3
+def _median_ms(experiment: Experiment, dataset: Dataset, teacher, seconds: float) -> float:
+    """Return the milliseconds of an experiment's step."""
+    with _trained(experiment, dataset, teacher) as trainer:
+        batch = random_batch(experiment)
+        return float(np.median(step_times(CompiledStep(trainer, batch), batch, seconds))) * 1e3
 
 
 def step_times(step, batch, seconds: float) -> list[float]:
@@ -196,16 +191,13 @@ def step_times(step, batch, seconds: float) -> list[float]:
     return np.diff(ends[1:]).tolist()
 
 
-def input_wait(
-    config, classes: int, batches, mesh, step, seconds: float
-) -> tuple[float | None, str]:
+def input_wait(experiment: Experiment, batches, step, seconds: float) -> tuple[float | None, str]:
     """Return the share of time that steps fed by a run's own loader wait for it.
 
     Three steps or more are timed, after two: the loader starts with nothing in store. (None, why)
     if an image cannot be loaded.
     """
-    threads, prefetch = config.data.threads, config.data.prefetch_batches
-    loader, in_flight = pipeline.load(batches, 0, 2**31, threads, prefetch), None
+    loader, in_flight = experiment.loaded(batches, 0, 2**31), None
     waited = began = 0.0
     try:
         with contextlib.closing(loader):
@@ -217,8 +209,7 @@ def input_wait(
                 asked = time.perf_counter()
                 batch = next(loader)
                 waited += time.perf_counter() - asked
-                batch |= signal_of(config, batch["label"], classes)
-                batch = sharding.to_devices(batch, mesh, config.batch_size)
+                batch = experiment.on_devices(batch | stand_in(experiment, batch["label"]))
                 in_flight, before = step(batch), in_flight
                 jax.block_until_ready(before)
     except UserError as error:
@@ -226,23 +217,23 @@ def input_wait(
     raise AssertionError
 
 
-def figures(config, num_classes: int, times: list[float]) -> dict[str, Any]:
+def figures(experiment: Experiment, times: list[float]) -> dict[str, Any]:
     """Return the steps' time, spread and rate, and the share of the devices' peak."""
     tenth, median, ninetieth = np.percentile(times, (10, 50, 90)).tolist()
     kind = jax.devices()[0].device_kind
-    flops = flops_per_image(config, num_classes) * config.batch_size
+    flops = flops_per_image(experiment) * experiment.batch_size
     chip = CHIPS.get(device_of(kind))
     # JAX's devices are whole chips but for tpu7x, of which it makes two.
     peak = chip and chip.peak_tflops / chip.devices
     return {
         "device": kind,
         "devices": jax.device_count(),
-        "batch_size": config.batch_size,
+        "batch_size": experiment.batch_size,
         "steps": len(times),
         "step_ms": median * 1e3,
         "step_ms_p10": tenth * 1e3,
         "step_ms_p90": ninetieth * 1e3,
-        "images_per_second": config.batch_size / median,
+        "images_per_second": experiment.batch_size / median,
         "flops_per_step": flops,
         "mfu": peak and flops / median / (peak * 1e12 * jax.device_count()),
     }
@@ -252,13 +243,13 @@ def peak_memory(compiled) -> dict[str, Any]:
     """Return the bytes of the fullest device, and whether the device or the compiler says so."""
     if peak := devices.peak_bytes(jax.local_devices()):
         return {"peak_bytes": peak, "peak_bytes_by": "device"}
-    expected = hlo.peak_bytes(compiled)
+    expected = hlo_cost.peak_bytes(compiled)
     return {"peak_bytes": expected, "peak_bytes_by": expected and "compiler"}
 
 
 def _writable(folder: Path) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        backend(folder).make_folder(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"--profile={folder}: cannot be written ({error.strerror})") from error

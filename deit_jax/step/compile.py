@@ -4,8 +4,8 @@ import functools
 
 import jax
 
-from deit_jax import sharding
-from deit_jax.step import Recipe, train_step
+from deit_jax.parallel import sharding
+from deit_jax.step.train_step import StepConfig, train_step
 
 
 def compiler_options(mesh, deterministic: bool) -> dict[str, bool]:
@@ -16,11 +16,13 @@ def compiler_options(mesh, deterministic: bool) -> dict[str, bool]:
 
 
 def jit_train_step(
-    model, teacher, tx, recipe: Recipe, mesh, state_shardings, tape=None, deterministic=False
+    model, teacher, tx, settings: StepConfig, mesh, state_shardings, tape=None, deterministic=False
 ):
     """Return the step as a run compiles it, which `deit plan` does too, for other devices."""
     step = functools.partial(train_step, model=model, teacher=teacher, tx=tx)
-    step = tape.compiled_with(step, recipe) if tape else functools.partial(step, recipe=recipe)
+    step = (
+        tape.compiled_with(step, settings) if tape else functools.partial(step, settings=settings)
+    )
     return jax.jit(
         step,
         donate_argnums=0,

@@ -6,7 +6,7 @@ import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 
-def apart(function: Callable, *arguments):
+def unfused(function: Callable, *arguments):
     """Return function(*arguments), in a program where nothing is fused across its results.
 
     Whoever reads them reads memory: they are computed once however many do, and to the same bits

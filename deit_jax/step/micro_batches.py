@@ -1,4 +1,7 @@
-"""Micro-batches: a batch taken in several passes, to save memory or time."""
+"""Micro-batches: a batch taken in several passes, to save memory or time.
+
+Of the mesh's axes (parallel/sharding.py) only "data" is known here.
+"""
 
 import functools
 
@@ -6,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
-
-from deit_jax.sharding import BATCH_AXES
 
 
 def in_parts(function, batch, parts: int):
@@ -36,9 +37,9 @@ def accumulate(loss_and_grads, params, stats, inputs, key, steps: int, mesh=None
 
     def over_all(params, inputs, key):
         grads, metrics, _ = over_own(params, {}, inputs, key)
-        return jax.lax.pmean((grads, metrics), BATCH_AXES)
+        return jax.lax.pmean((grads, metrics), "data")
 
-    whole, share = PartitionSpec(), PartitionSpec(BATCH_AXES)
+    whole, share = PartitionSpec(), PartitionSpec("data")
     sharded = jax.shard_map(
         over_all,
         mesh=mesh,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from deit_jax.losses import smooth_one_hot
+from deit_jax.step.losses import smooth_one_hot
 
 
 def mix(

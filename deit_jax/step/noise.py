@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend import random as extend_random
 from jaxtyping import Array, Float, Key, UInt32
 
-from deit_jax.apart import apart
+from deit_jax.step.fusion import unfused
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
@@ -58,7 +58,7 @@ def _bits(key: UInt32[Array, "2"], width: int, shape: tuple[int, ...]) -> UInt32
             jax.random.wrap_key_data(key, impl="threefry2x32"), shape, f"uint{width}"
         )
     # Apart: fused with what makes normal numbers of bits, XLA would not vectorise it.
-    return apart(lambda k: threefry(k, jax.lax.iota(jnp.uint32, size).reshape(shape)), key)
+    return unfused(lambda k: threefry(k, jax.lax.iota(jnp.uint32, size).reshape(shape)), key)
 
 
 _THREEFRY = extend_random.threefry_prng_impl

@@ -1,16 +1,14 @@
 """Learning-rate schedule, weight-decay mask and the optax chain."""
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from deit_jax.errors import UserError
-from deit_jax.ranges import INT32
+from deit_jax.parallel.sharding import path_name
 
+Links = tuple[optax.GradientTransformation, ...]
 NO_DECAY = ("cls_token", "pos_embed")  # the reference does decay dist_token (deit issue 48)
 
 
@@ -35,11 +33,6 @@ def make_schedule(optim, epochs: float, steps_per_epoch: int) -> Callable[[jax.A
     return schedule
 
 
-def path_name(path) -> str:
-    """Return a pytree path as `blocks_0/attn/qkv/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def decay_mask(params):
     """Return True for the parameters that weight decay shrinks, as the reference chooses them.
 
@@ -52,45 +45,47 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def adamw(optim, schedule) -> Links:
+    """Return AdamW (arXiv 1711.05101)."""
+    return (
+        optax.adamw(
+            schedule,
+            b1=optim.b1,
+            b2=optim.b2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def lamb(optim, schedule) -> Links:
+    """Return LAMB (arXiv 1904.00962) as apex's FusedLAMB and timm's Lamb have it.
+
+    optax.lamb would scale the undecayed parameters too.
+    """
+    return (
+        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+        optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
+        optax.masked(optax.scale_by_trust_ratio(), decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def sgd(optim, schedule) -> Links:
+    """Return torch's SGD with momentum: decay is added to the gradient, before the momentum."""
+    return (
+        optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
+        optax.sgd(schedule, momentum=optim.b1),
+    )
+
+
+# By config.optim.name: functions of config.optim and the schedule. Their links are joined in one
+# chain, whose states are so many in a checkpoint.
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "lamb": lamb}
+
+
 def make_optimizer(optim, schedule) -> optax.GradientTransformation:
-    """Return clipping, then AdamW, LAMB or SGD with momentum; `optim` is the config."""
-    chain = []
-    if optim.clip_norm > 0:
-        chain.append(optax.clip_by_global_norm(optim.clip_norm))
-    if optim.name == "adamw":
-        chain.append(
-            optax.adamw(
-                schedule,
-                b1=optim.b1,
-                b2=optim.b2,
-                eps=optim.eps,
-                weight_decay=optim.weight_decay,
-                mask=decay_mask,
-            )
-        )
-    elif optim.name == "lamb":
-        # As apex's FusedLAMB and timm's Lamb; optax.lamb would scale the undecayed parameters too.
-        chain.append(optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps))
-        chain.append(optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
-        chain.append(optax.masked(optax.scale_by_trust_ratio(), decay_mask))
-        chain.append(optax.scale_by_learning_rate(schedule))
-    else:  # torch's SGD: decay is added to the gradient, before the momentum
-        chain.append(optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
-        chain.append(optax.sgd(schedule, momentum=optim.b1))
-    return optax.chain(*chain)
-
-
-def whole_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Return epochs in steps, at least one."""
-    return max(1, math.floor(epochs * steps_per_epoch + 0.5))
-
-
-def check_length(config: ConfigDict, num_images: int) -> None:
-    """Raise UserError if the student or its teacher would take more steps than can be counted."""
-    per_epoch = max(1, num_images // config.batch_size)
-    for key, epochs in (("epochs", config.epochs), ("teacher.epochs", config.teacher.epochs)):
-        if (steps := whole_steps(epochs, per_epoch)) > INT32:
-            raise UserError(
-                f"config.{key}={epochs}: these are {steps} steps of {config.batch_size} images; "
-                f"lower it, there can be {INT32} at most"
-            )
+    """Return clipping, then the optimizer of a `config.optim`."""
+    clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
+    return optax.chain(*clip, *OPTIMIZERS[optim.name](optim, schedule))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from deit_jax.noise import normal
+from deit_jax.step.noise import normal
 
 TRIES = 10
 AREA = (0.02, 1 / 3)  # share of the image

@@ -1,10 +1,15 @@
-"""What a train state knows of how the run goes: steps that went wrong, and the usual loss."""
+"""What a step takes and hands on: weights, optimizer, averages, and how the run goes."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from flax import struct
+from jaxtyping import Array, Bool, Float, Key
+
+EXTRAS = "distill"  # where, among the parameters, those of a kind of distillation are
 
 
 def new_health() -> dict[str, Any]:
@@ -17,7 +22,43 @@ def new_health() -> dict[str, Any]:
     }
 
 
-def watch(health, loss: Float[Array, ""], good: Bool[Array, ""]):
+class TrainState(struct.PyTreeNode):
+    """All that a checkpoint holds. Random numbers derive from the config's seed and `step`."""
+
+    step: Any  # int32 scalar: updates taken
+    params: Any
+    batch_stats: Any  # running statistics of batch norm; {} in a transformer
+    opt_state: Any
+    ema: Any  # {"params", "batch_stats"}, averaged; None without averaging
+    health: Any = struct.field(default_factory=new_health)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The collections that `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def init_state(
+    key: Key[Array, ""],
+    model,
+    image_size: int,
+    tx,
+    ema_decay: float,
+    init_extras: Callable[[Key[Array, ""]], dict[str, Any]] = lambda key: {},
+) -> TrainState:
+    """Return the state before the first step, initialised as the reference does.
+
+    `init_extras` makes the trainable parameters of the kind of distillation, {} for none.
+    """
+    variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    if extras := init_extras(jax.random.fold_in(key, 1)):
+        params = {**params, EXTRAS: extras}
+    ema = {"params": params, "batch_stats": stats} if ema_decay else None
+    return TrainState(jnp.int32(0), params, stats, tx.init(params), ema)
+
+
+def update_health(health, loss: Float[Array, ""], good: Bool[Array, ""]):
     """Return the next health of a state, and what it says of this step.
 
     `loss_spike` is the loss over its running mean, about 1 in a run that goes well.
@@ -30,5 +71,5 @@ def watch(health, loss: Float[Array, ""], good: Bool[Array, ""]):
         "rollbacks": jnp.asarray(health["rollbacks"]),
         "mean_loss": jnp.where(good, 0.98 * mean + 0.02 * loss, health["mean_loss"]),
     }
-    said = {"loss_spike": loss / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)}
-    return health, said | {k: health[k] for k in ("skipped", "skipped_in_row")}
+    metrics = {"loss_spike": loss / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)}
+    return health, metrics | {k: health[k] for k in ("skipped", "skipped_in_row")}

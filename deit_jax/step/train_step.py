@@ -1,7 +1,7 @@
-"""One update of a student, its frozen teacher fused into the same program; one evaluation step.
+"""One update of a student, its frozen teacher fused into the same program.
 
-Both are pure functions. train.py compiles them once, over whatever mesh the arrays live on: under
-`jax.jit` with a sharded batch, means are over the global batch and no device axis appears here.
+A pure function. compile.py compiles it once, over whatever mesh the arrays live on: under `jax.jit`
+with a sharded batch, means are over the global batch and no device axis appears here.
 """
 
 import dataclasses
@@ -10,38 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Float
 
-from deit_jax.apart import apart
-from deit_jax.erasing import random_erase
-from deit_jax.health import new_health, watch
-from deit_jax.losses import distillation
-from deit_jax.micro import accumulate, in_parts
-from deit_jax.mixing import mix
-from deit_jax.models.heads import Heads
-from deit_jax.parts import micro_batches, teacher_parts
-from deit_jax.teacher import Teacher
-
-
-class TrainState(struct.PyTreeNode):
-    """All that a checkpoint holds. Random numbers derive from the config's seed and `step`."""
-
-    step: Any  # int32 scalar: updates taken
-    params: Any
-    batch_stats: Any  # running statistics of batch norm; {} in a transformer
-    opt_state: Any
-    ema: Any  # {"params", "batch_stats"}, averaged; None without averaging
-    health: Any = struct.field(default_factory=new_health)
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """The collections that `model.apply` takes."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+from deit_jax.models.preprocess import normalise
+from deit_jax.step.fusion import unfused
+from deit_jax.step.micro_batches import accumulate, in_parts
+from deit_jax.step.mixup import mix
+from deit_jax.step.objective import DISTILLATIONS, objective
+from deit_jax.step.random_erasing import random_erase
+from deit_jax.step.state import EXTRAS, TrainState, update_health
+from deit_jax.step.teacher import Teacher, apply_with_features
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class StepConfig:
     """What train_step reads from the config."""
 
     seed: int
@@ -58,115 +40,107 @@ class Recipe:
     teacher_parts: int
     mesh: Any  # over which micro-batches sum their gradients; None leaves that to the compiler
     ema_decay: float
-    record: bool = False  # whether the metrics hold the teacher's signal, as metrics["signal"]
+    record: bool = False  # whether the metrics hold the teacher's target, as "teacher_target"
 
-    @classmethod
-    def from_config(cls, config, num_classes: int, mesh=None) -> "Recipe":
-        """Gather the fields from their places in the config; `mesh` is what the step runs on."""
-        return cls(
-            seed=config.seed,
-            num_classes=num_classes,
-            mean=config.data.mean,
-            std=config.data.std,
-            erase_prob=config.augment.erase_prob,
-            label_loss=config.loss.kind,
-            label_heads=config.loss.heads,
-            smoothing=config.loss.smoothing,
-            mixing=config.mixing,
-            distill=config.distill,
-            micro_batches=micro_batches(config, mesh, num_classes),
-            teacher_parts=teacher_parts(config, mesh, num_classes),
-            mesh=mesh,
-            ema_decay=config.optim.ema_decay,
-        )
-
-
-def init_state(key: Key[Array, ""], model, image_size: int, tx, ema_decay: float) -> TrainState:
-    """Return the state before the first step, initialised as the reference does."""
-    variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
-    params, stats = variables["params"], variables.get("batch_stats", {})
-    ema = {"params": params, "batch_stats": stats} if ema_decay else None
-    return TrainState(jnp.int32(0), params, stats, tx.init(params), ema)
-
-
-def normalise(
-    images: UInt8[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Array, "B H W C"]:
-    """Return (image / 255 - mean) / std in float32."""
-    return (images.astype(jnp.float32) / 255.0 - jnp.array(mean)) / jnp.array(std)
+    @property
+    def features(self) -> bool:
+        """Whether the kind of distillation asks for features."""
+        return self.distill.kind != "none" and DISTILLATIONS[self.distill.kind].features
 
 
 def train_step(
-    state: TrainState, teacher_params, batch, *, model, teacher: Teacher | None, tx, recipe: Recipe
+    state: TrainState,
+    teacher_params,
+    batch,
+    *,
+    model,
+    teacher: Teacher | None,
+    tx,
+    settings: StepConfig,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Return the state after one update and the metrics of the step.
 
     `batch` is {"image": uint8 [B H W C], "label": int [B]}; the teacher sees the very tensor that
     the student sees, erased and mixed. Neither gradient nor state exists for the teacher. With
-    "signal" in the batch, what the teacher said of it [B] or [B K], the teacher is not asked. With
-    `recipe.record` the metrics hold the signal that was used, in the order of the batch.
+    "teacher_target" in the batch, what distillation makes of the teacher's answer ([B] labels or
+    [B K] logits), the teacher is not asked. With `settings.record` the metrics hold the target that
+    was used, in the order of the batch.
     """
-    images, targets, key = model_inputs(state.step, batch, recipe)
-    inputs = (images, targets, batch.get("signal"))
-    grads, metrics, stats, signal = gradients(
-        state, teacher_params, inputs, key, model=model, teacher=teacher, recipe=recipe
+    images, targets, key = model_inputs(state.step, batch, settings)
+    inputs = (images, targets, batch.get("teacher_target"))
+    grads, metrics, stats, teacher_target = gradients(
+        state, teacher_params, inputs, key, model=model, teacher=teacher, settings=settings
     )
-    state, metrics = update(state, grads, metrics, stats, tx, recipe.ema_decay)
-    return state, {**metrics, "signal": signal} if recipe.record else metrics
+    state, metrics = update(state, grads, metrics, stats, tx, settings.ema_decay)
+    return state, {**metrics, "teacher_target": teacher_target} if settings.record else metrics
 
 
-def model_inputs(step, batch, recipe: Recipe):
+def model_inputs(step, batch, settings: StepConfig):
     """Return normalised, erased and mixed images, their targets, and the key of dropout."""
-    key = jax.random.fold_in(jax.random.key(recipe.seed), step)
+    key = jax.random.fold_in(jax.random.key(settings.seed), step)
     key_erase, key_mix, key_model = jax.random.split(key, 3)
 
     def erased(key, images):
-        return random_erase(key, normalise(images, recipe.mean, recipe.std), recipe.erase_prob)
+        normalised = normalise(images, settings.mean, settings.std)
+        return random_erase(key, normalised, settings.erase_prob)
 
     def mixed(key, images, labels):
-        return mix(key, images, labels, recipe.num_classes, recipe.smoothing, recipe.mixing)
+        smoothing, mixing = settings.smoothing, settings.mixing
+        return mix(key, images, labels, settings.num_classes, smoothing, mixing)
 
     # Apart: or XLA would draw the noise twice, for an image and for its partner in mixing, and the
     # first layers would compute it all again as often as they read a pixel.
-    images = apart(erased, key_erase, batch["image"])
-    images, targets = apart(mixed, key_mix, images, batch["label"])
+    images = unfused(erased, key_erase, batch["image"])
+    images, targets = unfused(mixed, key_mix, images, batch["label"])
     return images, targets, key_model
 
 
-def ask(teacher: Teacher, params, images: Float[Array, "B H W C"], recipe: Recipe):
-    """Return the teacher's signal, in the order of the batch."""
-    return in_parts(
-        lambda part: teacher.signal(params, part, recipe.distill.kind), images, recipe.teacher_parts
-    )
+def teacher_targets(
+    teacher: Teacher, params, images: Float[Array, "B H W C"], settings: StepConfig
+):
+    """Return what distillation makes of the teacher's answers, in the order of the batch."""
+    kind = DISTILLATIONS[settings.distill.kind]
+
+    def ask(part):
+        return kind.target(jax.lax.stop_gradient(teacher.outputs(params, part, kind.features)))
+
+    return in_parts(ask, images, settings.teacher_parts)
 
 
-def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Recipe):
-    """Return the gradients, the terms of the loss, the new batch statistics and the signal used.
+def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: StepConfig):
+    """Return the gradients, the terms of the loss, new batch statistics and the teacher's target.
 
-    `inputs` are images [B H W C], targets [B K] and the teacher's signal, None to ask the teacher.
+    `inputs` are images [B H W C], targets [B K] and the teacher's target, None to ask the teacher.
     """
-    images, targets, signal = inputs
-    if signal is None and teacher is not None:
-        signal = ask(teacher, teacher_params, images, recipe)
+    images, targets, teacher_target = inputs
+    if teacher_target is None and teacher is not None:
+        teacher_target = teacher_targets(teacher, teacher_params, images, settings)
     key_scales, key = jax.random.split(key)
     # Drawn for the whole batch: the gradient does not depend on how it is cut into micro-batches.
     draw = getattr(model, "draw_scales", None)
-    inputs = (images, targets, signal, draw and draw(key_scales, len(images)))
+    inputs = (images, targets, teacher_target, draw and draw(key_scales, len(images)))
 
     def loss_and_grads(params, stats, inputs, key):
-        images, targets, signal, scales = inputs
+        images, targets, teacher_target, scales = inputs
         # The student's program must not depend on who else reads the images, nor on where the
-        # signal comes from: the barriers keep XLA from fusing across, which it might do in another
+        # target comes from: the barriers keep XLA from fusing across, which it might do in another
         # way for each, to other last bits. With them a label tape replays the fused step's bits.
-        images, targets, signal = jax.lax.optimization_barrier((images, targets, signal))
+        images, targets, teacher_target = jax.lax.optimization_barrier(
+            (images, targets, teacher_target)
+        )
 
-        def objective(params):
-            heads, new_stats = apply_train(model, params, stats, images, key, scales)
-            kinds = (recipe.distill, recipe.label_loss, recipe.label_heads)
-            loss, terms = distillation(heads, targets, signal, *kinds)
-            return loss, ({"loss": loss, **terms}, new_stats)
+        def loss(params):
+            outputs, new_stats = apply_train(
+                model, params, stats, images, key, scales, settings.features
+            )
+            kinds = (settings.distill, settings.label_loss, settings.label_heads)
+            extras = params.get(EXTRAS)
+            total, terms = objective(
+                outputs.heads, targets, teacher_target, *kinds, outputs.features, extras
+            )
+            return total, ({"loss": total, **terms}, new_stats)
 
-        (_, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, *aux
 
     summed = accumulate(
@@ -175,10 +149,10 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, recipe: Rec
         state.batch_stats,
         inputs,
         key,
-        recipe.micro_batches,
-        recipe.mesh,
+        settings.micro_batches,
+        settings.mesh,
     )
-    return *summed, signal
+    return *summed, teacher_target
 
 
 def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
@@ -207,60 +181,27 @@ def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
         (*old, state.opt_state, state.ema),
         is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
     )
-    health, watched = watch(state.health, metrics["loss"], good)
+    health, watched = update_health(state.health, metrics["loss"], good)
     metrics = {**metrics, "grad_norm": norm, **watched}
     return TrainState(state.step + 1, *kept, health), metrics
 
 
-def apply_train(model, params, stats, images: Float[Array, "B H W C"], key, scales=None):
-    """Run the model in training mode; return its heads and the new batch statistics.
+def apply_train(
+    model, params, stats, images: Float[Array, "B H W C"], key, scales=None, features: bool = False
+):
+    """Run the model in training mode; return its Outputs and the new batch statistics.
 
     `scales` is what the model's draw_scales returns, None for a model without it.
     """
     drawn = {} if scales is None else {"scales": scales}
-    heads, updated = model.apply(
+    outputs, updated = apply_with_features(
+        model,
         {"params": params, "batch_stats": stats},
         images,
+        features,
+        ("batch_stats",),
         train=True,
         rngs={"dropout": key},
-        mutable=["batch_stats"],
         **drawn,
     )
-    return heads, updated.get("batch_stats", {})
-
-
-def eval_step(
-    variables, batch, *, model, mean, std, parts: int = 1
-) -> dict[str, dict[str, Int[Array, ""]]]:
-    """Return for each head how many of the valid examples it has right, in its top 1 and top 5.
-
-    The images go through the model in so many `parts`.
-    """
-
-    def predict(images):
-        return model.apply(variables, normalise(images, mean, std), train=False)
-
-    heads = in_parts(predict, batch["image"], parts)
-    return count_heads(heads, batch["label"], batch["valid"])
-
-
-def count_heads(
-    heads: Heads, labels: Int[Array, "B"], valid: Bool[Array, "B"]
-) -> dict[str, dict[str, Int[Array, ""]]]:
-    """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in numbers of examples."""
-    logits = {"cls": heads.cls, "dist": heads.dist, "fused": heads.fused()}
-    return {name: count_correct(x, labels, valid) for name, x in logits.items() if x is not None}
-
-
-def count_correct(
-    logits: Float[Array, "B K"], labels: Int[Array, "B"], valid: Bool[Array, "B"]
-) -> dict[str, Int[Array, ""]]:
-    """Return how many valid examples have their label among the 1 and the 5 largest logits.
-
-    Equal logits rank by class number, as argmax does; a logit that is not finite is never right.
-    """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(logits.shape[1]) < labels[:, None]
-    rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
-    rank = jnp.where(valid & jnp.isfinite(own[:, 0]), rank, logits.shape[1] + 5)
-    return {f"top{k}": jnp.sum(rank < k) for k in (1, 5)}
+    return outputs, updated.get("batch_stats", {})

@@ -14,7 +14,7 @@ class Diverged(Exception):
         self.step, self.first = step, first
 
 
-def tell(step: int, in_row: int, values: dict[str, float], most: int) -> None:
+def warn_or_raise(step: int, in_row: int, values: dict[str, float], most: int) -> None:
     """Warn of a step that changed nothing, the `in_row`th; raise Diverged beyond `most` of them."""
     key, what = ("loss", "the loss")
     if math.isfinite(values["loss"]):

@@ -1,32 +1,21 @@
-"""Top-1 and top-5 of every head over a data set; the command `deit eval`."""
+"""Top-1 and top-5 of every head over a data set."""
 
 import contextlib
 import functools
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from deit_jax import cli, memory, micro, parts, run_files, sharding, step
-from deit_jax import config as config_lib
-from deit_jax import teacher as teacher_lib
-from deit_jax import weights as weights_lib
-from deit_jax.data import pipeline
-from deit_jax.data.sources import open_dataset
-from deit_jax.errors import Interrupted, UserError
-from deit_jax.models import vit
+from deit_jax.data.batches import EvalBatches
+from deit_jax.data.loader import load
+from deit_jax.errors import Interrupted
+from deit_jax.models.attention_maps import attention_entropy
+from deit_jax.models.preprocess import normalise
+from deit_jax.models.vit import VisionTransformer
+from deit_jax.parallel import sharding
+from deit_jax.step import eval_step, micro_batches
+from deit_jax.train import memory, parts
 
-EVAL_DOC = """usage: deit eval --workdir=DIR [--config=FILE[:ARGS]]
-       deit eval --weights=W --config=FILE[:ARGS] [--model=NAME]
-
-Evaluate a trained model on the config's evaluation data, every example once; without --config, on
-those that the run was trained with. W is the workdir of a run, a .pth or .safetensors file, a
-Hugging Face or timm folder, or hf-hub:ORG/NAME.
-
-  deit eval --workdir=runs/quickstart
-  deit eval --workdir=runs/deit_s --config=configs/deit.py --config.data.dir=/elsewhere"""
 ATTENTION_IMAGES = 32  # that the attention's entropy is measured on
 NAMES = {"teacher": "teacher", "cls": "class head", "dist": "distillation head", "fused": "fused"}
 
@@ -37,21 +26,21 @@ class Evaluator:
     `held` is what a device of the mesh holds meanwhile, in bytes.
     """
 
-    def __init__(self, config, source, image_size: int, mesh, stopping=lambda: False):
-        self._batch_size = config.train.eval_batch_size
-        rows = sharding.local_rows(mesh, self._batch_size)
-        self._batches = pipeline.EvalBatches(
-            source, self._batch_size, image_size, config.data.eval_crop_ratio, rows
-        )
-        self.image_size = image_size
-        self._data, self._mesh, self._examples = config.data, mesh, len(source)
+    def __init__(
+        self, source, data, batch_size: int, image_size: int, mesh, stopping=lambda: False
+    ):
+        """Take examples of a source; `data` is config.data, for normalisation, crop and loading."""
+        rows = sharding.local_rows(mesh, batch_size)
+        self._batches = EvalBatches(source, batch_size, image_size, data.eval_crop_ratio, rows)
+        self.image_size, self._batch_size = image_size, batch_size
+        self._data, self._mesh, self._examples = data, mesh, len(source)
         self._stopping, self._few, self.held = stopping, None, 0
-        self._share = self._batch_size // (mesh.size // mesh.shape["tensor"])
+        self._share = batch_size // (mesh.size // mesh.shape["tensor"])
 
     @functools.cached_property
     def _count(self):
         return jax.jit(
-            functools.partial(step.eval_step, mean=self._data.mean, std=self._data.std),
+            functools.partial(eval_step.eval_step, mean=self._data.mean, std=self._data.std),
             static_argnames=("model", "parts"),
         )
 
@@ -66,19 +55,19 @@ class Evaluator:
     @functools.cached_property
     def _entropy(self):
         def entropy(variables, images, model):
-            return vit.attention_entropy(model, variables, self._normalise(images))
+            return attention_entropy(model, variables, self._normalise(images))
 
         return jax.jit(entropy, static_argnames="model")
 
     def _normalise(self, images):
-        return step.normalise(images, self._data.mean, self._data.std)
+        return normalise(images, self._data.mean, self._data.std)
 
     def attention(self, model, variables) -> dict[str, float]:
         """Return the attention's entropy in nats on the first images: mean, and the lowest head's.
 
         {} for a model without attention. `model` must have been called before.
         """
-        if not isinstance(model, vit.VisionTransformer):
+        if not isinstance(model, VisionTransformer):
             return {}
         entropy = jax.device_get(self._entropy(variables, self._few, model=model))
         return {"mean": entropy.mean().item(), "lowest_head": entropy.min().item()}
@@ -93,8 +82,8 @@ class Evaluator:
             def predict(images):
                 return teacher.logits(params, self._normalise(images))
 
-            logits = micro.in_parts(predict, batch["image"], count_of_parts)
-            return {"teacher": step.count_correct(logits, batch["label"], batch["valid"])}
+            logits = micro_batches.in_parts(predict, batch["image"], count_of_parts)
+            return {"teacher": eval_step.count_correct(logits, batch["label"], batch["valid"])}
 
         return self._evaluate(functools.partial(count, params))["teacher"]
 
@@ -106,7 +95,7 @@ class Evaluator:
 
     def _count_all(self, count) -> dict[str, Any]:
         totals = None
-        loader = pipeline.load(
+        loader = load(
             self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
         )
         with contextlib.closing(loader):
@@ -135,66 +124,3 @@ def table(results: dict[str, Any]) -> str:
                 top1, top5 = group[key]["top1"], group[key]["top5"]
                 lines.append(f"{name + label:24}{top1:9.2f}{top5:9.2f}")
     return "\n".join(lines)
-
-
-def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any]:
-    """Evaluate the newest checkpoint in a workdir, or other weights, on the data of `config`.
-
-    The model and the normalisation of its input are the weights' own; batch size, data and crop
-    come from `config`. Raise UserError if they know another number of classes than the data has.
-    """
-    mesh = sharding.make_mesh(config.mesh)
-    dataset = open_dataset(config.data)
-    opened = weights_lib.open_model(source, model, dtype=config.dtype)
-    if len(opened.classes) != len(dataset.classes):
-        raise UserError(
-            f"{source}: the model knows {len(opened.classes)} classes, {config.data.source} has "
-            f"{len(dataset.classes)}; give the --config.data options that it was trained with"
-        )
-    config = config.copy_and_resolve_references()
-    config.data.mean, config.data.std = opened.mean, opened.std
-    evaluator = Evaluator(config, dataset.eval, opened.image_size, mesh)
-
-    def place(tree, model):
-        return jax.device_put(tree, sharding.state_shardings(mesh, tree, model))
-
-    results = {"examples": len(dataset.eval)}
-    variables = place(opened.variables, opened.model)
-    evaluator.held = memory.tree_bytes(variables)
-    results |= evaluator.model(opened.model, variables)
-    if opened.run is None:
-        return results
-    if opened.run.ema is not None:
-        results["ema"] = evaluator.model(opened.model, place(opened.run.ema, opened.model))
-    weights = teacher_lib.weights_path(opened.run.config, source)
-    if weights:
-        teacher, params = teacher_lib.load_teacher(opened.run.config, weights, dataset.classes)
-        results["teacher"] = evaluator.teacher(teacher, place(params, teacher.model))
-    return results
-
-
-def main(argv: list[str]) -> None:
-    """Run `deit eval`."""
-    from absl import flags
-
-    command = cli.Command("eval", EVAL_DOC)
-    command.add_config(argv)
-    flags.DEFINE_string("workdir", "", "evaluate the run in it", flag_values=command.flags)
-    flags.DEFINE_string("weights", "", "evaluate these weights", flag_values=command.flags)
-    flags.DEFINE_string("model", None, "name of the weights' model", flag_values=command.flags)
-    flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=command.flags)
-    cli.no_words(command.parse(argv))
-    values = command.flags
-    if bool(values.workdir) == bool(values.weights):
-        raise cli.UsageError("give either --workdir=DIR or --weights=W")
-    config = command.config
-    if config is None:
-        if values.weights:
-            raise cli.UsageError("--weights=W needs the data: --config=FILE")
-        config = config_lib.from_json(run_files.config_of(Path(values.workdir)))
-    results = evaluate_run(config, values.workdir or values.weights, values.model)
-    if values.json:
-        json.dump(results, sys.stdout)
-        print()
-    else:
-        print(f"{results['examples']} examples\n{table(results)}")

@@ -1,4 +1,4 @@
-"""Does a step fit into a GPU's memory, in how many parts, and what to change where it does not.
+"""Does a step fit into a GPU's memory, and what to change where it does not.
 
 The figures are estimates from the traced step (liveness.py), a quarter or so above what XLA takes
 on TPUs.
@@ -8,17 +8,22 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deit_jax import config as config_lib
-from deit_jax import devices, optim, sharding
 from deit_jax.errors import UserError
-from deit_jax.liveness import peak_bytes
-from deit_jax.losses import distillation
+from deit_jax.models.build import for_counting
+from deit_jax.parallel import devices, sharding
+from deit_jax.step.objective import objective
+from deit_jax.step.state import EXTRAS
+from deit_jax.step.teacher import Teacher
+from deit_jax.step.train_step import StepConfig, apply_train
+from deit_jax.train.liveness import peak_bytes
 
 USABLE = 0.9  # of what JAX may use: blocks of many sizes leave gaps
 PIXEL_BYTES = 1 + 3 * 4  # of a colour: as loaded; erased, mixed, and the noise or the teacher's
@@ -50,48 +55,6 @@ def tree_bytes(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def state_bytes(config, mesh, num_classes: int) -> int:
-    """Return what a device holds from step to step: the state and the teacher's parameters."""
-    model = config_lib.build_model(config.model, num_classes, config.dtype)
-    params = _variables(model, config_lib.image_size(config.model))["params"]
-    optimizer = optim.make_optimizer(config.optim, lambda step: step)
-    held = [params, jax.eval_shape(optimizer.init, params)]
-    held += [params] if config.optim.ema_decay else []
-    total = _share(held, mesh, model)
-    if has_teacher(config):
-        teacher, size = teacher_of(config, num_classes)
-        shrunk = config_lib.compute_dtype(config.dtype).itemsize / 4
-        total += int(shrunk * _share(_variables(teacher, size)["params"], mesh, teacher))
-    return total
-
-
-def gradient_bytes(config, num_classes: int) -> int:
-    """Return the bytes of the gradient's sum over micro-batches, which each device has whole."""
-    model = config_lib.build_model(config.model, num_classes)
-    params = _variables(model, config_lib.image_size(config.model))["params"]
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-
-
-def has_teacher(config) -> bool:
-    """Return whether a config's step asks a teacher."""
-    return config.distill.kind != "none" and config.teacher.tape != "replay"
-
-
-def teacher_of(config, num_classes: int):
-    """Return a model like the teacher's, as far as the config knows it, and its image size."""
-    model = config_lib.build_model(config.teacher.model, num_classes, config.dtype)
-    if hasattr(model, "folded"):
-        model = model.clone(folded=True)
-    return model, config.teacher.image_size or config_lib.image_size(config.model)
-
-
-def _share(tree, mesh, model) -> int:
-    places = sharding.state_shardings(mesh, tree, model)
-    shapes = jax.tree.map(lambda x, s: (s.shard_shape(x.shape), x.dtype), tree, places)
-    leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2)
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves)
-
-
 @dataclasses.dataclass(frozen=True)
 class Takes:
     """What a program takes at once, by the number of images."""
@@ -104,43 +67,108 @@ class Takes:
         return int(self.always + self.each * images)
 
 
-def of_gradient(config, num_classes: int) -> Takes:
-    """Return what the gradient of a batch takes, besides the state."""
-    model = config_lib.build_model(config.model, num_classes, config.dtype)
-    key, hard = jax.random.key(0), config.distill.kind == "hard"
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a step has on its devices, in however many parts they take their share of a batch.
 
-    def gradient(variables, images):
-        batch = len(images)
-        signal = jnp.zeros(batch, jnp.int32) if hard else jnp.zeros((batch, num_classes))
-        draw = getattr(model, "draw_scales", None)
-        scales = {} if draw is None else {"scales": draw(key, batch)}
+    `teacher` is what abstract_teacher returns, None where none is asked; `target` gives the shape
+    of what distillation makes of its answers to so many images, `extras` those of its parameters.
+    """
+
+    name: str  # of the model
+    mesh: Any
+    model: Any
+    image_size: int
+    batch_size: int
+    num_classes: int
+    optimizer: Any
+    ema: bool
+    settings: StepConfig
+    teacher: tuple[Teacher, Any] | None
+    target: Callable[[int], Any]
+    extras: dict[str, Any]
+
+    @property
+    def share(self) -> int:
+        """How many examples of a batch a device has."""
+        return self.batch_size // (self.mesh.size // self.mesh.shape["tensor"])
+
+    @functools.cached_property
+    def held(self) -> int:
+        """The bytes of the state and of the batch, which lie there throughout a step."""
+        return self.state_bytes + PIXEL_BYTES * self.share * 3 * self.image_size**2
+
+    @functools.cached_property
+    def state_bytes(self) -> int:
+        """What a device holds from step to step: the state and the teacher's parameters."""
+        params = self._variables["params"]
+        trees = [params, jax.eval_shape(self.optimizer.init, params)]
+        trees += [params] if self.ema else []
+        total = _share(trees, self.mesh, self.model)
+        if self.teacher is not None:
+            total += _share(self.teacher[1], self.mesh, self.teacher[0].model)
+        return total
+
+    @functools.cached_property
+    def gradient_bytes(self) -> int:
+        """The gradient's sum over micro-batches, which each device has whole."""
+        params = self._variables["params"]
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+    @functools.cached_property
+    def gradient(self) -> Takes:
+        """What the gradient of some images takes besides; to trace it takes a second."""
+        return _extrapolated(self._gradient, self._variables, self.image_size)
+
+    def _gradient(self, variables, images):
+        batch, key = len(images), jax.random.key(0)
+        draw = getattr(self.model, "draw_scales", None)
+        scales = None if draw is None else draw(key, batch)
+        teacher_target = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.target(batch))
+        targets, settings = jnp.zeros((batch, self.num_classes)), self.settings
 
         def loss(params):
-            heads, _ = model.apply(
-                {**variables, "params": params},
-                images,
-                train=True,
-                rngs={"dropout": key},
-                mutable=["batch_stats"],
-                **scales,
+            stats = variables.get("batch_stats", {})
+            outputs, _ = apply_train(
+                self.model, params, stats, images, key, scales, settings.features
             )
-            targets = jnp.zeros((batch, num_classes))
-            return distillation(heads, targets, signal, config.distill, config.loss.kind)[0]
+            kinds = (settings.distill, settings.label_loss, settings.label_heads)
+            extras = params.get(EXTRAS)
+            return objective(
+                outputs.heads, targets, teacher_target, *kinds, outputs.features, extras
+            )[0]
 
         return jax.value_and_grad(loss)(variables["params"])
 
-    return _extrapolated(gradient, model, config_lib.image_size(config.model))
+    @functools.cached_property
+    def _variables(self):
+        variables = abstract_variables(self.model, self.image_size)
+        extras = {EXTRAS: self.extras} if self.extras else {}
+        return {**variables, "params": {**variables["params"], **extras}}
+
+    def expected_bytes(self, parts: int) -> int:
+        """Return about how much of a device's memory a step in so many parts takes."""
+        sums = self.gradient_bytes if parts > 1 else 0
+        return self.held + sums + self.gradient.bytes(self.share // parts)
+
+
+def _share(tree, mesh, model) -> int:
+    places = sharding.state_shardings(mesh, tree, model)
+    shapes = jax.tree.map(lambda x, s: (s.shard_shape(x.shape), x.dtype), tree, places)
+    leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves)
 
 
 @functools.lru_cache(maxsize=16)  # every evaluation asks
 def of_forward(model, size: int) -> Takes:
     """Return what a model's answers to images of `size` pixels take."""
-    return _extrapolated(functools.partial(model.apply, train=False), model, size)
+    function = functools.partial(model.apply, train=False)
+    return _extrapolated(function, abstract_variables(model, size), size)
 
 
-def _extrapolated(function, model, size: int) -> Takes:
+def _extrapolated(function, variables, size: int) -> Takes:
     """Return the most that function(variables, images) takes, by what TRACED images do."""
-    variables, peaks = _variables(model, size), []
+    peaks = []
     for count in TRACED:
         batch = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
         peaks.append(peak_bytes(jax.make_jaxpr(function)(variables, batch).jaxpr, "cuda"))
@@ -148,19 +176,19 @@ def _extrapolated(function, model, size: int) -> Takes:
     return Takes(peaks[0] - each * TRACED[0], each)
 
 
-def _variables(model, size: int):
-    model, images = config_lib.for_counting(model), jax.ShapeDtypeStruct((1, size, size, 3), "f4")
+def abstract_variables(model, size: int):
+    """Return the shapes of a model's variables, which no GPU is asked for."""
+    model, images = for_counting(model), jax.ShapeDtypeStruct((1, size, size, 3), "f4")
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-def advice(config, images: int) -> str:
+def advice(model, accum_steps: int, images: int) -> str:
     """Return the fields that lower the memory of a step, with values to try.
 
     A device takes so many images at a time.
     """
-    model = config_lib.build_model(config.model, num_classes=2)
-    flags = [f"--config.optim.accum_steps={2 * config.optim.accum_steps}"]
-    if hasattr(model, "draw_scales") and not model.dropout and config.optim.accum_steps == 1:
+    flags = [f"--config.optim.accum_steps={2 * accum_steps}"]
+    if hasattr(model, "draw_scales") and not model.dropout and accum_steps == 1:
         flags.insert(0, f"--config.train.micro_batch={max(1, images // 2)}")
     if hasattr(model, "remat") and not model.remat:
         flags.append("--config.model.remat=True")

@@ -1,18 +1,21 @@
 """The picture that a run ends with: its curves, and test images with the answers to them."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 
-from deit_jax import evaluate, metrics, step
 from deit_jax.data import decode
-from deit_jax.sharding import replicated
+from deit_jax.parallel.sharding import replicated
+from deit_jax.step.eval_step import jit_logits
+from deit_jax.storage import backend, read_lines
+from deit_jax.train.evaluator import NAMES
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 COLOURS = {"teacher": "#7f7f7f", "cls": "#1f77b4", "dist": "#d62728", "fused": "#2ca02c"}
 ROWS, COLUMNS = 4, 8
@@ -27,21 +30,21 @@ def draw(trainer, results: dict[str, Any], path: Path) -> None:
     curves, grid = figure.subfigures(1, 2, width_ratios=(1, 1.6))
     _draw_curves(curves.subplots(2, 1, sharex=True), trainer.workdir, results)
     _draw_grid(grid, trainer)
-    figure.suptitle(f"{trainer.config.model.name} on {trainer.config.data.source}")
+    figure.suptitle(f"{trainer.experiment.name} on {trainer.experiment.data.source}")
     if jax.process_index() == 0:
-        figure.savefig(path, dpi=100)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=100)
+        backend(path).write(path, content.getvalue())
     plt.close(figure)
 
 
 def _draw_curves(axes, workdir: Path, results: dict[str, Any]) -> None:
-    records = metrics.read_lines(workdir / "metrics.jsonl")
+    records = read_lines(workdir / "metrics.jsonl")
     accuracy, loss = axes
     for head in ("cls", "dist", "fused"):
         points = [(r["step"], r[k]) for r in records if (k := f"eval/{head}.top1") in r]
         if points:
-            accuracy.plot(
-                *zip(*points, strict=True), color=COLOURS[head], label=evaluate.NAMES[head]
-            )
+            accuracy.plot(*zip(*points, strict=True), color=COLOURS[head], label=NAMES[head])
     if "teacher" in results:
         top1 = results["teacher"]["top1"]
         accuracy.axhline(top1, color=COLOURS["teacher"], linestyle="--", label="teacher")
@@ -60,7 +63,7 @@ def _draw_grid(figure, trainer) -> None:
     """Show evenly spaced test images under what the teacher and the student say of them."""
     source, classes = trainer.dataset.eval, trainer.dataset.classes
     chosen = np.unique(np.linspace(0, len(source) - 1, ROWS * COLUMNS).astype(int))
-    size, crop_ratio = trainer.evaluator.image_size, trainer.config.data.eval_crop_ratio
+    size, crop_ratio = trainer.evaluator.image_size, trainer.experiment.data.eval_crop_ratio
     examples = [source[int(i)] for i in chosen]
     images = np.stack(
         [
@@ -88,16 +91,17 @@ def _draw_grid(figure, trainer) -> None:
 
 def answer(trainer, images: np.ndarray) -> dict[str, np.ndarray]:
     """Return the labels that teacher (if there is one) and student give to uint8 images."""
-    data = trainer.config.data
-    images = jax.device_put(images, replicated(trainer.mesh))
-
-    @jax.jit
-    def label(variables, teacher_params, images):
-        normalised = step.normalise(images, data.mean, data.std)
-        said = {}
-        if trainer.teacher:
-            said["teacher"] = trainer.teacher.logits(teacher_params, normalised).argmax(-1)
-        said["student"] = trainer.model.apply(variables, normalised, train=False).fused().argmax(-1)
-        return said
-
-    return jax.device_get(label(trainer.state.variables, trainer.teacher_params, images))
+    experiment = trainer.experiment
+    images = jax.device_put(images, replicated(experiment.mesh))
+    logits = jit_logits(
+        trainer.state.variables,
+        trainer.teacher_params,
+        images,
+        model=experiment.model,
+        teacher=trainer.teacher,
+        mean=experiment.settings.mean,
+        std=experiment.settings.std,
+    )
+    labels = {name: x.argmax(-1) for name, x in jax.device_get(logits).items()}
+    teacher = {"teacher": labels["teacher"]} if "teacher" in labels else {}
+    return {**teacher, "student": labels["fused"]}

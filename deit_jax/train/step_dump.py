@@ -1,6 +1,6 @@
 """One step of a run, computed again by itself and written down: for steps that went wrong."""
 
-import json
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from deit_jax.errors import UserError
-from deit_jax.optim import path_name
-from deit_jax.step import Recipe, gradients, model_inputs
+from deit_jax.parallel.sharding import path_name
+from deit_jax.step.train_step import gradients, model_inputs
+from deit_jax.storage import backend, exists, write_json
+from deit_jax.train.experiment import prepare
+from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.loop import Trainer
+from deit_jax.train.run import starting_weights
+from deit_jax.train.tape.session import open_tape
+from deit_jax.workdir.directory import check_unchanged
 
 
-def replay(trainer, number: int) -> Path:
+def dump_step(config, workdir: str | Path, number: int) -> Path:
+    """Compute one step of a run again, from the checkpoint before it; return where it is dumped.
+
+    The run may be under way: nothing of it is touched.
+    """
+    workdir = Path(workdir)
+    experiment, dataset = prepare(config, workdir)
+    if jax.process_count() > 1:
+        raise UserError("--replay-step: leave out --multihost; one process computes the same step")
+    if not exists(workdir / "config.json"):
+        raise UserError(f"--workdir={workdir}: no run is there to replay a step of")
+    check_unchanged(experiment.config, workdir / "config.json")
+    spec, teacher, tape = experiment.teacher, None, None
+    if spec and (weights := spec.weights_path(workdir)):
+        teacher = load_teacher(spec, weights, dataset.classes)
+    start = starting_weights(experiment.config, workdir, len(dataset.classes))
+    if spec and not spec.answers:  # nor is a step that is looked at recorded
+        tape = open_tape(experiment, workdir, dataset, teacher)
+    trainer = Trainer(experiment, workdir, dataset, teacher, start, read_only=True, tape=tape)
+    return dump(trainer, number)
+
+
+def dump(trainer: Trainer, number: int) -> Path:
     """Write step `number` of a Trainer's run to WORKDIR/replay/step_N and return that directory.
 
     batch.npz holds the images as read (uint8), as the model was given them, the targets and each
@@ -27,37 +56,38 @@ def replay(trainer, number: int) -> Path:
     batches = trainer.batches()
     for step in range(before, number - 1):
         batch = trainer.on_devices(batches(step), step)
-        trainer.state, _ = trainer._step(trainer.state, trainer.teacher_params, batch)
+        trainer.state, _ = trainer.step(trainer.state, trainer.teacher_params, batch)
     batch = batches(number - 1)
     placed = trainer.on_devices(batch, number - 1)
     inputs, norms = jax.device_get(_look(trainer, placed))
     directory = trainer.workdir / "replay" / f"step_{number}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        np.savez(directory / "batch.npz", image=batch["image"], label=batch["label"], **inputs)
-        text = json.dumps(jax.tree.map(_number, {"step": number, **norms}), indent=2)
-        (directory / "norms.json").write_text(text + "\n")
+        disk, content = backend(directory), io.BytesIO()
+        np.savez(content, image=batch["image"], label=batch["label"], **inputs)
+        disk.make_folder(directory)
+        disk.write(directory / "batch.npz", content.getvalue())
+        write_json(directory / "norms.json", jax.tree.map(_number, {"step": number, **norms}))
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
     return directory
 
 
 def _look(trainer, batch):
-    recipe = Recipe.from_config(trainer.config, len(trainer.dataset.classes), trainer.mesh)
+    settings, model = trainer.experiment.settings, trainer.experiment.model
 
     @jax.jit
     def look(state, teacher_params, batch):
-        images, targets, key = model_inputs(state.step, batch, recipe)
+        images, targets, key = model_inputs(state.step, batch, settings)
         grads, terms, *_ = gradients(
             state,
             teacher_params,
-            (images, targets, batch.get("signal")),
+            (images, targets, batch.get("teacher_target")),
             key,
-            model=trainer.model,
+            model=model,
             teacher=trainer.teacher,
-            recipe=recipe,
+            settings=settings,
         )
-        heads, caught = trainer.model.apply(
+        heads, caught = model.apply(
             state.variables,
             images,
             train=True,

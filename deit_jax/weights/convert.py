@@ -1,87 +1,67 @@
-"""Bring weights from one format into another; the command `deit convert`."""
+"""Write weights in another format."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from deit_jax import cli, export, weights
 from deit_jax.errors import UserError
+from deit_jax.storage import backend, exists
+from deit_jax.weights.exporters import deit, huggingface, run, timm
+from deit_jax.weights.fit import LoadedWeights
 
-CONVERT_DOC = """usage: deit convert SRC DST [--to=FORMAT] [--model=NAME] [--image_size=N] ...
 
-Convert weights. SRC is a .pth or .safetensors file, a Hugging Face or timm folder, hf-hub:ORG/NAME
-or the workdir of a run; its content tells which. DST is written as its name says, or as --to does:
+@dataclasses.dataclass(frozen=True)
+class Exporter:
+    """A format that weights are written in.
 
-  timm         *.safetensors    one file with timm's names
-  deit         *.pth, *.pt      one PyTorch file as facebookresearch/deit writes it
-  huggingface  another name     a folder for transformers
-  deit_jax     only with --to   a workdir for `deit eval`, `deit predict` and teacher.weights
+    `write` raises ValueError, before it writes, if the format cannot hold the model; it needs no
+    PyTorch. The format is one file that ends in one of `suffixes`, without any a folder. `call`
+    returns how others load it, Python for people to copy, or None.
+    """
 
-  deit convert runs/quickstart quickstart.safetensors
-  deit convert hf-hub:facebook/deit-tiny-distilled-patch16-224 tiny.pth"""
-WRITERS: dict[str, Callable[[weights.Opened, Path], None]] = {
-    "timm": export.write_timm,
-    "deit": export.write_deit,
-    "huggingface": export.write_hugging_face,
-    "deit_jax": export.write_run,
+    write: Callable[[LoadedWeights, Path], None]
+    suffixes: tuple[str, ...] = ()
+    call: Callable[[LoadedWeights, Path], str | None] = lambda opened, path: None
+
+
+EXPORTERS = {
+    "timm": Exporter(timm.write_timm, (".safetensors",), timm.timm_call),
+    "deit": Exporter(deit.write_deit, (".pth", ".pt")),
+    "huggingface": Exporter(huggingface.write_hugging_face, (), huggingface.transformers_call),
+    "deit_jax": Exporter(run.write_run),
 }
-# How others load it: Python for people to copy.
-CALLS = {"timm": export.timm_call, "huggingface": export.transformers_call}
-SUFFIXES = {".safetensors": "timm", ".pth": "deit", ".pt": "deit"}
 
 
-def convert(
-    opened: weights.Opened, destination: str | Path, to: str | None = None, force: bool = False
-) -> str:
-    """Write opened weights and return the format; raise UserError where something is in the way."""
-    path = Path(destination)
-    asked, to = to, to or SUFFIXES.get(path.suffix, "huggingface")
+def format_of(path: Path, to: str | None) -> str:
+    """Return the format that a name or `to` asks for; raise UserError where they contradict."""
+    by_suffix = {suffix: name for name, e in EXPORTERS.items() for suffix in e.suffixes}
+    asked, to = to, to or by_suffix.get(path.suffix, "huggingface")
     if to == "huggingface" and path.suffix[1:].isalpha() and not asked:
-        known = ", ".join(SUFFIXES)
+        known = ", ".join(by_suffix)
         raise UserError(
             f"{path}: files end in {known}; --to=huggingface makes a folder of any name"
         )
-    endings = [suffix for suffix, kind in SUFFIXES.items() if kind == to]
+    endings = EXPORTERS[to].suffixes
     if endings and path.suffix not in endings:
         raise UserError(f"{path}: --to={to} makes one file; name it {path.name}{endings[0]}")
+    return to
+
+
+def convert(
+    opened: LoadedWeights, destination: str | Path, to: str | None = None, force: bool = False
+) -> str:
+    """Write opened weights and return the format; raise UserError where something is in the way."""
+    path = Path(destination)
+    to = format_of(path, to)
     # A checkpoint is never replaced: a workdir may hold a run that took days.
-    if path.exists() and (not force or to == "deit_jax" or (path / "checkpoints").exists()):
+    if exists(path) and (not force or to == "deit_jax" or exists(path / "checkpoints")):
         remedy = "choose another name" if force else "--force overwrites a file or a folder"
         raise UserError(f"{path} exists; {remedy}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[to](opened, path)
+        backend(path).make_folder(path.parent)
+        EXPORTERS[to].write(opened, path)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     return to
-
-
-def main(argv: list[str]) -> None:
-    """Run `deit convert`."""
-    from absl import flags
-
-    command = cli.Command("convert", CONVERT_DOC)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("model", None, "SRC's model, where SRC does not say it", **own)
-    flags.DEFINE_enum("to", None, list(WRITERS), "format of DST", **own)
-    flags.DEFINE_integer("image_size", None, "resize the position embedding", **own)
-    flags.DEFINE_integer("num_classes", None, "with --head=drop: classes of DST", **own)
-    policies = "; ".join(f"{k} = {v}" for k, v in weights.HEAD_POLICIES.items())
-    flags.DEFINE_enum("head", "error", list(weights.HEAD_POLICIES), policies, **own)
-    flags.DEFINE_boolean("ema", False, "take a run's moving average of the weights", **own)
-    flags.DEFINE_boolean("force", False, "overwrite DST", **own)
-    words = command.parse(argv)
-    if len(words) != 2:
-        raise cli.UsageError("give SRC and DST; see `deit convert --help`")
-    values = command.flags
-    opened = weights.load_variables(
-        words[0], values.model, values.num_classes, values.image_size, values.head, ema=values.ema
-    )
-    to = convert(opened, words[1], values.to, values.force)
-    for note in opened.notes:
-        print(note)
-    what = f"{opened.name}, {len(opened.classes)} classes"
-    print(f"{words[0]} ({opened.format}: {what}) -> {words[1]} ({to})")
-    if to in CALLS and (call := CALLS[to](opened, Path(words[1]))):
-        print(f"in Python: {call}")

@@ -29,7 +29,7 @@ DISBELIEF = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Claims:
+class Metadata:
     """What a source says about itself, as far as it says anything."""
 
     format: str
@@ -95,7 +95,7 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def read_claims(path: Path) -> Claims:
+def read_metadata(path: Path) -> Metadata:
     """Return what a file or folder says about itself; raise ValueError for what it should not."""
     if (path / "config.json").is_file():
         config = _read_object((path / "config.json").read_text(), "config.json")
@@ -104,12 +104,12 @@ def read_claims(path: Path) -> Claims:
         if "architecture" in config:
             return _timm_claims(config)
     if path.is_dir():
-        return Claims(format="folder")
+        return Metadata(format="folder")
     try:
         with safe_open(path, framework="numpy") as file:
             described = (file.metadata() or {}).get(METADATA, "{}")
     except SafetensorError:
-        return Claims(format="PyTorch file")
+        return Metadata(format="PyTorch file")
     described = _read_object(described, f"the metadata {METADATA!r}")
     known = ("name", "overrides", "classes", "image_size", "mean", "std", "crop_ratio")
     unknown = sorted(described.keys() - {*known})
@@ -118,10 +118,10 @@ def read_claims(path: Path) -> Claims:
     if isinstance(described.get("overrides"), dict):
         described["overrides"] = {k: _tuple(v) for k, v in described["overrides"].items()}
     described |= {k: _tuple(described[k]) for k in ("mean", "std") if k in described}
-    return Claims(format="safetensors file", **described)
+    return Metadata(format="safetensors file", **described)
 
 
-def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Claims:
+def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Metadata:
     """Read the two JSON files; fields that config.json leaves out have transformers' defaults."""
     if config["model_type"] not in ("deit", "vit"):
         raise ValueError(f"model_type {config['model_type']!r} in config.json is not deit or vit")
@@ -149,7 +149,7 @@ def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Claims:
     distilled = config["model_type"] == "deit"
     names = registry.list_models("deit_*_distilled_*" if distilled else "deit_*_patch*")
     specs = {
-        n: s.kwargs for n in names if (s := registry.SPECS[n]).kwargs["distilled"] == distilled
+        n: s.kwargs for n in names if (s := registry.specs()[n]).kwargs["distilled"] == distilled
     }
     name = max(specs, key=lambda n: sum(specs[n][k] == v for k, v in fields.items()))
     labels = config.get("id2label") or {}
@@ -161,7 +161,7 @@ def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Claims:
     inputs = {}
     if preprocessor.is_file():
         inputs = _read_object(preprocessor.read_text(), preprocessor.name)
-    return Claims(
+    return Metadata(
         format="Hugging Face folder",
         name=name,
         overrides=fields | {"mlp_ratio": mlp_ratio},
@@ -189,7 +189,7 @@ def _crop_ratio(inputs: dict[str, Any]) -> float | None:
     return crop / size
 
 
-def _timm_claims(config: dict[str, Any]) -> Claims:
+def _timm_claims(config: dict[str, Any]) -> Metadata:
     inputs, size = config.get("pretrained_cfg", {}), None
     _must(isinstance(inputs, dict), "pretrained_cfg", inputs, "an object of fields")
     architecture = config["architecture"]
@@ -197,7 +197,7 @@ def _timm_claims(config: dict[str, Any]) -> Claims:
     if "input_size" in inputs:
         size = inputs["input_size"]
         _must(isinstance(size, list) and len(size) == 3, "input_size", size, "three numbers")
-    return Claims(
+    return Metadata(
         format="timm folder",
         name=architecture.partition(".")[0].removeprefix("tf_"),
         classes=config.get("label_names"),

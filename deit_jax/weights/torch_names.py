@@ -1,8 +1,8 @@
 """Translate weights between our variables and the names and layouts of PyTorch's ecosystem.
 
-Our parameter paths are timm's module names, so one rule (`_timm_name`) covers every family; the
-tables list the names by which other publishers call the same things. All functions are pure:
-weight_files reads the files, weights puts the two together.
+Our parameter paths are timm's module names, so one rule (`_timm_name`) covers every family; a
+family's own file in models/ lists the names by which other publishers call the same things. All
+functions are pure: readers.py reads the files, load.py puts the two together.
 """
 
 import contextlib
@@ -15,68 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deit_jax.models.efficientnet_lite import EfficientNetLite
-from deit_jax.models.registry import SPECS, ModelSpec, create_model
-from deit_jax.models.regnet import RegNetY
+from deit_jax.models import registry
+from deit_jax.models.deit import DEIT_NAMES, HUGGING_FACE_NAMES
+from deit_jax.models.family import ModelSpec
+from deit_jax.models.pos_embed import grid_of
+from deit_jax.models.registry import create_model, family_of
 from deit_jax.models.vit import VisionTransformer
-from deit_jax.pos_embed import grid_of
 
-# Each row: timm's name of a module or tensor, then what others call it; # stands for an index. The
-# first row that fits wins.
-_DEIT = (
-    ("blocks.#.ls1.gamma", "blocks.#.gamma_1"),
-    ("blocks.#.ls2.gamma", "blocks.#.gamma_2"),
-)
-# Hugging Face, without the leading "deit." or "vit.": as in files, then as modules of
-# transformers 5, whose state_dict() differs from what it saves.
-_HUGGING_FACE = (
-    ("cls_token", "embeddings.cls_token"),
-    ("dist_token", "embeddings.distillation_token"),
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
-    ("blocks.#.norm1", "encoder.layer.#.layernorm_before", "layers.#.layernorm_before"),
-    ("blocks.#.attn.q", "encoder.layer.#.attention.attention.query", "layers.#.attention.q_proj"),
-    ("blocks.#.attn.k", "encoder.layer.#.attention.attention.key", "layers.#.attention.k_proj"),
-    ("blocks.#.attn.v", "encoder.layer.#.attention.attention.value", "layers.#.attention.v_proj"),
-    ("blocks.#.attn.proj", "encoder.layer.#.attention.output.dense", "layers.#.attention.o_proj"),
-    ("blocks.#.norm2", "encoder.layer.#.layernorm_after", "layers.#.layernorm_after"),
-    ("blocks.#.mlp.fc1", "encoder.layer.#.intermediate.dense", "layers.#.mlp.fc1"),
-    ("blocks.#.mlp.fc2", "encoder.layer.#.output.dense", "layers.#.mlp.fc2"),
-    ("norm", "layernorm"),
-    ("head", "cls_classifier", "classifier"),
-    ("head_dist", "distillation_classifier"),
-)
-# PyPI's efficientnet_lite_pytorch, once its flat block index is split into stage and index. The
-# first block has no expansion, so its batch norms count from one later.
-_EFFICIENTNET_LITE_PYTORCH = (
-    ("conv_stem", "_conv_stem"),
-    ("bn1", "_bn0"),
-    ("blocks.0.0.conv_dw", "_blocks.0.0._depthwise_conv"),
-    ("blocks.0.0.bn1", "_blocks.0.0._bn1"),
-    ("blocks.0.0.conv_pw", "_blocks.0.0._project_conv"),
-    ("blocks.0.0.bn2", "_blocks.0.0._bn2"),
-    ("blocks.#.#.conv_pw", "_blocks.#.#._expand_conv"),
-    ("blocks.#.#.bn1", "_blocks.#.#._bn0"),
-    ("blocks.#.#.conv_dw", "_blocks.#.#._depthwise_conv"),
-    ("blocks.#.#.bn2", "_blocks.#.#._bn1"),
-    ("blocks.#.#.conv_pwl", "_blocks.#.#._project_conv"),
-    ("blocks.#.#.bn3", "_blocks.#.#._bn2"),
-    ("conv_head", "_conv_head"),
-    ("bn2", "_bn1"),
-    ("classifier", "_fc"),
-)
-_ALIASES = {
-    VisionTransformer: _DEIT + _HUGGING_FACE,
-    RegNetY: (),  # DeiT's teachers (timm 0.3.2) already have today's names
-    EfficientNetLite: _EFFICIENTNET_LITE_PYTORCH,
-}
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-_HEADS = ("head.weight", "head.fc.weight", "classifier.weight")
 # Axes of a kernel by its rank: HWIO to OIHW and IO to OI, and back.
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
 _ANY_TRANSFORMER = "deit_tiny_patch16_224"  # all have the same names
-_CONVNET_BLOCK = r"(s\d+\.b\d+|_blocks\.\d+|blocks\.\d+\.\d+)\."
 _SHOWN = 6  # names listed in an error message
 
 Flat = dict[str, np.ndarray]
@@ -91,7 +41,7 @@ def from_torch(flat: Mapping[str, np.ndarray], model_name: str, **overrides: Any
     model = create_model(model_name, **overrides)
     sources = canonical_names(flat, model)
     flat = _fuse_qkv({name: flat[source] for name, source in sources.items()})
-    classes = _num_classes(flat)
+    classes = _num_classes(flat, model)
     if classes is not None and "num_classes" not in overrides:
         model = model.clone(num_classes=classes)
     expected = {_timm_name(path): (path, leaf.shape) for path, leaf in leaves(shapes(model))}
@@ -140,12 +90,14 @@ def candidates(flat: Mapping[str, np.ndarray]) -> list[str]:
     tensor does not hide the model.
     """
     if fields := transformer_fields(flat):
-        names = [name for name, spec in SPECS.items() if _agrees(fields, spec)]
+        names = [name for name, spec in registry.specs().items() if _agrees(fields, spec)]
         sized = [name for name in names if create_model(name).grid_size == fields.get("grid")]
         return sized or names
-    matches = (re.match(r"(?:module\.)?" + _CONVNET_BLOCK, name) for name in flat)
-    blocks = len({match[1] for match in matches if match})
-    names = [name for name, spec in SPECS.items() if blocks and _num_blocks(spec) == blocks]
+    names = []
+    for family in registry.FAMILIES.values():
+        if blocks := family.blocks_in(flat):
+            models = {name: create_model(name) for name in family.specs}
+            names += [n for n, model in models.items() if family.count_blocks(model) == blocks]
     return names if len(names) < 2 else [name for name in names if _fits(flat, name)]
 
 
@@ -157,12 +109,6 @@ def _agrees(fields: dict[str, Any], spec: ModelSpec) -> bool:
         known.get(key) == value for key, value in fields.items() if key not in ("grid", "dist_head")
     )
     return spec.cls is VisionTransformer and same
-
-
-def _num_blocks(spec: ModelSpec) -> int:
-    if spec.cls is RegNetY:
-        return sum(RegNetY.VARIANTS[spec.kwargs["variant"]].stages()[1])
-    return len(spec.cls(1, **spec.kwargs).block_indices()) if spec.cls is EfficientNetLite else 0
 
 
 def _fits(flat: Mapping[str, np.ndarray], name: str) -> bool:
@@ -188,15 +134,16 @@ def to_torch(variables: Mapping[str, Any], dialect: str = "timm") -> Flat:
     if dialect == "timm":
         return flat
     if dialect == "deit":
-        table = tuple(row[::-1] for row in _DEIT)
+        table = tuple(row[::-1] for row in DEIT_NAMES)
         return {_rename(name, table) or name: value for name, value in flat.items()}
     if dialect == "huggingface":
         return _to_hugging_face(flat)
     raise ValueError(f"unknown dialect {dialect!r}: timm, deit or huggingface")
 
 
-def _num_classes(flat: Flat) -> int | None:
-    return next((flat[name].shape[0] for name in _HEADS if name in flat), None)
+def _num_classes(flat: Flat, model) -> int | None:
+    names = [f"{head.replace('/', '.')}.weight" for head in family_of(model).heads]
+    return next((flat[name].shape[0] for name in names if name in flat), None)
 
 
 def shapes(model) -> dict[str, Any]:
@@ -233,27 +180,17 @@ def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def canonical_names(names: Iterable[str], model) -> dict[str, str]:
     """Map timm's name of every tensor to the name that it has in the file."""
-    table, sources = _ALIASES[type(model)], {}
+    family, sources = family_of(model), {}
     for source in names:
         name = source.removeprefix("module.")  # DistributedDataParallel's
         if name.endswith(".num_batches_tracked"):
             continue
-        if isinstance(model, EfficientNetLite):
-            name = re.sub(r"(?<=^_blocks\.)\d+", functools.partial(_split_index, model), name)
-        if isinstance(model, VisionTransformer):
-            name = re.sub(r"^(deit|vit)\.", "", name)
-        name = _rename(name, table) or name
+        name = family.rewrite(name, model)
+        name = _rename(name, family.aliases) or name
         if name in sources:
             raise ValueError(f"{sources[name]} and {source} are both {name}")
         sources[name] = source
     return sources
-
-
-def _split_index(model: EfficientNetLite, match: re.Match[str]) -> str:
-    """Return `stage.index` of the block whose flat index matched."""
-    blocks = model.block_indices()
-    index = int(match[0])
-    return "{}.{}".format(*blocks[index]) if index < len(blocks) else match[0]
 
 
 def _rename(name: str, table: tuple[tuple[str, ...], ...]) -> str | None:
@@ -300,7 +237,7 @@ def _to_hugging_face(flat: Flat) -> Flat:
             split[name] = value
     # Only a model with a second head calls the first one cls_classifier.
     head = "cls_classifier" if "head_dist.weight" in flat else "classifier"
-    table = tuple((row[1], row[0]) for row in _HUGGING_FACE if row[0] != "head")
+    table = tuple((row[1], row[0]) for row in HUGGING_FACE_NAMES if row[0] != "head")
     renamed = {}
     for name, value in split.items():
         new = _rename(name, (*table, (head, "head")))

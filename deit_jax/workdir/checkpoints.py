@@ -1,15 +1,10 @@
-"""Runs on disk: Orbax checkpoints of the whole train state, and loading a run's model from them.
+"""Checkpoints of the whole train state, by Orbax: saved in the background, checked, restored.
 
-WORKDIR/config.json     the resolved config
-WORKDIR/classes.json    names of the classes, in label order
 WORKDIR/checkpoints/N   the state after N steps; sha256.json in it holds checksums of its files
 """
 
 import dataclasses
-import errno
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +12,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from deit_jax import config as config_lib
-from deit_jax import manifest
 from deit_jax.errors import UserError
-from deit_jax.health import new_health
+from deit_jax.step.state import new_health
+from deit_jax.storage import backend, exists
+from deit_jax.workdir import checksums
 
 log = logging.getLogger("deit_jax")
 # Orbax warns of a directory that we open to read that it is only to be read.
@@ -30,7 +24,7 @@ logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(rec
 
 
 @dataclasses.dataclass
-class Preserve:
+class KeepPolicy:
     """Keep the latest planned checkpoints, the best one and the newest, planned or not."""
 
     keep: int
@@ -64,7 +58,7 @@ class Checkpointer:
         if not read_only:
             options["cleanup_tmp_directories"] = True
             options["async_options"] = ocp.AsyncOptions(
-                post_finalization_callback=self._write_manifest,
+                post_finalization_callback=self._write_checksums,
                 # In the background, a directory that cannot be made is waited for in vain.
                 create_directories_asynchronously=False,
             )
@@ -73,7 +67,7 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=Preserve(keep),
+                    preservation_policy=KeepPolicy(keep),
                     best_fn=lambda facts: facts["top1"],  # without one, no facts are saved
                     **options,
                 ),
@@ -81,7 +75,7 @@ class Checkpointer:
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
 
-    def tell(self, notify) -> None:
+    def notify_with(self, notify) -> None:
         """Call `notify(event, **facts)` for what befalls the checkpoints."""
         self._notify = notify
 
@@ -106,7 +100,7 @@ class Checkpointer:
         facts = {"top1": top1, "interim": interim, "eval_pending": eval_pending}
         self._saving = step
         try:
-            _must_be_writable(self._directory)
+            backend(self._directory).must_be_writable(self._directory)
             if step in self._manager.all_steps():  # an interim one
                 self._manager.delete(step)
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=facts)
@@ -123,7 +117,7 @@ class Checkpointer:
         except Exception as error:
             self._failed(error)
 
-    def must_hold(self, step: int) -> None:
+    def require_saved(self, step: int) -> None:
         """Wait for saves; raise UserError if the state after `step` is not among them."""
         self.settle()
         if self.latest_step != step:
@@ -136,7 +130,7 @@ class Checkpointer:
         step, self._saving = self._saving, None
         text = next(iter(str(error).splitlines()), type(error).__name__)
         try:
-            _must_be_writable(self._directory)
+            backend(self._directory).must_be_writable(self._directory)
         except OSError:
             raise UserError(
                 f"{self._directory}: the state after step {step} cannot be saved ({text}); make "
@@ -144,8 +138,8 @@ class Checkpointer:
             ) from error
         self._manager.reload()  # Orbax has already forgotten the old ones, which are still there
         if jax.process_index() == 0:  # what was written of it takes room that is lacking
-            for part in self._directory.glob(f"{step}.*tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
+            for part in self._unfinished(step):
+                backend(part).remove(part)
         log.warning(
             "step %s could not be saved (%s); training goes on, the last good checkpoint is %s",
             step,
@@ -154,11 +148,17 @@ class Checkpointer:
         )
         self._notify("save failed", step=step, error=text)
 
-    def _write_manifest(self) -> None:
+    def _write_checksums(self) -> None:
         """Add checksums to the checkpoint that Orbax is about to put in its place."""
         if jax.process_index() == 0:
-            unfinished = sorted(self._directory.glob(f"{self._saving}.*tmp*"))
-            manifest.write(unfinished[-1] if unfinished else self._directory / str(self._saving))
+            unfinished = self._unfinished(self._saving)
+            checksums.write(unfinished[-1] if unfinished else self._directory / str(self._saving))
+
+    def _unfinished(self, step: int | None) -> list[Path]:
+        """Return the folders that Orbax has begun to write a step in, the newest last."""
+        names = backend(self._directory).names(self._directory)
+        found = [name for name in names if name.startswith(f"{step}.") and "tmp" in name]
+        return [self._directory / name for name in found]
 
     def restore(self, abstract_state, at_most: int | None = None, planned: bool = False):
         """Return the newest good state, each array where `abstract_state` says.
@@ -176,7 +176,7 @@ class Checkpointer:
                     self._set_aside(damaged)
                     return state
                 except Exception as error:
-                    if manifest.has(self._directory / str(step)):  # its files are as written
+                    if checksums.has(self._directory / str(step)):  # its files are as written
                         raise UserError(
                             f"{self._directory / str(step)}: does not fit this config "
                             f"({next(iter(str(error).splitlines()), type(error).__name__)}); "
@@ -221,7 +221,7 @@ class Checkpointer:
         for step, problem in damaged.items():
             place = self._directory / f"damaged-{step}"
             number = 2
-            while place.exists():
+            while exists(place):
                 place = self._directory / f"damaged-{step}-{number}"
                 number += 1
             log.warning(
@@ -232,12 +232,12 @@ class Checkpointer:
             )
             self._notify("damaged checkpoint", step=step, problem=problem)
             if jax.process_index() == 0:
-                (self._directory / str(step)).rename(place)
+                backend(place).rename(self._directory / str(step), place)
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
 
-    def forget_after(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Delete the checkpoints newer than `step`, whose states a rollback undid."""
         self.settle()
         for later in [s for s in self._manager.all_steps() if s > step]:
@@ -249,78 +249,9 @@ class Checkpointer:
         self._manager.close()
 
 
-def _must_be_writable(directory: Path) -> None:
-    """Raise OSError unless the directory is there and on a file system that takes files."""
-    code = errno.EROFS if directory.exists() else errno.ENOENT
-    if not os.access(directory, os.W_OK):
-        raise OSError(code, os.strerror(code))
-
-
 def _agreed_problem(directory: Path) -> str | None:
     """Return what is wrong with a checkpoint's files; process 0 reads them for all."""
-    problem = manifest.problem(directory) if jax.process_index() == 0 else None
+    problem = checksums.problem(directory) if jax.process_index() == 0 else None
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(problem)):
         problem = problem or "as process 0 found"
     return problem
-
-
-@dataclasses.dataclass
-class Run:
-    """A finished or unfinished run: its config, and its model with weights."""
-
-    config: ConfigDict
-    classes: list[str]
-    model: Any
-    variables: dict[str, Any]
-    ema: dict[str, Any] | None
-    step: int
-
-
-def load_run(workdir: str | Path, dtype: str = "float32") -> Run:
-    """Load the newest checkpoint of a workdir; raise UserError where there is none."""
-    workdir = Path(workdir)
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir}: not the workdir of a `deit train` run (no config.json there)")
-    config = config_lib.from_json(config_lib.read_json(workdir / "config.json"))
-    classes = config_lib.read_json(workdir / "classes.json", list)
-    if not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{workdir / 'classes.json'}: not a list of names; restore it from a copy")
-    state = _restore_on_host(workdir / "checkpoints")
-    variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
-    here = config.model.copy_and_resolve_references()
-    if "attention" in here:  # the kernel of the training's devices, which may not be at hand
-        del here["attention"]
-    model = config_lib.build_model(here, len(classes), dtype)
-    return Run(config, classes, model, variables, state["ema"], int(state["step"]))
-
-
-def _restore_on_host(directory: Path) -> dict[str, Any]:
-    """Read what inference needs as numpy arrays, whatever devices the state was saved from."""
-    if not directory.is_dir():
-        raise UserError(f"{directory.parent}: no checkpoint yet; let `deit train` save one first")
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-    # Naming the handler lets the manager read the tree's metadata before it restores anything.
-    with ocp.CheckpointManager(
-        directory.absolute(), options=options, item_handlers=ocp.PyTreeCheckpointHandler()
-    ) as manager:
-        if not manager.all_steps():
-            raise UserError(
-                f"{directory.parent}: no checkpoint yet; let `deit train` save one first"
-            )
-        step = _newest_good(directory, manager.all_steps())
-        saved = manager.item_metadata(step).tree
-        wanted = {key: saved[key] for key in ("params", "batch_stats", "ema", "step")}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-        return manager.restore(step, args=args)
-
-
-def _newest_good(directory: Path, steps) -> int:
-    for step in sorted(steps, reverse=True):
-        problem = manifest.problem(directory / str(step))
-        if problem is None:
-            return step
-        log.warning(
-            "checkpoint %s is damaged (%s): using the one before", directory / str(step), problem
-        )
-    raise UserError(f"{directory}: every checkpoint is damaged; bring one back from a copy")

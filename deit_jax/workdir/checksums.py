@@ -1,30 +1,25 @@
 """Checksums of a directory's files, kept in it: a flipped bit in an array goes unnoticed else."""
 
-import hashlib
 import json
 from pathlib import Path
+
+from deit_jax.storage import backend, exists, write_json
 
 NAME = "sha256.json"
 TIMES = "_CHECKPOINT_METADATA"  # Orbax adds the time to it last of all: it must only be JSON
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write(directory: Path) -> None:
     """Record the checksum of every file below `directory`."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in (NAME, TIMES))
-    sums = {p.relative_to(directory).as_posix(): _digest(p) for p in files}
-    temporary = directory / f"{NAME}.tmp"
-    temporary.write_text(json.dumps(sums, indent=1) + "\n")
-    temporary.replace(directory / NAME)
+    disk = backend(directory)
+    names = [name for name, _ in disk.files(directory) if name not in (NAME, TIMES)]
+    sums = {name: disk.sha256(directory / name) for name in names}
+    write_json(directory / NAME, sums, indent=1)
 
 
 def has(directory: Path) -> bool:
     """Return whether checksums were recorded."""
-    return (directory / NAME).exists()
+    return exists(directory / NAME)
 
 
 def problem(directory: Path) -> str | None:
@@ -32,14 +27,14 @@ def problem(directory: Path) -> str | None:
 
     Nothing is known to be wrong where nothing was recorded.
     """
-    path = directory / NAME
+    disk = backend(directory)
     if not has(directory):
         return None
     try:
-        sums = json.loads(path.read_text())
-        json.loads((directory / TIMES).read_text())
+        sums = json.loads(disk.read(directory / NAME))
+        json.loads(disk.read(directory / TIMES))
         for name, recorded in sums.items():
-            if _digest(directory / name) != recorded:
+            if disk.sha256(directory / name) != recorded:
                 return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(directory)} is missing"

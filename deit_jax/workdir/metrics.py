@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,49 +12,28 @@ from typing import Any
 from tqdm import tqdm
 
 from deit_jax.errors import UserError
+from deit_jax.storage import backend, read_lines, write_lines
 
 log = logging.getLogger("deit_jax")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file; a last line cut short by a crash is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
 class Lines:
     """Append records to a JSON-lines file; while the disk is full, hold them back."""
 
     def __init__(self, path: Path, kept: list[dict[str, Any]]):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(temporary, path)
-        self._path, self._file, self._waiting = path, path.open("ab", buffering=0), b""
+        write_lines(path, kept)
+        self._path, self._end, self._waiting = path, backend(path).append(path), b""
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a record and those held back; raise UserError if the file is lost."""
         full, self._waiting = bool(self._waiting), self._waiting + json.dumps(record).encode()
         self._waiting += b"\n"
-        end = self._file.tell()
         try:
-            if self._file.write(self._waiting) == len(self._waiting):
-                self._waiting = b""
-                return
-            self._file.truncate(end)  # of a line cut short, the rest would never join it
+            self._end.append(self._waiting)
+            self._waiting = b""
+            return
         except OSError as error:
             if error.errno not in FULL:
                 raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
@@ -63,8 +41,8 @@ class Lines:
             log.warning("%s: the disk is full; lines are held back until it is not", self._path)
 
     def close(self) -> None:
-        """Close the file; raise UserError if lines could not be written."""
-        self._file.close()
+        """Close the file; say so if lines could not be written."""
+        self._end.close()
         if self._waiting:
             log.error("%s: the disk is full; its last lines are lost", self._path)
 
@@ -90,7 +68,7 @@ class MetricWriter:
                 self._files[name] = Lines(path, kept)
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
-        from deit_jax.tensorboard import Board  # only a run that writes needs tensorboardX
+        from deit_jax.workdir.tensorboard import Board  # only a run that writes needs tensorboardX
 
         self._board = Board(workdir / "tensorboard", purge_step=start_step + 1)
         tqdm.monitor_interval = 0  # or a thread of it would outlive the run

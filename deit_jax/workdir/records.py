@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deit_jax import config as config_lib
-from deit_jax import metrics
 from deit_jax.errors import UserError
+from deit_jax.storage import exists, read_json, read_lines, read_text
 
 TABLE = re.compile(r"eval/((?:ema\.)?)(cls|dist|fused)\.(top[15])")
 
@@ -33,23 +32,23 @@ def names(workdirs: Sequence[Path]) -> list[str]:
 
 def config_of(workdir: Path) -> dict[str, Any]:
     """Return the resolved config; raise UserError if no run is there."""
-    if not (workdir / "config.json").is_file():
+    if not exists(workdir / "config.json"):
         raise UserError(
             f"--workdir={workdir}: no run is there (no config.json); give the --workdir of a "
             "`deit train`"
         )
-    return config_lib.read_json(workdir / "config.json")
+    return read_json(workdir / "config.json")
 
 
 def read(workdir: Path) -> dict[str, Any]:
     """Return config, history, curves and accuracies of a run; what it has not yet is None."""
     config = config_of(workdir)
-    records = metrics.read_lines(workdir / "metrics.jsonl")
-    timing = metrics.read_lines(workdir / "timing.jsonl")
+    records = read_lines(workdir / "metrics.jsonl")
+    timing = read_lines(workdir / "timing.jsonl")
     step = max((r["step"] for r in (*records, *timing)), default=0)
     results = None
-    if (workdir / "results.json").is_file():
-        results = config_lib.read_json(workdir / "results.json")
+    if exists(workdir / "results.json"):
+        results = read_json(workdir / "results.json")
         if results["step"] < step:  # of a run that was then told to train longer
             results = None
     return {
@@ -63,7 +62,7 @@ def read(workdir: Path) -> dict[str, Any]:
         "curves": {**curves(records), **curves(timing)},
         "accuracy": _from_results(results) if results else last_evaluation(records),
         "config": config,
-        "history": metrics.read_lines(workdir / "history.jsonl"),
+        "history": read_lines(workdir / "history.jsonl"),
     }
 
 
@@ -104,7 +103,7 @@ def under_way(workdir: Path) -> bool:
     at that moment would be refused.
     """
     try:
-        text = (workdir / "lock").read_text(errors="replace")
+        text = read_text(workdir / "lock")
     except OSError:
         return False
     found = re.match(r"process (\d+) on (\S+) since", text)

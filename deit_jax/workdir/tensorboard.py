@@ -8,6 +8,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from deit_jax.storage import backend
+
 
 class Board:
     """Write TensorBoard's files, without the threads of its own writer, and never stop for them."""
@@ -27,7 +29,7 @@ class Board:
     def _add(self, event) -> None:
         try:
             if self._writer is None:
-                self._directory.mkdir(exist_ok=True)
+                backend(self._directory).make_folder(self._directory)
                 self._writer = EventsWriter(str(self._directory / "events"))
             self._writer.write_event(event)
             self._writer.flush()

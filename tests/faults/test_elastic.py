@@ -3,15 +3,17 @@
 import jax
 import pytest
 
-from deit_jax import metrics, sharding
-from deit_jax import train as train_lib
 from deit_jax.errors import Interrupted
+from deit_jax.parallel import sharding
+from deit_jax.storage import read_lines
+from deit_jax.train import experiment, loop, run
+from deit_jax.train.run import train
 from tests.faults.test_divergence import StopAfter
 from tests.tiny import make_tiny_config
 
 
 def losses(workdir):
-    return [r["loss"] for r in metrics.read_lines(workdir / "metrics.jsonl") if "loss" in r]
+    return [r["loss"] for r in read_lines(workdir / "metrics.jsonl") if "loss" in r]
 
 
 def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
@@ -22,9 +24,9 @@ def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
     config.augment.auto, config.augment.erase_prob, config.mixing.prob = "", 0.0, 0.0
     config.model.width = 96  # large enough for weights to be shared out
     config.optim.eps = 1e-4  # Adam's first steps are signs: tame rounding around 0
-    monkeypatch.setattr(train_lib, "_draw", lambda trainer, results: None)
+    monkeypatch.setattr(run, "_draw", lambda trainer, results: None)
     monkeypatch.setattr(sharding, "make_mesh", lambda n, **_: make_mesh(n, devices[:1]))
-    train_lib.train(config, tmp_path / "whole")
+    train(config, tmp_path / "whole")
     shared = set()
     for count, fsdp, steps in ((8, 4, 4), (2, 1, 99)):
         config.mesh.fsdp = fsdp
@@ -33,13 +35,13 @@ def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
         )
         stop = StopAfter(steps)
         try:
-            train_lib.train(config, tmp_path / "moved", stop)
+            train(config, tmp_path / "moved", stop)
         except Interrupted:
             pass
         else:
             assert count == 2
-        prepared, dataset = train_lib.prepared(config, tmp_path / "moved")
-        trainer = train_lib.Trainer(prepared, tmp_path / "moved", dataset, read_only=True)
+        prepared, dataset = experiment.prepared(config, tmp_path / "moved")
+        trainer = loop.Trainer(prepared, tmp_path / "moved", dataset, read_only=True)
         kernel = trainer.state.params["blocks_0"]["mlp"]["fc1"]["kernel"]
         shared.add(kernel.addressable_shards[0].data.size / kernel.size)
     assert shared == {0.25, 1.0}

@@ -11,14 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deit_jax import checkpoint, manifest, metrics, step
-from deit_jax.checkpoint import Checkpointer
 from deit_jax.errors import UserError
+from deit_jax.step.state import TrainState
+from deit_jax.storage import read_lines
+from deit_jax.workdir import checksums
+from deit_jax.workdir.checkpoints import Checkpointer
+from deit_jax.workdir.metrics import Lines
+from deit_jax.workdir.saved_run import _newest_good
 
 
 def make_state(number, size=50_000):
     params = {"w": jax.random.normal(jax.random.key(number), (size,)), "b": {"c": jnp.ones(3)}}
-    return step.TrainState(jnp.int32(number), params, {}, (params,), None)
+    return TrainState(jnp.int32(number), params, {}, (params,), None)
 
 
 def abstract(state):
@@ -67,14 +71,14 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(saved, harm, which
     saver.save(3, jax.device_put(make_state(3)), None)  # as training comes by there again
     saver.close()
     assert saver.latest_step == 3
-    assert manifest.problem(saved / "checkpoints/3") is None
+    assert checksums.problem(saved / "checkpoints/3") is None
 
 
 def test_orbax_alone_does_not_see_a_flipped_bit_in_an_array(saved):
     """Why there are checksums. If this fails one day, they may go."""
     state = jax.device_put(make_state(3))
     flip_a_bit(array_file(saved / "checkpoints/3"))
-    (saved / "checkpoints/3" / manifest.NAME).unlink()
+    (saved / "checkpoints/3" / checksums.NAME).unlink()
     saver = Checkpointer(saved, keep=3)
     try:
         restored = saver.restore(abstract(state))
@@ -95,7 +99,7 @@ def test_without_a_good_checkpoint_nothing_is_touched(saved):
     saver.close()
     assert sorted(saved.rglob("*")) == before
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        checkpoint._newest_good(saved / "checkpoints", [1, 2, 3])
+        _newest_good(saved / "checkpoints", [1, 2, 3])
 
 
 # Of the arrays that Orbax still reads when one does not fit, nobody awaits the others.
@@ -157,7 +161,7 @@ def test_on_a_full_disk_training_goes_on_and_saves_again_once_there_is_room(tmp_
             assert [p.name for p in (disk / "checkpoints").iterdir()] == ["1"]
         with pytest.raises(UserError, match=r"step 3 could not be saved, the last good .* is 1"):
             saver.must_hold(3)
-        lines = metrics.Lines(disk / "metrics.jsonl", []) if filler.unlink() is None else None
+        lines = Lines(disk / "metrics.jsonl", []) if filler.unlink() is None else None
         with contextlib.suppress(OSError), filler.open("wb") as file:
             for _ in range(3000):
                 file.write(bytes(1000))
@@ -167,12 +171,12 @@ def test_on_a_full_disk_training_goes_on_and_saves_again_once_there_is_room(tmp_
         filler.unlink()
         lines.append({"step": 2000})
         lines.close()
-        records = metrics.read_lines(disk / "metrics.jsonl")
+        records = read_lines(disk / "metrics.jsonl")
         assert [r["step"] for r in records] == list(range(2001))
         saver.save(4, jax.device_put(make_state(4)), None)
         saver.must_hold(4)
         saver.close()
-        assert manifest.problem(disk / "checkpoints/4") is None
+        assert checksums.problem(disk / "checkpoints/4") is None
 
 
 def test_a_disk_that_turns_read_only_or_vanishes_is_told_of(tmp_path):

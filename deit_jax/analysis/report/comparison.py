@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from deit_jax import config as config_lib
-from deit_jax.charts import Line, line_chart
-from deit_jax.markup import Element, element
+from deit_jax.analysis.report.html import Element, element
+from deit_jax.analysis.report.svg_charts import Line, line_chart
+from deit_jax.config.serialize import flatten
 
 HEADS = {
     "teacher": "teacher",
@@ -165,7 +165,7 @@ def disagreement(found: Mapping[str, Any], several: bool) -> Element:
 
 def config_differences(runs: Sequence[Mapping[str, Any]]) -> Element | None:
     """Return the table of fields whose values differ between runs, None if none do."""
-    flat = [config_lib.flatten(run["config"]) for run in runs]
+    flat = [flatten(run["config"]) for run in runs]
     keys = list(dict.fromkeys(key for fields in flat for key in fields))
     rows = []
     for key in keys:

@@ -1,31 +1,22 @@
-"""One page on one or several runs, for a browser; the command `deit report`."""
+"""One page on one or several runs, for a browser."""
 
-import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from deit_jax import analyze, cli, report_curves, report_run
-from deit_jax.markup import Element, document, element
+from deit_jax.analysis.figures import Analysis
+from deit_jax.analysis.report import comparison, single_run
+from deit_jax.analysis.report.html import Element, document, element
 
 log = logging.getLogger("deit_jax")
 
-REPORT_DOC = """usage: deit report --workdir=DIR[,DIR…] [--images=N] [--out=FILE]
-
-Write DIR/report.html: curves, accuracies, confusion, mistakes, tokens, attention maps and config
-of a run; of several runs side by side, comparison.html in the first DIR. --out names another file.
-They may be under way. The page needs no other file and no network; docs/report.md explains it.
-
-  deit report --workdir=runs/quickstart"""
 # The page may load nothing, whatever is in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 NO_TRANSFORMER = "A convolutional network: no tokens, attention or positions to show."
 
 
-def page(found: analyze.Analysis) -> str:
+def page(found: Analysis) -> str:
     """Return the report on an analysis as HTML."""
     runs = found.figures["runs"]
     title = ", ".join(run["name"] for run in runs)
@@ -41,7 +32,9 @@ def page(found: analyze.Analysis) -> str:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("title", f"{title}: deit report"),
-        element("style", resources.files("deit_jax").joinpath("report.css").read_text()),
+        element(
+            "style", resources.files("deit_jax.analysis.report").joinpath("style.css").read_text()
+        ),
     )
     made = "Made by deit_jax {deit_jax} on {generated}, computed on: {device}."
     made = made.format(**found.figures)
@@ -55,7 +48,7 @@ def _overview(runs: Sequence[Mapping[str, Any]]) -> Element:
         element(
             "li",
             element("a", run["name"], href=f"#run-{i}"),
-            f": {run['model']} on {run['source']}, {report_run.state(run)}",
+            f": {run['model']} on {run['source']}, {single_run.state(run)}",
         )
         for i, run in enumerate(runs, 1)
     ]
@@ -84,7 +77,7 @@ def _contents(sections: Sequence[Element]) -> Element:
 def _shared(figures: Mapping[str, Any]) -> list[Element]:
     runs, several = figures["runs"], len(figures["runs"]) > 1
     nothing = element("p", "Nothing is written yet.")
-    drawn, table = report_curves.curves(runs), report_curves.accuracies(runs)
+    drawn, table = comparison.curves(runs), comparison.accuracies(runs)
     sources = {run["accuracy"]["from"] for run in runs if run["accuracy"]}
     newest = "of the newest evaluation; the run has not written its results yet."
     text = f"From {' and '.join(sorted(sources))}" if sources else ""
@@ -102,7 +95,7 @@ def _shared(figures: Mapping[str, Any]) -> list[Element]:
         _disagreement(figures, several),
     ]
     if several:
-        table = report_curves.config_differences(runs)
+        table = comparison.config_differences(runs)
         same = element("p", "None: the configs are the same.")
         found.append(
             _section(2, "differences", "Fields that differ", same if table is None else table)
@@ -119,7 +112,7 @@ def _disagreement(figures: Mapping[str, Any], several: bool) -> Element | None:
         return _section(2, "disagreement", "Disagreement", element("p", why))
     text = f"The share of {found['images']} held-out images, in percent, that each two classifiers "
     text += "give different labels (DeiT, table 4)."
-    matrix = report_curves.disagreement(found, several)
+    matrix = comparison.disagreement(found, several)
     return _section(2, "disagreement", "Disagreement", element("p", text), matrix)
 
 
@@ -128,29 +121,29 @@ def _of_run(run: Mapping[str, Any], pictures, name: str) -> list[Element]:
     found = [_introduction(run, name)]
     evaluation = run["evaluation"] and run["evaluation"]["images"]
     for key, heading, there, content in (
-        ("confusion", "Confusion", evaluation, lambda: report_run.confusion(run)),
+        ("confusion", "Confusion", evaluation, lambda: single_run.confusion(run)),
         (
             "mistakes",
             "Most confident mistakes",
             evaluation,
-            lambda: report_run.mistakes(run, pictures),
+            lambda: single_run.mistakes(run, pictures),
         ),
-        ("tokens", "The two tokens", run["tokens"], lambda: report_run.tokens(run)),
+        ("tokens", "The two tokens", run["tokens"], lambda: single_run.tokens(run)),
         (
             "attention",
             "Attention",
             run["attention"],
-            lambda: report_run.attention(run, pictures),
+            lambda: single_run.attention(run, pictures),
         ),
         (
             "positions",
             "Position embeddings",
             run["position_similarity"],
-            lambda: report_run.positions(run),
+            lambda: single_run.positions(run),
         ),
-        ("filters", "Patch embedding", run["patch_filters"], lambda: report_run.filters(run)),
-        ("config", "Config", run["config"], lambda: report_run.config(run)),
-        ("versions", "Versions", True, lambda: report_run.versions(run)),
+        ("filters", "Patch embedding", run["patch_filters"], lambda: single_run.filters(run)),
+        ("config", "Config", run["config"], lambda: single_run.config(run)),
+        ("versions", "Versions", True, lambda: single_run.versions(run)),
     ):
         if there:
             found.append(_section(3, f"{name}-{key}", heading, content()))
@@ -158,9 +151,9 @@ def _of_run(run: Mapping[str, Any], pictures, name: str) -> list[Element]:
 
 
 def _introduction(run: Mapping[str, Any], name: str) -> Element:
-    lines = [f"{run['model']} on {run['source']}, {report_run.state(run)}. {run['workdir']}"]
+    lines = [f"{run['model']} on {run['source']}, {single_run.state(run)}. {run['workdir']}"]
     if run["evaluation"]:
-        images = report_run.images_text(run["evaluation"])
+        images = single_run.images_text(run["evaluation"])
         lines.append(
             f"What follows is of the checkpoint after step {run['checkpoint_step']}, on {images} "
             "of the evaluation data."
@@ -179,28 +172,3 @@ def _introduction(run: Mapping[str, Any], name: str) -> Element:
         for key, text in run["notes"].items()
     ]
     return _section(2, name, run["name"], [element("p", line) for line in lines], notes)
-
-
-def main(argv: list[str]) -> None:
-    """Run `deit report`."""
-    from absl import flags
-
-    command = cli.Command("report", REPORT_DOC)
-    analyze.add_flags(command)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("out", "", "where to write it, if not in the (first) run", **own)
-    flags.DEFINE_boolean("json", False, "print where it is as JSON", **own)
-    cli.no_words(command.parse(argv, required=("workdir",)))
-    values = command.flags
-    found = analyze.analyze(values.workdir, values.images)
-    name = "report.html" if len(values.workdir) == 1 else "comparison.html"
-    out = Path(values.out or Path(values.workdir[0]) / name)
-    analyze.write(out, page(found))
-    for run in found.figures["runs"]:
-        for note in run["notes"].values():
-            log.warning("%s: %s", run["name"], note)
-    if values.json:
-        json.dump({"out": str(out), "runs": [r["name"] for r in found.figures["runs"]]}, sys.stdout)
-        print()
-    else:
-        print(f"report: {out}")

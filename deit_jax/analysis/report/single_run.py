@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from deit_jax import config as config_lib
-from deit_jax import markup
-from deit_jax.charts import Line, line_chart
-from deit_jax.markup import Element, element
-from deit_jax.report_curves import heat_table, table
+from deit_jax.analysis.report import html
+from deit_jax.analysis.report.comparison import heat_table, table
+from deit_jax.analysis.report.html import Element, element
+from deit_jax.analysis.report.svg_charts import Line, line_chart
+from deit_jax.config.serialize import flatten
 
 TOKENS = {"cls": "class token", "dist": "distillation token"}
 Run = Mapping[str, Any]
@@ -108,8 +108,8 @@ def _has_teacher(run: Run) -> bool:
 
 
 def _photograph(pixels: np.ndarray, text: str) -> Element:
-    small = "pixels" if max(pixels.shape) <= markup.LARGE else None
-    return element("img", src=markup.photograph(pixels), alt=text, class_=small)
+    small = "pixels" if max(pixels.shape) <= html.LARGE else None
+    return element("img", src=html.photograph(pixels), alt=text, class_=small)
 
 
 def tokens(run: Run) -> list[Element]:
@@ -152,7 +152,7 @@ def _looks(found: Mapping[str, Any], names: Sequence[str], pixels: np.ndarray) -
         ]
         rows.append(element("tr", None if i else picture, element("th", TOKENS[token]), cells))
     head = element("thead", element("tr", [element("th", c, scope="col") for c in columns]))
-    photo = f"--photo: url({markup.photograph(pixels)})"
+    photo = f"--photo: url({html.photograph(pixels)})"
     whole = element("table", head, element("tbody", rows), style=photo)
     caption = element("figcaption", element("strong", found["class"]), f" {found['name']}")
     box = element("div", whole, class_="scroll", tabindex=0)
@@ -160,8 +160,8 @@ def _looks(found: Mapping[str, Any], names: Sequence[str], pixels: np.ndarray) -
 
 
 def _map(grid: Float[np.ndarray, "g g"], text: str) -> Element:
-    coloured = markup.heat(grid, 0.0, float(grid.max()))
-    image = markup.data_uri(coloured)
+    coloured = html.heat(grid, 0.0, float(grid.max()))
+    image = html.data_uri(coloured)
     picture = element("img", src=image, alt=f"attention of {text}", class_="pixels")
     return element("div", picture, class_="over")
 
@@ -172,7 +172,7 @@ def positions(run: Run) -> list[Element]:
     side = round(len(found) ** 0.5)
     off = found[~np.eye(len(found), dtype=bool)] if len(found) > 1 else found
     low, high = float(off.min()), float(off.max())
-    tiles = np.stack([markup.heat(row.reshape(side, side), low, high) for row in found])
+    tiles = np.stack([html.heat(row.reshape(side, side), low, high) for row in found])
     text = (
         f"Tile (i, j) of {side} x {side}: the cosine of the embedding of the patch in row i, "
         "column j with that of every patch, as in figure 7 of the ViT paper. A neighbourhood that "
@@ -183,16 +183,16 @@ def positions(run: Run) -> list[Element]:
 
 
 def _sheet(tiles: np.ndarray, columns: int, text: str) -> Element:
-    page = markup.sheet(tiles, columns)
+    page = html.sheet(tiles, columns)
     # Enlarged by whole numbers, the pixels of a small sheet stay square.
     times = max(1, 520 // page.shape[1])
     page = page.repeat(times, axis=0).repeat(times, axis=1)
-    return element("img", src=markup.data_uri(page), alt=text, class_="map pixels")
+    return element("img", src=html.data_uri(page), alt=text, class_="map pixels")
 
 
 def _scale(low: float, high: float, unit: str) -> Element:
-    ramp = markup.heat(np.linspace(0, 1, 64)[None], 0.0, 1.0)
-    bar = element("img", src=markup.data_uri(ramp), alt="colour scale")
+    ramp = html.heat(np.linspace(0, 1, 64)[None], 0.0, 1.0)
+    bar = element("img", src=html.data_uri(ramp), alt="colour scale")
     return element("div", f"{low:.2f}", bar, f"{high:.2f} {unit}", class_="scale")
 
 
@@ -214,7 +214,7 @@ def config(run: Run) -> list[Element]:
     """Return every field of the resolved config, folded away."""
     rows = [
         element("tr", element("th", key), element("td", str(value)))
-        for key, value in config_lib.flatten(run["config"]).items()
+        for key, value in flatten(run["config"]).items()
     ]
     summary = element("summary", f"{len(rows)} fields of the resolved config")
     return [element("details", summary, table(["field", "value"], rows, "fields"))]
@@ -225,7 +225,7 @@ def versions(run: Run) -> list[Element]:
     starts = [e for e in run["history"] if e.get("event") == "start"]
     if not starts:
         return [element("p", "Nothing is recorded of its start.")]
-    last = config_lib.flatten(starts[-1])
+    last = flatten(starts[-1])
     last["command"] = " ".join(map(str, last.get("command", [])))
     rows = [
         element("tr", element("th", key.removeprefix("packages.")), element("td", str(value)))

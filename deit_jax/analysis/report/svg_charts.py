@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from deit_jax.markup import Element, element
+from deit_jax.analysis.report.html import Element, element
 
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 40, 46  # TOP has room for the axis of epochs

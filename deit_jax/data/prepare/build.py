@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,28 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from deit_jax import cli, metrics
-from deit_jax.data import originals
-from deit_jax.data.shards import Job, make_features, write_shard
+from deit_jax.data.prepare import readers
+from deit_jax.data.prepare.writer import Job, make_features, write_shard
 from deit_jax.errors import UserError
+from deit_jax.storage import read_lines
 
 log = logging.getLogger("deit_jax")
 
-PREPARE_DOC = """usage: deit prepare SRC DST [--max-side=N] [--workers=N] [--name=NAME] [--json]
-
-Write the images below SRC as a TFDS data set to DST/NAME, for training and for plain TFDS. SRC is
-
-  a folder of images     SRC/{train,val}/CLASS/… or SRC/CLASS/…, of which a part is held out
-  the ILSVRC2012 tars    ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, with or without
-                         the devkit; becomes imagenet2012
-  parquet files          as Hugging Face has them, columns image and label
-
-Files are stored byte for byte. --max-side=N changes pixels: larger images are scaled down and
-encoded anew, which costs some accuracy and makes reading faster. The same command goes on after an
-interruption; on a finished data set it checks every file against its checksum.
-
-  deit prepare /data/ILSVRC2012 /data/tfds
-  deit train --config=configs/deit.py --config.data.dir=/data/tfds --workdir=runs/deit"""
 JOURNAL = ".prepare.jsonl"  # the plan, then one line for each finished shard
 CHECKSUMS = "SHA256SUMS"
 
@@ -57,9 +41,9 @@ def prepare(
 
     Any number of `workers` (processes; 0 = one a core) writes the same bytes. Raise UserError.
     """
-    plan = originals.make_plan(source, eval_fraction)
+    plan = readers.make_plan(source, eval_fraction)
     plan = dataclasses.replace(plan, name=name or plan.name)
-    if plan.name == originals.IMAGENET:
+    if plan.name == readers.IMAGENET:
         plan = dataclasses.replace(plan, version="5.1.0")
     _check_name(plan)
     folder = destination / plan.name / plan.version
@@ -77,30 +61,30 @@ def prepare(
 
 
 def _cores() -> int:
-    from deit_jax.data import pipeline
+    from deit_jax.data.loader import usable_cores
 
-    return pipeline.usable_cores()
+    return usable_cores()
 
 
-def _check_name(plan: originals.Plan) -> None:
+def _check_name(plan: readers.Plan) -> None:
     import tensorflow_datasets as tfds
 
     if not tfds.core.naming.is_valid_dataset_name(plan.name) or plan.name != plan.name.lower():
         raise UserError(f"--name={plan.name}: use small letters, digits and _, a letter first")
     with contextlib.suppress(tfds.core.DatasetNotFoundError):
         # TFDS would open such a folder with the features of its own data set.
-        own = tfds.builder_cls(plan.name) and plan.name != originals.IMAGENET
-        if own or plan.classes != originals.imagenet_list("labels"):
+        own = tfds.builder_cls(plan.name) and plan.name != readers.IMAGENET
+        if own or plan.classes != readers.imagenet_list("labels"):
             raise UserError(f"{plan.name} is another data set of TFDS's own; give --name=NAME")
 
 
-def _open_journal(folder: Path, plan: originals.Plan, options: list) -> dict[str, dict]:
+def _open_journal(folder: Path, plan: readers.Plan, options: list) -> dict[str, dict]:
     """Return the lines of finished shards by file; raise UserError if they are of another plan."""
     facts = {s: [shard.facts() for shard in shards] for s, shards in plan.splits.items()}
     text = json.dumps([plan.classes, facts, options])
     head = {"plan": hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()}
     path = folder / JOURNAL
-    lines = metrics.read_lines(path)
+    lines = read_lines(path)
     if (lines and lines[0] != head) or (not lines and (folder / "dataset_info.json").exists()):
         raise UserError(
             f"{folder} holds a data set of other images or options; delete it, or choose --name"
@@ -113,7 +97,7 @@ def _open_journal(folder: Path, plan: originals.Plan, options: list) -> dict[str
 
 
 def _jobs(plan, folder: Path, journal: dict, max_side: int, skip_unreadable: bool) -> list[Job]:
-    encoding = "jpeg" if plan.name == originals.IMAGENET else None
+    encoding = "jpeg" if plan.name == readers.IMAGENET else None
     jobs = []
     for split, shards in plan.splits.items():
         for i, shard in enumerate(shards):
@@ -240,46 +224,3 @@ def _finish(plan, folder: Path, lines: list[dict], kept: int, job: Job) -> dict[
         "sha256": hashlib.sha256(sums.encode()).hexdigest(),
         "skipped": skipped,
     }
-
-
-def main(argv: list[str]) -> None:
-    """Run `deit prepare`."""
-    from absl import flags
-
-    command = cli.Command("prepare", PREPARE_DOC)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("name", "", "the data set's name; from SRC if not given", **own)
-    flags.DEFINE_integer(
-        "max_side", 0, "scale larger images down to N pixels; changes pixels", 0, **own
-    )
-    flags.DEFINE_integer("workers", 0, "processes; 0 = one a core", 0, **own)
-    flags.DEFINE_float("eval_fraction", 0.2, "of a folder without val, held out", **own)
-    flags.DEFINE_boolean("skip_unreadable", False, "leave broken images out and list them", **own)
-    flags.DEFINE_boolean("json", False, "print one JSON object", **own)
-    words = command.parse(argv)
-    if len(words) != 2:
-        raise cli.UsageError("give SRC and DST; see `deit prepare --help`")
-    v = command.flags
-    source, destination = (Path(word).expanduser() for word in words)
-    result = prepare(
-        source, destination, v.name, v.max_side, v.workers, v.skip_unreadable, v.eval_fraction
-    )
-    if v.json:
-        json.dump(result, sys.stdout)
-        print()
-    else:
-        print(report(result, destination))
-
-
-def report(result: dict[str, Any], destination: Path) -> str:
-    """Return what was written, in lines."""
-    counts = ", ".join(f"{n} {split}" for split, n in result["examples"].items())
-    lines = [f"skipped, unreadable: {name}" for name in result["skipped"]]
-    lines += [
-        f"{result['path']}: {counts} images in {result['classes']} classes, "
-        f"{result['bytes'] / 1e9:.3f} GB in {result['shards']} files "
-        f"({result['shards_kept']} of them were there and are sound)",
-        f"checksums: {Path(result['path']) / CHECKSUMS} (its own: {result['sha256'][:16]}…)",
-        f"use it: --config.data.source=tfds:{result['name']} --config.data.dir={destination}",
-    ]
-    return "\n".join(lines)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from deit_jax.data import sources, tars
-from deit_jax.data.wds_source import split_by_name
+from deit_jax.data.sources import folder, tar_index
+from deit_jax.data.sources.webdataset import split_by_name
 from deit_jax.errors import UserError
 
 SHARD_BYTES = 128 << 20  # as TFDS: about 1024 shards for ImageNet
@@ -64,7 +64,7 @@ class FileShard:
     def read(self) -> Iterator[Example]:
         """Iterate over the examples."""
         for e in self.entries:
-            yield Example(e.name, e.label, tars.read(e.path, e.offset, e.size))
+            yield Example(e.name, e.label, tar_index.read(e.path, e.offset, e.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _plan(name: str, classes: list[str], splits: dict[str, list[Entry]]) -> Plan
 
 
 def _plan_folder(root: Path, eval_fraction: float) -> Plan:
-    dataset = sources.open_folder(root, eval_fraction)
+    dataset = folder.open_folder(root, eval_fraction)
 
     def entries(source) -> list[Entry]:
         found = []
@@ -172,18 +172,18 @@ def _plan_ilsvrc(root: Path) -> Plan:
     classes = imagenet_list("labels")
     number = {wnid: i for i, wnid in enumerate(classes)}
     train = []
-    outer = list(tars.members(root / TRAIN_TAR))
+    outer = list(tar_index.members(root / TRAIN_TAR))
     for tar in tqdm(outer, desc="indexing", unit="class", leave=False, disable=None):
         wnid = Path(tar.name).stem
         if wnid not in number:
             raise UserError(f"{root / TRAIN_TAR}:{tar.name}: no class of ImageNet-1k")
         path = str(root / TRAIN_TAR)
-        for m in tars.members(path, tar.offset, tar.offset + tar.size):
+        for m in tar_index.members(path, tar.offset, tar.offset + tar.size):
             train.append(Entry(path, m.offset, m.size, m.name, number[wnid]))
     path = str(root / VAL_TAR)
     truth = _validation_wnids(root)
     held = []
-    for m in tars.members(path):
+    for m in tar_index.members(path):
         match = re.search(r"_val_(\d+)\.", m.name)
         position = int(match[1]) if match else 0
         if not 0 < position <= len(truth):

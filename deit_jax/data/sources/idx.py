@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_jax.data.sources import ArraySource, Dataset
+from deit_jax.data.sources.base import ArraySource, Dataset
 from deit_jax.errors import UserError
 
 CLASSES = {
@@ -30,6 +30,11 @@ DEFAULT_DIRS = {
     "mnist": "/usr/share/datasets/mnist",
     "fashion_mnist": "/usr/share/datasets/fashion-mnist",
 }
+
+
+def open_source(rest: str, data) -> Dataset:
+    """Open the data set that config.data.source names, in config.data.dir."""
+    return open_idx(data.source, data.dir)
 
 
 def open_idx(name: str, folder: str) -> Dataset:

@@ -1,11 +1,10 @@
 """TFDS data sets in ArrayRecord files: random access, without TensorFlow."""
 
 import contextlib
-import resource
 
 from absl import logging
 
-from deit_jax.data.sources import Dataset
+from deit_jax.data.sources.base import Dataset
 from deit_jax.errors import UserError
 
 
@@ -25,6 +24,11 @@ class TfdsSource:
 
     def describe(self, index: int) -> str:
         return f"{self._name} {self._split}[{index}]"
+
+
+def open_source(rest: str, data) -> Dataset:
+    """Open the data set that `rest` names, in config.data.dir."""
+    return open_tfds(rest, data)
 
 
 def open_tfds(name: str, data) -> Dataset:
@@ -87,6 +91,8 @@ def allow_open_files(count: int) -> None:
     ArrayRecord opens every shard once and for all: ImageNet's 1024 alone are more than the usual
     limit. Raise UserError where the system does not allow it.
     """
+    import resource  # not on every system
+
     needed = count + 512
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     infinite = resource.RLIM_INFINITY

@@ -11,19 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from deit_jax.data import tars
-from deit_jax.data.sources import (
-    EVAL_FOLDERS,
-    IMAGE_SUFFIXES,
-    Dataset,
-    PackedStrings,
-    Subset,
-    hold_out,
-)
+from deit_jax.data.sources import tar_index
+from deit_jax.data.sources.base import Dataset, PackedStrings, Subset, hold_out
+from deit_jax.data.sources.folder import EVAL_FOLDERS, IMAGE_SUFFIXES
 from deit_jax.errors import UserError
 
 INDEX_NAME = ".deit_index.npz"
-
 
 ROW = np.dtype([("tar", np.int32), ("offset", np.int64), ("size", np.int64), ("label", np.int32)])
 
@@ -47,10 +40,15 @@ class WdsSource:
 
     def __getitem__(self, index: int) -> dict:
         tar, offset, size, label = self._index.rows[index].item()
-        return {"image": tars.read(self._paths[tar], offset, size), "label": label}
+        return {"image": tar_index.read(self._paths[tar], offset, size), "label": label}
 
     def describe(self, index: int) -> str:
         return f"{self._paths[self._index.rows['tar'][index]]}:{self._index.names[index]}"
+
+
+def open_source(rest: str, data) -> Dataset:
+    """Open the tars in the folder that `rest` names."""
+    return open_wds(Path(rest).expanduser(), data.eval_fraction)
 
 
 def open_wds(root: Path, eval_fraction: float) -> Dataset:
@@ -140,14 +138,14 @@ def _save(place: Path, key: str, index: Index) -> None:
 
 
 class _Sample(NamedTuple):
-    image: tars.Member | None = None
+    image: tar_index.Member | None = None
     label: int | None = None
 
 
-def images_of(path: Path) -> Iterator[tuple[tars.Member, int]]:
+def images_of(path: Path) -> Iterator[tuple[tar_index.Member, int]]:
     """Iterate over a tar's images and their labels; raise UserError naming one without."""
     samples: dict[str, _Sample] = {}
-    for member in tars.members(path):
+    for member in tar_index.members(path):
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")  # WebDataset: a key ends at the first dot
         key, extension = f"{folder}/{stem}", extension.lower()
@@ -165,8 +163,8 @@ def images_of(path: Path) -> Iterator[tuple[tars.Member, int]]:
         yield image, label
 
 
-def _label(path: Path, member: tars.Member, extension: str) -> int | None:
-    text = tars.read(str(path), member.offset, member.size)
+def _label(path: Path, member: tar_index.Member, extension: str) -> int | None:
+    text = tar_index.read(str(path), member.offset, member.size)
     try:
         if extension == "cls":
             return int(text)

@@ -10,19 +10,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deit_jax import optim
-from deit_jax.data.pipeline import EpochOrder
 from deit_jax.errors import UserError
-from deit_jax.tape import (
-    CHUNK_STEPS,
-    NAME,
-    Layout,
-    Tape,
-    check_fingerprint,
-    checksum,
-    fingerprint,
-    packing,
-)
+from deit_jax.step.distill.base import Layout
+from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.storage import exists, steps_in
+from deit_jax.train.experiment import Experiment
+from deit_jax.train.tape.fingerprint import check_fingerprint, fingerprint
+from deit_jax.train.tape.layout import checksum, packing
+from deit_jax.train.tape.tape import CHUNK_STEPS, NAME, Tape
 
 log = logging.getLogger("deit_jax")
 
@@ -37,22 +32,22 @@ class NoTape:
         """Return what is needed of the run's teacher: all of it."""
         return teacher
 
-    def compiled_with(self, step, recipe):
-        """Return the train step, a function of a recipe, with what the tape wants of it."""
-        return functools.partial(step, recipe=recipe)
+    def compiled_with(self, step, settings):
+        """Return the train step, a function of its settings, with what the tape wants of it."""
+        return functools.partial(step, settings=settings)
 
-    def signal(self, number: int, rows: Sequence[int]) -> np.ndarray | None:
+    def target(self, number: int, rows: Sequence[int]) -> np.ndarray | None:
         """Return what the tape knows of some rows of a batch; None where the teacher has to say."""
         return None
 
-    def record(self, number: int, signal) -> None:
-        """Take the signal that a step used."""
+    def record(self, number: int, target) -> None:
+        """Take the teacher's target that a step used."""
 
     def flush(self) -> None:
         """Have everything so far on disk, and claimed."""
 
 
-class Recorder(NoTape):
+class TapeRecorder(NoTape):
     """Write what the teacher says; `tape` is None in a process that does not write.
 
     A tape that cannot be written is told of, and the steps in question are not claimed.
@@ -82,16 +77,16 @@ class Recorder(NoTape):
         missing = multihost_utils.broadcast_one_to_all(missing)
         return start + np.flatnonzero(missing)
 
-    def compiled_with(self, step, recipe):
-        """Return a train step whose metrics hold the signal as the tape does."""
-        recording = dataclasses.replace(recipe, record=True)
-        return packing(functools.partial(step, recipe=recording), self._layout)
+    def compiled_with(self, step, settings):
+        """Return a train step whose metrics hold the teacher's target as the tape does."""
+        recording = dataclasses.replace(settings, record=True)
+        return packing(functools.partial(step, settings=recording), self._layout)
 
-    def record(self, number: int, signal: dict[str, np.ndarray]) -> None:
-        """Keep a step's signal; at the end of a chunk, start writing it."""
+    def record(self, number: int, target: dict[str, np.ndarray]) -> None:
+        """Keep a step's target; at the end of a chunk, start writing it."""
         if self._tape is None or self._tape.has(number, self._rollbacks):
             return  # views and answers are a function of the step: it holds the same already
-        self._buffer[number] = {name: np.asarray(part) for name, part in signal.items()}
+        self._buffer[number] = {name: np.asarray(part) for name, part in target.items()}
         if (number + 1) % CHUNK_STEPS == 0:
             self._write()
 
@@ -131,7 +126,7 @@ class Recorder(NoTape):
             )
 
 
-class Player(NoTape):
+class TapeReader(NoTape):
     """Read what the teacher said; `standby` is the live teacher, None without weights."""
 
     def __init__(self, tape: Tape, standby):
@@ -157,69 +152,76 @@ class Player(NoTape):
         """Return the teacher only if the tape lacks a step."""
         return self._standby if self._holes else None
 
-    def signal(self, number: int, rows: Sequence[int]) -> np.ndarray | None:
+    def target(self, number: int, rows: Sequence[int]) -> np.ndarray | None:
         """Return labels int32 [b] or logits float32 [b K], None at a hole."""
         if not self._tape.has(number, self._rollbacks):
             return None
-        return self._tape.signal(number, rows)
+        return self._tape.target(number, rows)
 
 
-def tape_path(config, workdir: Path) -> Path:
+def tape_path(experiment: Experiment, workdir: Path) -> Path:
     """Return where a run's tape is, by default in its workdir."""
-    return Path(config.teacher.tape_path or workdir / "tape").expanduser()
+    return Path(experiment.config.teacher.tape_path or workdir / "tape").expanduser()
 
 
-def run_steps(config, num_images: int) -> int:
-    """Return how many steps a run takes."""
-    order = EpochOrder(num_images, config.batch_size, config.augment.repeats, config.seed)
-    return optim.whole_steps(config.epochs, order.steps_per_epoch)
+def layout_of(experiment: Experiment) -> Layout:
+    """Return the size of a tape's steps."""
+    kind, classes = experiment.settings.distill.kind, experiment.num_classes
+    form = DISTILLATIONS[kind].tape
+    assert form is not None  # validate has refused the others
+    top_k = form.keeps(experiment.config.teacher.tape_top_k, classes)
+    return Layout(kind, experiment.batch_size, classes, top_k)
 
 
-def layout_of(config, num_classes: int) -> Layout:
-    """Return the arrays that a config's tape has."""
-    top_k = min(config.teacher.tape_top_k, num_classes) if config.distill.kind == "soft" else 1
-    return Layout(config.distill.kind, config.batch_size, num_classes, top_k)
+def stand_in(experiment: Experiment, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return {"teacher_target": what a tape might say}, {} where none answers for the teacher."""
+    if experiment.teacher is None or experiment.teacher.answers:
+        return {}
+    shape = experiment.load.target(len(labels))
+    if np.issubdtype(shape.dtype, np.integer):
+        return {"teacher_target": labels.astype(shape.dtype)}
+    return {"teacher_target": np.eye(experiment.num_classes, dtype=shape.dtype)[labels]}
 
 
-def open_tape(config, workdir: Path, dataset, teacher) -> NoTape:
-    """Return what the config wants of a tape; raise UserError if it does not fit this run.
+def open_tape(experiment: Experiment, workdir: Path, dataset, teacher) -> NoTape:
+    """Return what a config wants of a tape; raise UserError if it does not fit this run.
 
     `teacher` is what load_teacher returns, None without one.
     """
-    mode = config.teacher.tape
+    mode = experiment.teacher.tape if experiment.teacher else "off"
     if mode == "record":
-        return recorder(config, workdir, dataset, teacher)
+        return recorder(experiment, workdir, dataset, teacher)
     if mode == "off":
         return NoTape()
-    path = tape_path(config, workdir)
+    path = tape_path(experiment, workdir)
     tape = Tape.open(path)
-    check_fingerprint(path, tape.fingerprint, fingerprint(config, dataset, teacher))
+    check_fingerprint(path, tape.fingerprint, fingerprint(experiment, dataset, teacher))
     if teacher is None:
         log.info("%s: no config.teacher.weights, so which teacher it is of is not checked", path)
     else:  # it was needed for its checksum; the devices' memory is the student's
         teacher = (teacher[0], jax.device_get(teacher[1]))
     log.info("%s: the teacher's answers come from this label tape", path)
-    player = Player(tape, teacher)
-    if not any((workdir / "checkpoints").glob("[0-9]*")):  # before anything is written
-        player.begin(0, run_steps(config, len(dataset.train)), 0)
-    return player
+    reader = TapeReader(tape, teacher)
+    if not steps_in(workdir / "checkpoints"):  # before anything is written
+        reader.begin(0, experiment.total_steps, 0)
+    return reader
 
 
-def recorder(config, workdir: Path, dataset, teacher) -> Recorder:
+def recorder(experiment: Experiment, workdir: Path, dataset, teacher) -> TapeRecorder:
     """Return what writes a tape, a new one or one that was begun; process 0 has it on disk."""
-    layout = layout_of(config, len(dataset.classes))
+    layout = layout_of(experiment)
     if jax.process_index() != 0:
-        return Recorder(None, layout)
-    return Recorder(writable(config, workdir, dataset, teacher, layout), layout)
+        return TapeRecorder(None, layout)
+    return TapeRecorder(_writable(experiment, workdir, dataset, teacher, layout), layout)
 
 
-def writable(config, workdir: Path, dataset, teacher, layout: Layout) -> Tape:
+def _writable(experiment: Experiment, workdir: Path, dataset, teacher, layout: Layout) -> Tape:
     """Open or make the tape that a config records; raise UserError if it is another run's."""
-    path, own = tape_path(config, workdir), fingerprint(config, dataset, teacher)
-    if not (path / NAME).exists():
-        return Tape.create(path, layout, own, run_steps(config, len(dataset.train)))
+    path, ours = tape_path(experiment, workdir), fingerprint(experiment, dataset, teacher)
+    if not exists(path / NAME):
+        return Tape.create(path, layout, ours, experiment.total_steps)
     tape = Tape.open(path)
-    check_fingerprint(path, tape.fingerprint, own)
+    check_fingerprint(path, tape.fingerprint, ours)
     tape.must_be_writable()
     if tape.layout != layout:
         raise UserError(

@@ -1,0 +1,1 @@
+"""The figures of runs as a page to read in a browser."""

@@ -1,0 +1,36 @@
+"""`deit analyze`: the figures of runs as JSON."""
+
+import json
+import logging
+import sys
+
+from deit_jax.analysis.figures import IMAGES, analyze
+from deit_jax.cli.flags import Command, add_workdir_flags, no_words, write_output
+
+log = logging.getLogger("deit_jax")
+
+ANALYZE_DOC = """usage: deit analyze --workdir=DIR[,DIR…] [--images=N] [--out=FILE]
+
+Print the figures of one or several runs as JSON: curves, accuracies, confusion, mistakes, cosines
+of the two tokens, attention maps, disagreement. The runs may be under way. docs/report.md lists the
+keys; `deit report` draws them.
+
+  deit analyze --workdir=runs/quickstart --out=figures.json"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `deit analyze`."""
+    from absl import flags
+
+    command = Command("analyze", ANALYZE_DOC)
+    add_workdir_flags(command, IMAGES)
+    flags.DEFINE_string("out", "", "write the JSON to this file", flag_values=command.flags)
+    flags.DEFINE_boolean("json", True, "what it prints in any case", flag_values=command.flags)
+    no_words(command.parse(argv, required=("workdir",)))
+    values = command.flags
+    text = json.dumps(analyze(values.workdir, values.images).figures, allow_nan=False) + "\n"
+    if values.out:
+        write_output(values.out, text)
+        log.info("figures: %s", values.out)
+    else:
+        sys.stdout.write(text)

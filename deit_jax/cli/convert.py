@@ -1,0 +1,51 @@
+"""`deit convert`: weights from one format into another."""
+
+from pathlib import Path
+
+from deit_jax.cli.flags import Command, UsageError
+from deit_jax.weights.convert import EXPORTERS, convert
+from deit_jax.weights.fit import HEAD_POLICIES
+from deit_jax.weights.load import load_variables
+
+CONVERT_DOC = """usage: deit convert SRC DST [--to=FORMAT] [--model=NAME] [--image_size=N] ...
+
+Convert weights. SRC is a .pth or .safetensors file, a Hugging Face or timm folder, hf-hub:ORG/NAME
+or the workdir of a run; its content tells which. DST is written as its name says, or as --to does:
+
+  timm         *.safetensors    one file with timm's names
+  deit         *.pth, *.pt      one PyTorch file as facebookresearch/deit writes it
+  huggingface  another name     a folder for transformers
+  deit_jax     only with --to   a workdir for `deit eval`, `deit predict` and teacher.weights
+
+  deit convert runs/quickstart quickstart.safetensors
+  deit convert hf-hub:facebook/deit-tiny-distilled-patch16-224 tiny.pth"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `deit convert`."""
+    from absl import flags
+
+    command = Command("convert", CONVERT_DOC)
+    own = {"flag_values": command.flags}
+    flags.DEFINE_string("model", None, "SRC's model, where SRC does not say it", **own)
+    flags.DEFINE_enum("to", None, list(EXPORTERS), "format of DST", **own)
+    flags.DEFINE_integer("image_size", None, "resize the position embedding", **own)
+    flags.DEFINE_integer("num_classes", None, "with --head=drop: classes of DST", **own)
+    policies = "; ".join(f"{k} = {v}" for k, v in HEAD_POLICIES.items())
+    flags.DEFINE_enum("head", "error", list(HEAD_POLICIES), policies, **own)
+    flags.DEFINE_boolean("ema", False, "take a run's moving average of the weights", **own)
+    flags.DEFINE_boolean("force", False, "overwrite DST", **own)
+    words = command.parse(argv)
+    if len(words) != 2:
+        raise UsageError("give SRC and DST; see `deit convert --help`")
+    values = command.flags
+    opened = load_variables(
+        words[0], values.model, values.num_classes, values.image_size, values.head, ema=values.ema
+    )
+    to = convert(opened, words[1], values.to, values.force)
+    for note in opened.notes:
+        print(note)
+    what = f"{opened.name}, {len(opened.classes)} classes"
+    print(f"{words[0]} ({opened.format}: {what}) -> {words[1]} ({to})")
+    if call := EXPORTERS[to].call(opened, Path(words[1])):
+        print(f"in Python: {call}")

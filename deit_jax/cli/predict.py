@@ -1,0 +1,41 @@
+"""`deit predict`: classify image files."""
+
+import json
+import sys
+
+from deit_jax.analysis.classify import classify
+from deit_jax.cli.flags import Command, UsageError
+
+PREDICT_DOC = """usage: deit predict --weights=W [--model=NAME] [--topk=5] [--json] IMAGE ...
+
+Print the most probable classes of each image. W is the workdir of a `deit train` run, a .pth or
+.safetensors file, a Hugging Face or timm folder, or hf-hub:ORG/NAME.
+
+  deit predict --weights=runs/quickstart photo.jpg
+  deit predict --weights=deit_tiny_patch16_224-a1311bcf.pth photo.jpg"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `deit predict`."""
+    from absl import flags
+
+    command = Command("predict", PREDICT_DOC)
+    flags.DEFINE_string(
+        "weights", "", "a run, file, folder or hf-hub: id", flag_values=command.flags
+    )
+    flags.DEFINE_string("model", None, "name of the weights' model", flag_values=command.flags)
+    flags.DEFINE_integer("topk", 5, "classes to print", lower_bound=1, flag_values=command.flags)
+    flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=command.flags)
+    paths = command.parse(argv, required=("weights",))
+    if not paths:
+        raise UsageError("no image given; see `deit predict --help`")
+    values = command.flags
+    results = classify(values.weights, paths, values.topk, values.model)
+    if values.json:
+        json.dump({"results": results}, sys.stdout)
+        print()
+        return
+    for result in results:
+        print(result["image"])
+        for p in result["predictions"]:
+            print(f"  {p['probability']:6.1%}  {p['class']}")

@@ -1,0 +1,45 @@
+"""`deit report`: the figures of runs as a page to read in a browser."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from deit_jax.analysis.figures import IMAGES, analyze
+from deit_jax.analysis.report.page import page
+from deit_jax.cli.flags import Command, add_workdir_flags, no_words, write_output
+
+log = logging.getLogger("deit_jax")
+
+REPORT_DOC = """usage: deit report --workdir=DIR[,DIR…] [--images=N] [--out=FILE]
+
+Write DIR/report.html: curves, accuracies, confusion, mistakes, tokens, attention maps and config
+of a run; of several runs side by side, comparison.html in the first DIR. --out names another file.
+They may be under way. The page needs no other file and no network; docs/report.md explains it.
+
+  deit report --workdir=runs/quickstart"""
+
+
+def main(argv: list[str]) -> None:
+    """Run `deit report`."""
+    from absl import flags
+
+    command = Command("report", REPORT_DOC)
+    add_workdir_flags(command, IMAGES)
+    own = {"flag_values": command.flags}
+    flags.DEFINE_string("out", "", "where to write it, if not in the (first) run", **own)
+    flags.DEFINE_boolean("json", False, "print where it is as JSON", **own)
+    no_words(command.parse(argv, required=("workdir",)))
+    values = command.flags
+    found = analyze(values.workdir, values.images)
+    name = "report.html" if len(values.workdir) == 1 else "comparison.html"
+    out = Path(values.out or Path(values.workdir[0]) / name)
+    write_output(out, page(found))
+    for run in found.figures["runs"]:
+        for note in run["notes"].values():
+            log.warning("%s: %s", run["name"], note)
+    if values.json:
+        json.dump({"out": str(out), "runs": [r["name"] for r in found.figures["runs"]]}, sys.stdout)
+        print()
+    else:
+        print(f"report: {out}")

@@ -1,0 +1,1 @@
+"""What a config may hold, its JSON, and where its files are."""

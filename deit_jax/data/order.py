@@ -1,0 +1,74 @@
+"""Which image stands where in a run, and what is drawn there: a function of (seed, position)."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+def whole_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Return epochs in steps, at least one."""
+    return max(1, math.floor(epochs * steps_per_epoch + 0.5))
+
+
+log = logging.getLogger("deit_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochOrder:
+    """Which image stands at each position: shuffled anew every epoch, copies side by side.
+
+    An epoch has as many positions as whole batches fit in the data set; with `repeats` copies it
+    meets 1 / repeats of the images (deit's RASampler, whose "300 epochs" are 100 passes).
+    """
+
+    num_images: int
+    batch_size: int
+    repeats: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch; one at least, which then repeats images."""
+        return max(1, self.num_images // self.batch_size)
+
+    def shuffled(self):
+        """Return the endless sequence of image indices, one random permutation after another.
+
+        It is a grain.MapDataset.
+        """
+        import grain  # takes a second, and only who loads images needs it
+
+        return grain.MapDataset.range(self.num_images).seed(self.seed).shuffle().repeat()
+
+    def slot(self, position: int) -> int:
+        """Return where in `shuffled()` the image at a position stands."""
+        per_epoch = self.steps_per_epoch * self.batch_size
+        epoch, within = divmod(position, per_epoch)
+        passes = -(-per_epoch // (self.repeats * self.num_images))  # of a set smaller than a batch
+        return epoch * passes * self.num_images + within // self.repeats
+
+
+def offset_seed(seed: int, offset: int) -> int:
+    """Return the seed of the data after `offset` rollbacks; far from those of neighbouring runs."""
+    return (seed + offset * 0x9E3779B1) % 2**32 if offset else seed
+
+
+def example_rng(seed: int, position: int) -> np.random.Generator:
+    """Return the random numbers of one position; no other position shares them."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
+
+
+def example_rngs(seed: int) -> Callable[[int], np.random.Generator]:
+    """Return `example_rng` of one seed, but ten times faster: each call ends the one before."""
+    bits = np.random.Philox(key=np.array([seed, 0], np.uint64))
+    generator, state = np.random.Generator(bits), bits.state
+
+    def at(position: int) -> np.random.Generator:
+        state["state"]["key"][1] = position
+        bits.state = state
+        return generator
+
+    return at

@@ -1,0 +1,1 @@
+"""`deit prepare`: images into a TFDS data set, without TensorFlow."""

@@ -1,0 +1,1 @@
+"""Mesh and sharding rules, the processes of a run, signals."""

@@ -1,0 +1,1 @@
+"""Step time, input rate, planning for TPUs that are not there."""

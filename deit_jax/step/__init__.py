@@ -1,0 +1,1 @@
+"""One update, as pure functions: read this folder to know the method."""

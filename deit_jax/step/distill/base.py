@@ -1,0 +1,70 @@
+"""What a kind of distillation consists of, and what a teacher and a student hand to it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Num
+
+from deit_jax.models.heads import Heads
+
+
+class Outputs(NamedTuple):
+    """What a network says of images: its logits and, if a kind asks for them, its features.
+
+    Features are the output of the model's `feature_layer`: [B N D] of a transformer, [B h w C] of a
+    convnet.
+    """
+
+    heads: Heads
+    features: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The size of a label tape's steps; `top_k` is the number of classes kept where not all are."""
+
+    kind: str
+    batch_size: int
+    num_classes: int
+    top_k: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TapeForm:
+    """How targets lie on a label tape.
+
+    `arrays` gives each array's dtype and shape in one step, `pack` makes them of a target on the
+    device, `unpack` the target of them, for some rows, in numpy. With `exact` it is the very same.
+    `keeps` is how many of so many classes a tape keeps if it is asked for top_k of them.
+    """
+
+    exact: bool
+    arrays: Callable[[Layout], dict[str, tuple[np.dtype, tuple[int, ...]]]]
+    pack: Callable[[Array, Layout], dict[str, Array]]
+    unpack: Callable[[dict[str, Num[np.ndarray, "b ..."]], Layout], np.ndarray]
+    keeps: Callable[[int, int], int]
+
+
+def no_extras(key, student: Outputs, target) -> dict[str, Any]:
+    """Return the trainable parameters of a kind that has none."""
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """One kind of distillation; step/objective.py lists them.
+
+    `target` makes of the teacher's outputs what is learned, of one example from that example alone;
+    `loss` compares the student's outputs with it, under `config.distill` and the parameters that
+    `init` made of the shapes of both (a projection, say: trained with the student, in its state
+    under "distill", and left out of what is exported). `features` asks for features besides logits.
+    Without a `tape` form a kind cannot be recorded.
+    """
+
+    target: Callable[[Outputs], Array]
+    loss: Callable[[Outputs, Array, Any, dict[str, Any]], Array]
+    tape: TapeForm | None = None
+    features: bool = False
+    init: Callable[[Any, Outputs, Any], dict[str, Any]] = no_extras

@@ -1,0 +1,1 @@
+"""A run: config resolved once, loop, evaluation, label tapes."""

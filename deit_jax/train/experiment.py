@@ -1,0 +1,329 @@
+"""A config, resolved once against its data and its devices: what every command starts from.
+
+Below it nothing reads a whole config: the loop, the plan, the benchmarks and the tapes take an
+Experiment, or those of its fields that they need.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from deit_jax.data.batches import TrainBatches
+from deit_jax.data.decoders import choose
+from deit_jax.data.loader import Batches, load
+from deit_jax.data.order import EpochOrder, whole_steps
+from deit_jax.data.sources.base import Dataset
+from deit_jax.data.sources.registry import open_dataset
+from deit_jax.errors import UserError
+from deit_jax.models.build import build_model, compute_dtype, image_size
+from deit_jax.models.heads import Heads
+from deit_jax.parallel import sharding
+from deit_jax.step.compile import jit_train_step
+from deit_jax.step.distill.base import Outputs
+from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.step.optimizer import make_optimizer, make_schedule
+from deit_jax.step.state import TrainState, init_state
+from deit_jax.step.teacher import Teacher, apply_with_features
+from deit_jax.step.train_step import StepConfig
+from deit_jax.storage import exists, read_json
+from deit_jax.train import memory, parts
+from deit_jax.train.load_teacher import (
+    TeacherSpec,
+    abstract_teacher,
+    random_teacher,
+    teacher_config,
+    teacher_spec,
+)
+from deit_jax.train.memory import Load
+from deit_jax.train.validate import check_length, check_teacher, validate
+
+log = logging.getLogger("deit_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config means on these devices, for data of so many images and classes.
+
+    `config` itself is only for the workdir to record; `data`, `augment` and `train` are its groups
+    of settings of the input and of the loop.
+    """
+
+    config: ConfigDict
+    data: ConfigDict
+    augment: ConfigDict
+    train: ConfigDict
+    name: str  # of the model
+    model: Any
+    image_size: int
+    dtype: Any
+    num_classes: int
+    teacher: TeacherSpec | None
+    mesh: jax.sharding.Mesh
+    order: EpochOrder
+    total_steps: int
+    schedule: Callable
+    optimizer: Any
+    settings: StepConfig
+    load: Load
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per update."""
+        return self.order.batch_size
+
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        """The rows of a batch that this process's devices hold."""
+        return sharding.local_rows(self.mesh, self.batch_size)
+
+    def steps_of(self, epochs: float) -> int:
+        """Return epochs in steps, at least one."""
+        return whole_steps(epochs, self.order.steps_per_epoch)
+
+    def batches(self, dataset: Dataset, rows: Sequence[int] | None = None, seed: int | None = None):
+        """Return every training batch by number, or some rows of it; by default this process's.
+
+        `seed` is that of the data after a rollback.
+        """
+        order = self.order if seed is None else dataclasses.replace(self.order, seed=seed)
+        return TrainBatches(
+            dataset.train,
+            order,
+            self.augment,
+            self.image_size,
+            self.rows if rows is None else rows,
+            self.data.decoder,
+            self.data.skip_unreadable,
+        )
+
+    def loaded(self, batches: Batches, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """Iterate over batches start … stop - 1, loaded ahead as the config says."""
+        return load(batches, start, stop, self.data.threads, self.data.prefetch_batches)
+
+    def on_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Make global arrays of this process's share of a batch."""
+        return sharding.to_devices(batch, self.mesh, self.batch_size)
+
+    def init(self, key) -> TrainState:
+        """Return the state before the first step; to be called under jit."""
+        return init_state(
+            key,
+            self.model,
+            self.image_size,
+            self.optimizer,
+            self.settings.ema_decay,
+            self._init_extras,
+        )
+
+    def _init_extras(self, key) -> dict[str, Any]:
+        return init_extras(self.model, self.image_size, self.settings, self.teacher, key)
+
+    @functools.cached_property
+    def state_shardings(self):
+        """Where each array of the state lives."""
+        return sharding.state_shardings(self.mesh, self._shapes, self.model)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """The state's shapes, with their shardings."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self._shapes,
+            self.state_shardings,
+        )
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self.init, jax.random.key(self.settings.seed))
+
+    def new_state(self) -> TrainState:
+        """Return the state before the first step, on the devices."""
+        # Built under jit with these shardings, no device ever holds more than its share.
+        init = jax.jit(self.init, out_shardings=self.state_shardings)
+        return init(jax.random.key(self.settings.seed))
+
+    def unsplit(self) -> list[str]:
+        """Return one line for each kind of parameter that an axis of the mesh does not divide."""
+        return sharding.unsplit(self.mesh, self._shapes.params, self.model)
+
+    def jit_step(self, teacher: Teacher | None, tape=None):
+        """Return the training step as a run, a plan and a benchmark compile it."""
+        made = (self.model, teacher, self.optimizer, self.settings, self.mesh, self.state_shardings)
+        return jit_train_step(*made, tape=tape, deterministic=self.train.deterministic)
+
+    def place(self, params, model):
+        """Put a model's parameters on the devices, where they are split or copied."""
+        return jax.device_put(params, sharding.state_shardings(self.mesh, params, model))
+
+    def random_teacher(self) -> tuple[Teacher, Any] | None:
+        """Return a teacher with random weights, None where the step asks none."""
+        return random_teacher(self.teacher, self.num_classes)
+
+    def abstract_teacher(self) -> tuple[Teacher, Any] | None:
+        """Return a teacher and the shapes of its parameters, None where the step asks none."""
+        return abstract_teacher(self.teacher, self.num_classes)
+
+    def explained(self) -> contextlib.AbstractContextManager:
+        """Return a context that turns "out of memory" into one line with the fields to change."""
+        images = self.load.share // self.settings.micro_batches
+        accum_steps = self.config.optim.accum_steps
+        return memory.explained("training", memory.advice(self.model, accum_steps, images))
+
+
+def resolve(
+    config: ConfigDict, classes: int, images: int, devices: Sequence | None = None
+) -> Experiment:
+    """Return what a validated config means for data of so many classes and images.
+
+    `devices` need not be there (`deit plan`); None are those at hand. Raise UserError where nothing
+    fits into their memory.
+    """
+    config = config.copy_and_resolve_references()
+    mesh = sharding.make_mesh(config.mesh, devices)
+    order, total_steps = length_of(config, images)
+    schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
+    optimizer = make_optimizer(config.optim, schedule)
+    model = build_model(config.model, classes, config.dtype)
+    size, spec = image_size(config.model), teacher_spec(config)
+    settings = settings_of(config, classes, mesh)
+    teacher = abstract_teacher(spec, classes)
+    load = Load(
+        name=config.model.name,
+        mesh=mesh,
+        model=model,
+        image_size=size,
+        batch_size=config.batch_size,
+        num_classes=classes,
+        optimizer=optimizer,
+        ema=bool(config.optim.ema_decay),
+        settings=settings,
+        teacher=teacher,
+        target=functools.partial(target_shape, teacher, settings, size),
+        extras=jax.eval_shape(
+            functools.partial(init_extras, model, size, settings, spec), jax.random.key(0)
+        ),
+    )
+    counts = parts.choose(load, config.optim.accum_steps, config.train.micro_batch)
+    settings = dataclasses.replace(settings, micro_batches=counts[0], teacher_parts=counts[1])
+    return Experiment(
+        config=config,
+        data=config.data,
+        augment=config.augment,
+        train=config.train,
+        name=config.model.name,
+        model=model,
+        image_size=size,
+        dtype=compute_dtype(config.dtype),
+        num_classes=classes,
+        teacher=spec,
+        mesh=mesh,
+        order=order,
+        total_steps=total_steps,
+        schedule=schedule,
+        optimizer=optimizer,
+        settings=settings,
+        load=load,
+    )
+
+
+def prepare(
+    config: ConfigDict, workdir: Path | None = None, devices: Sequence | None = None
+) -> tuple[Experiment, Dataset]:
+    """Check a config, open its data and return what it means with them.
+
+    A run that began in `workdir` keeps its decoder. Raise UserError, with nothing written, for what
+    cannot be trained, be it the teacher that is to be trained first.
+    """
+    count = jax.device_count() if devices is None else len(devices)
+    validate(config, count)
+    build_model(config.model, num_classes=2)  # a mistake in it should stop us here
+    check_teacher(config, count)
+    config = config.copy_and_resolve_references()
+    config.data.decoder = resolved_decoder(config.data.decoder, workdir)
+    dataset = open_dataset(config.data)
+    if len(dataset.classes) < 2:
+        raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
+    check_length(config, len(dataset.train))
+    size = (len(dataset.classes), len(dataset.train))
+    spec = teacher_spec(config)
+    if spec and spec.answers and not spec.weights:
+        resolve(teacher_config(config), *size, devices)  # raises if no image fits
+    return resolve(config, *size, devices), dataset
+
+
+def resolved_decoder(name: str, workdir: Path | None) -> str:
+    """Return what `data.decoder` means: auto is the run's own if it began, else the fastest."""
+    began = workdir and workdir / "config.json"
+    if name == "auto" and began and exists(began):
+        with contextlib.suppress(UserError, KeyError, TypeError):  # which are told of later
+            name = read_json(began)["data"]["decoder"]
+    return choose(name).name
+
+
+def length_of(config: ConfigDict, images: int) -> tuple[EpochOrder, int]:
+    """Return the order of a run's examples and the number of its steps."""
+    order = EpochOrder(images, config.batch_size, config.augment.repeats, config.seed)
+    return order, whole_steps(config.epochs, order.steps_per_epoch)
+
+
+def settings_of(config: ConfigDict, num_classes: int, mesh=None) -> StepConfig:
+    """Gather what train_step reads; a device takes its share in `optim.accum_steps` parts."""
+    return StepConfig(
+        seed=config.seed,
+        num_classes=num_classes,
+        mean=config.data.mean,
+        std=config.data.std,
+        erase_prob=config.augment.erase_prob,
+        label_loss=config.loss.kind,
+        label_heads=config.loss.heads,
+        smoothing=config.loss.smoothing,
+        mixing=config.mixing,
+        distill=config.distill,
+        micro_batches=config.optim.accum_steps,
+        teacher_parts=config.optim.accum_steps,
+        mesh=mesh,
+        ema_decay=config.optim.ema_decay,
+    )
+
+
+def target_shape(teacher: tuple[Teacher, Any] | None, settings: StepConfig, size: int, batch: int):
+    """Return the shape of what distillation makes of the teacher's answers to so many images.
+
+    Where a tape answers for the teacher, what it knows are logits.
+    """
+    if settings.distill.kind == "none":
+        return None
+    kind = DISTILLATIONS[settings.distill.kind]
+
+    def target(params, images):
+        if teacher is None:
+            return kind.target(Outputs(Heads(jnp.zeros((batch, settings.num_classes)))))
+        return kind.target(teacher[0].outputs(params, images, kind.features))
+
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
+    return jax.eval_shape(target, teacher and teacher[1], images)
+
+
+def init_extras(
+    model, size: int, settings: StepConfig, spec: TeacherSpec | None, key
+) -> dict[str, Any]:
+    """Return the trainable parameters of the kind of distillation; {} for most."""
+    if settings.distill.kind == "none":
+        return {}
+    kind = DISTILLATIONS[settings.distill.kind]
+    if not kind.features:
+        return {}
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    variables = memory.abstract_variables(model, size)
+    student = jax.eval_shape(lambda v, x: apply_with_features(model, v, x)[0], variables, images)
+    teacher = abstract_teacher(spec, settings.num_classes)
+    return kind.init(key, student, target_shape(teacher, settings, size, 1))

@@ -1,0 +1,1 @@
+"""Label tapes: what a teacher said of every example of a run."""

@@ -1,0 +1,78 @@
+"""Which run and which teacher a label tape is of: all that decides views and answers."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deit_jax.config.serialize import flatten, to_json
+from deit_jax.errors import UserError
+from deit_jax.parallel.sharding import path_name
+from deit_jax.train.experiment import Experiment
+
+# One more with every change that makes other views of the same fields: 2 draws mixup's lambda anew.
+VIEWS = 2
+
+
+def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
+    """Return all that decides views and answers: {field: value}, as JSON has it.
+
+    `teacher` is what load_teacher returns, None without one: its fields are then None.
+    """
+    flat = flatten(to_json(experiment.config))
+    names = ("seed", "batch_size", "distill.kind", "data.source", "data.train_split")
+    names += ("data.decoder", "data.mean", "data.std")
+    names += tuple(k for k in flat if k.startswith(("augment.", "mixing.")))
+    labels = getattr(dataset.train, "labels", None)  # TFDS's are not known without reading all
+    found = {name: flat[name] for name in names} | {
+        "views": VIEWS,
+        "data.images": len(dataset.train),
+        "data.labels": None if labels is None else _sha256(np.asarray(labels, np.int64)),
+        "data.num_classes": len(dataset.classes),
+        "data.classes": _sha256(np.frombuffer("\n".join(dataset.classes).encode(), np.uint8)),
+        "image_size": experiment.image_size,
+        "dtype": experiment.dtype.name,
+    }
+    fields = ("model", "sha256", "image_size", "mean", "std")
+    known = dict.fromkeys(f"teacher.{field}" for field in fields)
+    if teacher is not None:
+        network, params = teacher
+        count = sum(x.size for x in jax.tree.leaves(params))
+        known = {
+            "teacher.model": f"{type(network.model).__name__} of {count} parameters",
+            "teacher.sha256": parameters_sha256(params),
+            "teacher.image_size": network.image_size,
+            "teacher.mean": list(network.mean),
+            "teacher.std": list(network.std),
+        }
+    return found | known
+
+
+def parameters_sha256(params) -> str:
+    """Return a checksum of parameters: of their paths, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in sorted(leaves, key=lambda item: path_name(item[0])):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{path_name(path)} {array.shape} {array.dtype}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def check_fingerprint(path: Path, tapes: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise UserError with every field that differs; a teacher that is not known differs not."""
+    keys = [k for k in own if not (k.startswith("teacher.") and own[k] is None)]
+    other = [k for k in keys if tapes.get(k) != own[k]]
+    other += sorted(k for k in tapes if k not in own)
+    if other:
+        fields = "; ".join(f"{k}: {tapes.get(k)} there, {own.get(k)} here" for k in other)
+        raise UserError(
+            f"{path}: this label tape was recorded for other views or another teacher ({fields}); "
+            "restore these values, or record another tape at another config.teacher.tape_path"
+        )

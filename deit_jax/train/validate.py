@@ -1,0 +1,187 @@
+"""What no single room knows: fields of a config that must be in range, and must fit together."""
+
+from ml_collections import ConfigDict
+
+from deit_jax.config.schema import CHOICES, INT32, OPTIONAL, RANGES
+from deit_jax.config.serialize import flatten
+from deit_jax.data.augment import make_augment
+from deit_jax.data.decoders import DECODERS
+from deit_jax.data.order import whole_steps
+from deit_jax.errors import UserError
+from deit_jax.models import cudnn, vit
+from deit_jax.models.build import build_model, without_bfloat16
+from deit_jax.parallel import sharding
+from deit_jax.step.losses import LABEL_LOSSES
+from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.step.optimizer import OPTIMIZERS
+from deit_jax.train.load_teacher import teacher_config
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+    """Raise UserError naming the first key whose value is out of range or contradicts another."""
+    flat = flatten(config)
+    choices_of = CHOICES | {
+        "data.decoder": ("auto", *reversed(DECODERS)),
+        "distill.kind": ("none", *DISTILLATIONS),
+        "loss.kind": tuple(LABEL_LOSSES),
+        "optim.name": tuple(OPTIMIZERS),
+    }
+    for key in (*choices_of, *RANGES):
+        if key not in flat:
+            raise UserError(f"config.{key}: no such field here; configs/base.py lists them all")
+
+    def check(ok: bool, key: str, remedy: str) -> None:
+        if not ok:
+            raise UserError(f"config.{key}={flat[key]!r}: {remedy}")
+
+    for key, choices in choices_of.items():
+        check(flat[key] in choices, key, f"choose one of {', '.join(choices)}")
+    for key, allowed in RANGES.items():
+        unset = flat[key] is None and key in OPTIONAL
+        check(unset or allowed.holds(flat[key]), key, str(allowed))
+    _check_images(config.augment, config.mixing, check)
+    _check_batches(config, num_devices, check)
+    _check_devices(config, check)
+    check(
+        config.loss.kind == "softmax" or config.loss.smoothing == 0,
+        "loss.smoothing",
+        "must be 0 with loss.kind=binary, where it would make every class a target",
+    )
+    if config.loss.heads == "both":
+        model = build_model(config.model, num_classes=2)
+        two = getattr(model, "distilled", False) and model.dist_head
+        check(
+            two,
+            "loss.heads",
+            f"{config.model.name} has no distillation head; take a distilled model",
+        )
+        check(
+            config.distill.kind == "none",
+            "loss.heads",
+            "with a teacher the distillation head learns from it; set config.distill.kind=none",
+        )
+    check(
+        bool(config.init.weights) or not config.init.required,
+        "init.weights",
+        "this config starts from trained weights: give a run's workdir or a weight file",
+    )
+    _check_tape(config.teacher, config.distill.kind, check)
+    check(
+        config.distill.kind == "none"
+        or bool(config.teacher.weights)
+        or config.teacher.epochs > 0
+        or config.teacher.tape == "replay",
+        "teacher.weights",
+        "distillation needs a teacher: give the workdir of one trained by `deit train`, or train "
+        "one first with --config.teacher.epochs=N",
+    )
+
+
+def _check_tape(teacher, kind: str, check) -> None:
+    recordable = kind == "none" or DISTILLATIONS[kind].tape is not None
+    check(
+        teacher.tape == "off" or recordable,
+        "teacher.tape",
+        f"what distill.kind={kind} learns cannot be recorded; leave it off",
+    )
+    check(
+        teacher.tape == "off" or kind != "none",
+        "teacher.tape",
+        "a label tape is of a teacher; set config.distill.kind, or leave it off",
+    )
+    check(
+        teacher.tape != "replay" or bool(teacher.tape_path),
+        "teacher.tape_path",
+        "replaying needs the directory of a label tape, as `deit tape record` makes one",
+    )
+
+
+def _check_images(augment, mixing, check) -> None:
+    for key in ("crop_scale", "crop_ratio"):
+        first, second = augment[key]
+        check(first <= second, f"augment.{key}", "the smaller number must come first")
+    for key in ("mixup_alpha", "cutmix_alpha"):
+        value = mixing[key]
+        check(value == 0 or value >= 0.001, f"mixing.{key}", "must be 0, or at least 0.001")
+    try:
+        make_augment(augment.auto, augment.color_jitter)
+    except ValueError as error:
+        raise UserError(f"config.augment.auto={augment.auto!r}: {error}") from error
+
+
+def _check_batches(config: ConfigDict, num_devices: int, check) -> None:
+    batch, accum, group = config.batch_size, config.optim.accum_steps, config.mixing.group_size
+    data, fsdp, _ = sharding.mesh_sizes(config.mesh, num_devices)
+    shares = f"mesh.data={data} x mesh.fsdp={fsdp}"
+    check(
+        batch % (data * fsdp * accum) == 0,
+        "batch_size",
+        f"must be a multiple of {shares} x optim.accum_steps={accum}",
+    )
+    check(
+        config.train.eval_batch_size % (data * fsdp) == 0,
+        "train.eval_batch_size",
+        f"must be a multiple of {shares}",
+    )
+    if config.mixing.prob > 0 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha):
+        check(
+            batch % group == 0,
+            "mixing.group_size",
+            f"must divide batch_size={batch}; change either",
+        )
+        least = 2 * config.augment.repeats
+        check(
+            group % 2 == 0 and group >= least,
+            "mixing.group_size",
+            f"must be even and at least 2 x augment.repeats = {least}, so that no image meets its "
+            "own copy",
+        )
+
+
+def _check_devices(config: ConfigDict, check) -> None:
+    if without_bfloat16():
+        check(
+            config.dtype != "bfloat16",
+            "dtype",
+            f"this GPU (compute capability {cudnn.compute_capability()}) has no bfloat16 units; "
+            "take float32",
+        )
+    teacher = [] if config.distill.kind == "none" else [(config.teacher.model, "teacher.")]
+    for model_config, of in ((config.model, ""), *teacher):
+        if model_config.attention == "cudnn":
+            model = build_model(model_config, 2, config.dtype, of)
+            reason = cudnn.refusal(model.attention_shape(batch=1), model.dtype)
+            check(not reason, f"{of}model.attention", f"{reason}; take auto or xla")
+
+
+def check_length(config: ConfigDict, num_images: int) -> None:
+    """Raise UserError if the student or its teacher would take more steps than can be counted."""
+    per_epoch = max(1, num_images // config.batch_size)
+    for key, epochs in (("epochs", config.epochs), ("teacher.epochs", config.teacher.epochs)):
+        if (steps := whole_steps(epochs, per_epoch)) > INT32:
+            raise UserError(
+                f"config.{key}={epochs}: these are {steps} steps of {config.batch_size} images; "
+                f"lower it, there can be {INT32} at most"
+            )
+
+
+def check_teacher(config: ConfigDict, num_devices: int) -> None:
+    """Raise UserError, before anything is trained, if `config.teacher` cannot be."""
+    if config.distill.kind == "none":
+        return
+    build_model(config.teacher.model, 2, of="teacher.")
+    if config.teacher.weights or config.teacher.tape == "replay":
+        return
+    own = teacher_config(config)
+    validate(own, num_devices)
+    model = build_model(own.model, 2, of="teacher.")
+    size, given = own.model.image_size, config.teacher.model.image_size
+    for key, value, fixed in (
+        ("teacher.model.image_size", given, True),
+        ("teacher.image_size", config.teacher.image_size, isinstance(model, vit.VisionTransformer)),
+    ):
+        if value not in (None, size) and fixed:
+            raise UserError(
+                f"config.{key}={value}: a teacher that is trained first is trained on the "
+                f"student's images, of {size} pixels; leave it out, or give config.teacher.weights"
+            )

@@ -1,0 +1,1 @@
+"""One file, one format that weights are written in."""

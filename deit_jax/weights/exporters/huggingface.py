@@ -1,0 +1,80 @@
+"""Folders for Hugging Face's transformers."""
+
+from pathlib import Path
+from typing import Any
+
+from deit_jax.storage import backend, write_json
+from deit_jax.weights.exporters.timm import write_safetensors
+from deit_jax.weights.fit import LoadedWeights
+from deit_jax.weights.torch_names import to_torch
+
+_BICUBIC = 3  # Pillow's number
+
+
+def transformers_call(opened: LoadedWeights, folder: Path) -> str:
+    """Return the Python call that gives transformers' model with the folder's weights."""
+    return f"transformers.{_hugging_face_class(opened.model)}.from_pretrained({str(folder)!r})"
+
+
+def write_hugging_face(opened: LoadedWeights, folder: Path) -> None:
+    """Write a folder for transformers: DeiT with teacher if distilled, otherwise ViT."""
+    model = opened.model
+    if not hasattr(model, "grid_size") or model.layer_scale is not None or not model.class_position:
+        raise ValueError(
+            f"transformers has no {opened.name}, only DeiT and ViT; write a .safetensors file, "
+            "which timm reads"
+        )
+    flat = to_torch(opened.variables, "huggingface")
+    backend(folder).make_folder(folder)
+    write_safetensors(flat, folder / "model.safetensors", {"format": "pt"})
+    write_json(folder / "config.json", _hugging_face_config(opened))
+    write_json(folder / "preprocessor_config.json", _preprocessor_config(opened))
+
+
+def _hugging_face_class(model) -> str:
+    if not model.distilled:
+        return "ViTForImageClassification"
+    return f"DeiTForImageClassification{'WithTeacher' if model.dist_head else ''}"
+
+
+def _hugging_face_config(opened: LoadedWeights) -> dict[str, Any]:
+    model, classes = opened.model, opened.classes
+    return {
+        "architectures": [_hugging_face_class(model)],
+        "model_type": "deit" if model.distilled else "vit",
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": model.width,
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "image_size": model.image_size,
+        "intermediate_size": int(model.width * model.mlp_ratio),
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "layer_norm_eps": 1e-6,  # transformers would take 1e-12
+        "num_attention_heads": model.num_heads,
+        "num_channels": 3,
+        "num_hidden_layers": model.depth,
+        "patch_size": model.patch_size,
+        "qkv_bias": True,
+        "torch_dtype": "float32",
+    }
+
+
+def _preprocessor_config(opened: LoadedWeights) -> dict[str, Any]:
+    # DeiT's own processor distorts images to a square before it crops; this one keeps their shape,
+    # as evaluation does here and in the reference.
+    size = opened.image_size
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(opened.mean),
+        "image_std": list(opened.std),
+        "resample": _BICUBIC,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": int(size / opened.crop_ratio)},
+    }

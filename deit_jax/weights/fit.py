@@ -1,0 +1,185 @@
+"""Weights of one model, made those of another: positions resized, tokens and heads anew."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deit_jax.models import registry
+from deit_jax.models.build import build_model
+from deit_jax.models.pos_embed import resize_pos_embed
+from deit_jax.weights import torch_names
+from deit_jax.workdir.saved_run import Run
+
+HEAD_POLICIES = {
+    "error": "refuse weights whose heads or number of classes differ",
+    "drop": "start all heads anew",
+    "cls": "keep the class head alone; a distillation token that the weights lack starts anew",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedWeights:
+    """Weights with the model that they fit, and the input that they expect.
+
+    `format` says what the source is, `notes` what was changed on the way in, `run` is the training
+    run if it is one.
+    """
+
+    source: str
+    format: str
+    name: str
+    model: Any
+    variables: dict[str, Any]
+    classes: list[str]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_ratio: float
+    notes: tuple[str, ...] = ()
+    run: Run | None = None
+
+
+def architecture(model, name: str) -> dict[str, Any]:
+    """Return the fields that the model of a name must be given to have this model's shapes."""
+    plain = registry.create_model(name, model.num_classes)
+    ignored = {"num_classes", "dtype", "drop_path", "constant_drop_path", "dropout", "remat"}
+    ignored |= {"attention", "folded", "parent", "name"}
+    names = {f.name for f in dataclasses.fields(model)} - ignored
+    return {k: getattr(model, k) for k in names if getattr(model, k) != getattr(plain, k)}
+
+
+def default_classes(count: int) -> list[str]:
+    """Return the names of classes whose names are not known."""
+    return [f"class {i}" for i in range(count)]
+
+
+def num_classes_of(variables: dict[str, Any], model) -> int:
+    """Return how many classes a model of these variables knows."""
+    layer = variables["params"]
+    for name in registry.family_of(model).heads[0].split("/"):
+        layer = layer[name]
+    return layer["kernel"].shape[-1]
+
+
+def target_model(found: LoadedWeights, model, num_classes, image_size, head: str, dtype: str):
+    """Return the model that weights shall fit."""
+    classes = len(found.classes) if num_classes is None else num_classes
+    found_head = getattr(found.model, "dist_head", True)
+    if model is None or isinstance(model, str):
+        target = found.model.clone(num_classes=classes)
+        if hasattr(target, "distilled") and isinstance(model, str):
+            distilled = registry.create_model(model).distilled
+            target = target.clone(distilled=distilled, dist_head=head != "error" or found_head)
+        elif hasattr(target, "distilled") and head == "cls":
+            target = target.clone(distilled=False)
+    else:
+        target = build_model(model, classes, dtype)
+    if image_size is not None and hasattr(target, "image_size"):
+        target = target.clone(image_size=image_size)
+    return target
+
+
+def name_of(model, fitted: LoadedWeights) -> str:
+    """Return the name that was asked for, or else the weights' own with or without `_distilled`."""
+    if model is not None:
+        return model if isinstance(model, str) else model.name
+    name, distilled = fitted.name, getattr(fitted.model, "distilled", False)
+    twin = name.replace("_distilled", "")
+    twin = twin.replace("_patch", "_distilled_patch") if distilled else twin
+    return twin if twin in registry.specs() else name
+
+
+def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
+    """Return the weights with the positions, tokens and heads of another model."""
+    if model == found.model and head == "error":
+        return found
+    old, count = found.model, len(found.classes)
+    params, notes, fresh = dict(found.variables["params"]), list(found.notes), set()
+    if model.num_classes != count and head != "drop":
+        raise ValueError(
+            f"the weights know {count} classes, the model {model.num_classes}; head='drop' starts "
+            "new heads"
+        )
+    if "pos_embed" in params and hasattr(model, "grid_size"):
+        notes += _fit_positions(params, old, model)
+        notes += _fit_tokens(params, old, model, head, seed)
+    if head == "drop":
+        heads = {path.partition("/")[0] for path in registry.family_of(model).heads}
+        fresh |= heads & params.keys()
+        notes.append(f"heads dropped: {count} -> {model.num_classes} classes")
+    elif head == "cls" and "dist_token" in params and old.distilled:
+        fresh.add("head_dist")
+        notes.append("distillation head starts anew")
+    if "dist_token" in params and not model.dist_head:
+        params.pop("head_dist", None)
+        fresh.discard("head_dist")
+    elif "dist_token" in params and "head_dist" not in params and head != "error":
+        fresh.add("head_dist")
+    if fresh:
+        params |= init_variables(model, seed, only=tuple(sorted(fresh)))["params"]
+    variables = found.variables | {"params": params}
+    check_shapes(variables, old, model)
+    same = model.num_classes == count and head != "drop"
+    classes = found.classes if same else default_classes(model.num_classes)
+    return dataclasses.replace(
+        found, model=model, variables=variables, classes=classes, notes=tuple(notes)
+    )
+
+
+def _fit_positions(params: dict[str, Any], old, model) -> list[str]:
+    """Resize the position embedding to the model's grid; return the note on it."""
+    if old.grid_size == model.grid_size:
+        return []
+    prefix = old.num_prefix_tokens if old.class_position else 0
+    resize = jax.jit(resize_pos_embed, static_argnums=(1, 2))
+    resized = resize(jnp.asarray(params["pos_embed"]), prefix, model.grid_size)
+    params["pos_embed"] = np.asarray(resized)
+    grids = (f"{side}x{side}" for side in (old.grid_size, model.grid_size))
+    return [f"position embedding resized from {' to '.join(grids)}"]
+
+
+def _fit_tokens(params: dict[str, Any], old, model, head: str, seed: int) -> list[str]:
+    """Drop the distillation token, or start one, as the model asks; return the note on it."""
+    if old.distilled == model.distilled:
+        return []
+    if head == "error":
+        have, want = ("distilled", "plain")[:: 1 if old.distilled else -1]
+        raise ValueError(
+            f"{have} weights, {want} model: head='cls' keeps the class head and "
+            f"{'drops the distillation token' if old.distilled else 'starts a distillation token'}"
+        )
+    positions = np.asarray(params["pos_embed"])
+    if old.distilled:
+        del params["dist_token"], params["head_dist"]
+        params["pos_embed"] = np.delete(positions, 1, axis=1) if old.class_position else positions
+        return ["distillation token and head dropped"]
+    fresh = init_variables(model, seed, only=("dist_token", "head_dist", "pos_embed"))["params"]
+    if model.class_position:
+        fresh["pos_embed"] = np.insert(positions, 1, fresh["pos_embed"][:, 1], axis=1)
+    params |= fresh
+    return ["distillation token and head start anew"]
+
+
+def init_variables(model, seed: int, only: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return random variables, of the parameters perhaps `only` some."""
+    size = getattr(model, "image_size", 64)  # a convnet takes any size
+
+    def init(key):
+        variables = model.init(key, jnp.zeros((1, size, size, 3)))
+        params = {k: v for k, v in variables["params"].items() if not only or k in only}
+        return {**variables, "params": params}
+
+    return jax.device_get(jax.jit(init)(jax.random.key(seed)))
+
+
+def check_shapes(variables: dict[str, Any], old, model) -> None:
+    """Raise ValueError with the first misfits unless the model takes these variables."""
+    have = dict(torch_names.leaves(variables))
+    want = {path: leaf.shape for path, leaf in torch_names.leaves(torch_names.shapes(model))}
+    torch_names.check(have, want, {})
+    # The only part of an architecture that no shape shows.
+    if getattr(old, "num_heads", None) != getattr(model, "num_heads", None):
+        raise ValueError(f"weights of {old.num_heads} heads of attention, not {model.num_heads}")

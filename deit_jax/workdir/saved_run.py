@@ -1,0 +1,81 @@
+"""A run read back from its workdir: config, classes, model and the newest good weights."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from deit_jax.config.serialize import from_json
+from deit_jax.errors import UserError
+from deit_jax.models.build import build_model
+from deit_jax.storage import exists, read_json
+from deit_jax.workdir import checksums
+
+log = logging.getLogger("deit_jax")
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished or unfinished run: its config, and its model with weights."""
+
+    config: ConfigDict
+    classes: list[str]
+    model: Any
+    variables: dict[str, Any]
+    ema: dict[str, Any] | None
+    step: int
+
+
+def load_run(workdir: str | Path, dtype: str = "float32") -> Run:
+    """Load the newest checkpoint of a workdir; raise UserError where there is none."""
+    workdir = Path(workdir)
+    if not exists(workdir / "config.json"):
+        raise UserError(f"{workdir}: not the workdir of a `deit train` run (no config.json there)")
+    config = from_json(read_json(workdir / "config.json"))
+    classes = read_json(workdir / "classes.json", list)
+    if not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{workdir / 'classes.json'}: not a list of names; restore it from a copy")
+    state = _restore_on_host(workdir / "checkpoints")
+    variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
+    here = config.model.copy_and_resolve_references()
+    if "attention" in here:  # the kernel of the training's devices, which may not be at hand
+        del here["attention"]
+    model = build_model(here, len(classes), dtype)
+    return Run(config, classes, model, variables, state["ema"], int(state["step"]))
+
+
+def _restore_on_host(directory: Path) -> dict[str, Any]:
+    """Read what inference needs as numpy arrays, whatever devices the state was saved from."""
+    if not exists(directory):
+        raise UserError(f"{directory.parent}: no checkpoint yet; let `deit train` save one first")
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    # Naming the handler lets the manager read the tree's metadata before it restores anything.
+    with ocp.CheckpointManager(
+        directory.absolute(), options=options, item_handlers=ocp.PyTreeCheckpointHandler()
+    ) as manager:
+        if not manager.all_steps():
+            raise UserError(
+                f"{directory.parent}: no checkpoint yet; let `deit train` save one first"
+            )
+        step = _newest_good(directory, manager.all_steps())
+        saved = manager.item_metadata(step).tree
+        wanted = {key: saved[key] for key in ("params", "batch_stats", "ema", "step")}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        return manager.restore(step, args=args)
+
+
+def _newest_good(directory: Path, steps) -> int:
+    for step in sorted(steps, reverse=True):
+        problem = checksums.problem(directory / str(step))
+        if problem is None:
+            return step
+        log.warning(
+            "checkpoint %s is damaged (%s): using the one before", directory / str(step), problem
+        )
+    raise UserError(f"{directory}: every checkpoint is damaged; bring one back from a copy")
