@@ -23,10 +23,11 @@ import numpy as np
 
 from benchmarks import gpu_torch
 from benchmarks.gpu_torch import timm, torch
-from configs import quickstart
 from deit_jax.cli import huge_pages, platforms
+from deit_jax.configs import quickstart
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.perf.step_time import random_batch
+from deit_jax.train.experiment import resolve
 from deit_jax.train.loop import Trainer
 
 TURNS, STEPS = 9, 20
@@ -34,12 +35,13 @@ TURNS, STEPS = 9, 20
 
 def ours(config, dataset, folder: str):
     """Return a function that takes so many steps of `deit train`."""
-    trainer = Trainer(config, Path(folder), dataset)
-    batch = random_batch(config, len(dataset.classes), trainer.mesh)
+    experiment = resolve(config, len(dataset.classes), len(dataset.train))
+    trainer = Trainer(experiment, Path(folder), dataset)
+    batch = random_batch(experiment)
 
     def steps(count: int) -> None:
         for _ in range(count):
-            trainer.state, values = trainer._step(trainer.state, None, batch)
+            trainer.state, values = trainer.step(trainer.state, None, batch)
         jax.block_until_ready(values)
         jax.block_until_ready(trainer.state)
 
@@ -101,7 +103,7 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures to this file")
     out = parser.parse_args().out
     platforms.choose()
-    huge_pages.restart_with_huge_pages()
+    huge_pages.restart()
     torch.set_num_threads(torch.multiprocessing.cpu_count())
     config = quickstart.get_config()
     config.teacher.tape, config.teacher.tape_path = "replay", "given"

@@ -9,18 +9,13 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from configs import deit
+from deit_jax.configs import deit
 from deit_jax.models import cudnn
 from deit_jax.models.build import build_model, image_size
 from deit_jax.models.preprocess import normalise
-from deit_jax.parallel import devices, sharding
+from deit_jax.parallel import devices
 from deit_jax.perf.flops import flops_per_image, forward_flops
-from deit_jax.step.compile import jit_train_step
-from deit_jax.step.optimizer import make_optimizer, make_schedule
-from deit_jax.step.state import init_state
-from deit_jax.step.train_step import StepConfig
-from deit_jax.train import parts
-from deit_jax.train.load_teacher import random_teacher
+from deit_jax.train.experiment import Experiment, resolve
 
 STEPS_PER_EPOCH = 1000  # only the learning rate follows from it
 
@@ -50,9 +45,10 @@ def about(row: dict, config, classes: int) -> dict:
     """
     device, found = jax.devices()[0], {}
     if row["part"] != "forward" and row["peer"] != "flax":
-        model = build_model(config.model, classes, config.dtype)
-        refused = cudnn.refusal(model.attention_shape(config.batch_size), model.dtype)
-        found = {"expected_bytes": parts.expected_bytes(config, _mesh(config), classes)}
+        experiment = resolved(config, classes)
+        model, count = experiment.model, experiment.settings.micro_batches
+        refused = cudnn.refusal(model.attention_shape(config.batch_size // count), model.dtype)
+        found = {"expected_bytes": experiment.load.expected_bytes(count)}
         found |= {"attention": "xla" if refused else "cudnn"}
     return {
         "device": device.device_kind,
@@ -71,8 +67,8 @@ def flops_of(row: dict) -> float:
     """Return the operations that a row takes for one image, whoever computes it."""
     config, classes = config_of(row), classes_of(row)
     if row["part"] == "forward":
-        return forward_flops(config.model, classes, image_size(config.model))
-    return flops_per_image(config, classes)
+        return forward_flops(build_model(config.model, classes), image_size(config.model))
+    return flops_per_image(resolved(config, classes))
 
 
 def config_of(row: dict):
@@ -98,30 +94,22 @@ def random_batch(config, classes: int, device=None) -> dict[str, jax.Array]:
         "label": rng.integers(0, classes, config.batch_size, np.int32),
     }
     if config.teacher.tape == "replay":
-        batch["signal"] = batch["label"]
-    return jax.device_put(batch, sharding.batch_sharding(_mesh(config, device)))
+        batch["teacher_target"] = batch["label"]
+    return resolved(config, classes, device).on_devices(batch)
 
 
-def _mesh(config, device=None):
-    return sharding.make_mesh(config.mesh, [device or jax.devices()[0]])
+def resolved(config, classes: int, device=None) -> Experiment:
+    """Return what a config means on one device, JAX's first unless another is named."""
+    images = STEPS_PER_EPOCH * config.batch_size
+    return resolve(config, classes, images, devices=[device or jax.devices()[0]])
 
 
 def jit_step(config, classes: int, device=None):
     """Return the step of `deit train`, compiled as it is there, the state and the teacher."""
-    model = build_model(config.model, classes, config.dtype)
-    schedule = make_schedule(config.optim, config.epochs, STEPS_PER_EPOCH)
-    tx = make_optimizer(config.optim, schedule)
-    size, mesh = image_size(config.model), _mesh(config, device)
-    init = functools.partial(init_state, model=model, image_size=size, tx=tx, ema_decay=0.0)
-    key = jax.random.key(config.seed)
-    places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
-    asked = config.teacher.tape != "replay" and random_teacher(config, classes)
-    teacher, params = asked or (None, None)
-    params = jax.device_put(params, sharding.replicated(mesh)) if teacher else None
-    recipe = StepConfig.from_config(config, classes, mesh)
-    deterministic = config.train.deterministic
-    step = jit_train_step(model, teacher, tx, recipe, mesh, places, deterministic=deterministic)
-    return step, jax.jit(init, out_shardings=places)(key), params
+    experiment = resolved(config, classes, device)
+    teacher, params = experiment.random_teacher() or (None, None)
+    params = experiment.place(params, teacher and teacher.model)
+    return experiment.jit_step(teacher), experiment.new_state(), params
 
 
 def train(config, classes: int, batch):

@@ -21,8 +21,9 @@ import numpy as np
 
 from benchmarks import gpu_jax
 from benchmarks.gpu import cause
-from configs import deit
+from deit_jax.configs import deit
 from deit_jax.models import attention, cudnn, vit
+from deit_jax.models.registry import create_model
 from deit_jax.parallel import devices, sharding
 from deit_jax.perf.flops import forward_flops
 from deit_jax.step import compile as compile_lib
@@ -125,8 +126,7 @@ def operations() -> dict:
     """Operations are counted from the program, where a plugin's analysis says nothing."""
     lowered = jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), np.float32))
     found = {
-        name: forward_flops(deit.get_config(f"variant={name}").model, 1000, 224) / 2e9
-        for name in GMACS
+        name: forward_flops(create_model(f"deit_{name}_patch16_224"), 224) / 2e9 for name in GMACS
     }
     near = all(abs(found[name] / GMACS[name] - 1) < 0.02 for name in GMACS)
     return {"ok": near, "gmacs": found, "plugins_analysis": lowered.cost_analysis() is not None}

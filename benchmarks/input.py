@@ -33,11 +33,11 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBL
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from configs import base  # noqa: E402
+from deit_jax.configs import base  # noqa: E402
 from deit_jax.data import decoders as decoders_lib  # noqa: E402
-from deit_jax.data.batches import TrainBatches
-from deit_jax.data.loader import load
-from deit_jax.data.order import EpochOrder
+from deit_jax.data.batches import TrainBatches  # noqa: E402
+from deit_jax.data.loader import load  # noqa: E402
+from deit_jax.data.order import EpochOrder  # noqa: E402
 
 TF_DATA = "tf.data, TF RandAugment"
 SIZE, BATCH, RANDAUGMENT = 224, 96, "rand-m9-mstd0.5-inc1"

@@ -30,12 +30,13 @@ from flax import linen as nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from configs import deit  # noqa: E402
+from deit_jax.configs import deit  # noqa: E402
 from deit_jax.data.batches import TrainBatches  # noqa: E402
-from deit_jax.data.order import EpochOrder
+from deit_jax.data.order import EpochOrder  # noqa: E402
 from deit_jax.data.sources.registry import open_dataset  # noqa: E402
-from deit_jax.perf import hlo_cost, plan
-from deit_jax.step.train_step import StepConfig, model_inputs
+from deit_jax.perf import hlo_cost, plan  # noqa: E402
+from deit_jax.step.train_step import model_inputs  # noqa: E402
+from deit_jax.train.experiment import settings_of  # noqa: E402
 from deit_jax.weights.load import folded, open_model  # noqa: E402
 
 BATCH, LEVELS, CALIBRATION = 64, 127.0, 4
@@ -119,7 +120,7 @@ def views(config, opened, count: int, recipe: bool):
     batches = TrainBatches(
         dataset.train, order, config.augment, size, rows, decoder, data.skip_unreadable
     )
-    made = StepConfig.from_config(config, len(dataset.classes))
+    made = settings_of(config, len(dataset.classes))
     made = made.__class__(**{**vars(made), "mean": opened.mean, "std": opened.std})
     inputs = jax.jit(lambda number, batch: model_inputs(number, batch, made)[0])
     for number in range(-(-count // BATCH)):

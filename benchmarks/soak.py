@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from configs import quickstart  # noqa: E402
-from deit_jax.data.order import whole_steps
+from deit_jax.configs import quickstart  # noqa: E402
+from deit_jax.data.order import whole_steps  # noqa: E402
 from deit_jax.errors import Interrupted  # noqa: E402
 from deit_jax.parallel.signals import StopRequest  # noqa: E402
-from deit_jax.storage import read_lines
+from deit_jax.storage import read_lines  # noqa: E402
 from deit_jax.train import run  # noqa: E402
 
 SAMPLE_SECONDS = 5.0

@@ -20,15 +20,16 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from configs import quickstart  # noqa: E402
 from deit_jax.cli import huge_pages, platforms  # noqa: E402
+from deit_jax.configs import quickstart  # noqa: E402
 from deit_jax.data.sources.registry import open_dataset  # noqa: E402
 from deit_jax.perf.step_time import random_batch  # noqa: E402
-from deit_jax.train.load_teacher import random_teacher  # noqa: E402
+from deit_jax.step.distill.base import Layout  # noqa: E402
+from deit_jax.train.experiment import resolve  # noqa: E402
 from deit_jax.train.loop import Trainer  # noqa: E402
-from deit_jax.train.tape.layout import Layout, checksum  # noqa: E402
+from deit_jax.train.tape.layout import checksum  # noqa: E402
 from deit_jax.train.tape.session import NoTape, TapeRecorder  # noqa: E402
-from deit_jax.train.tape.tape import CHUNK_STEPS, Tape
+from deit_jax.train.tape.tape import CHUNK_STEPS, Tape  # noqa: E402
 
 BATCH, CLASSES, STEPS = 1024, 1000, 300 * 1251
 TURNS, TURN_STEPS = 9, 40
@@ -64,7 +65,7 @@ def measure(kind: str, chunks: int, copies: int, folder: Path) -> dict:
         raw += sum(part.nbytes for part in parts.values())
     files = [p for p in folder.rglob("*") if p.is_file()]
     began = time.perf_counter()
-    Tape.open(folder).signal(0, range(BATCH))
+    Tape.open(folder).target(0, range(BATCH))
     scale = STEPS / len(tape) / 1e9
     return {
         "kind": kind,
@@ -86,15 +87,15 @@ def trainer(folder: Path, kind: str, record: bool) -> Trainer:
         layout = Layout(kind, config.batch_size, classes, min(classes, config.teacher.tape_top_k))
         given = {"distill.kind": kind, "batch_size": config.batch_size, "data.num_classes": classes}
         tape = TapeRecorder(Tape.create(folder / "tape", layout, given, 1), layout)
-    teacher = random_teacher(config, len(dataset.classes))
-    return Trainer(config, folder, dataset, teacher, tape=tape)
+    experiment = resolve(config, len(dataset.classes), len(dataset.train))
+    return Trainer(experiment, folder, dataset, experiment.random_teacher(), tape=tape)
 
 
 def turn(run: Trainer, batch, first: int) -> float:
     """Return the seconds a step takes, what was recorded brought to disk at the end."""
     in_flight, began = None, time.perf_counter()
     for number in range(first, first + TURN_STEPS):
-        run.state, values = run._step(run.state, run.teacher_params, batch)
+        run.state, values = run.step(run.state, run.teacher_params, batch)
         if in_flight:  # as in training, fetched while the next step runs
             finish(run, *in_flight)
         in_flight = (number, values)
@@ -106,7 +107,7 @@ def turn(run: Trainer, batch, first: int) -> float:
 def finish(run: Trainer, number: int, values) -> None:
     """Fetch a step's metrics and record what is to be recorded, as Trainer does."""
     values = jax.device_get(values)
-    run.tape.record(number, values.pop("signal", None))
+    run.tape.record(number, values.pop("teacher_target", None))
 
 
 def recording(kind: str) -> dict:
@@ -118,7 +119,7 @@ def recording(kind: str) -> dict:
             runs[name] = trainer(folder, kind, record=name == "record")
             stack.callback(runs[name].checkpointer.close)
         runs["record"].tape.begin(0, (TURNS + 1) * TURN_STEPS, 0)
-        batch = random_batch(runs["off"].config, 10, runs["off"].mesh)
+        batch = random_batch(runs["off"].experiment)
         for number in range(TURNS + 1):  # the first compiles
             for name, run in runs.items():
                 times[name].append(turn(run, batch, number * TURN_STEPS))
@@ -134,7 +135,7 @@ def recording(kind: str) -> dict:
 
 if __name__ == "__main__":
     platforms.choose()
-    huge_pages.restart_with_huge_pages()
+    huge_pages.restart()
     for case in (("hard", 4, 1), ("hard", 4, 3), ("soft", 1, 1)):
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(*case, Path(folder) / "tape")), flush=True)

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from configs import deit  # noqa: E402
-from deit_jax.parallel import sharding  # noqa: E402
-from deit_jax.perf import hlo_cost, plan
-from deit_jax.step import micro_batches
+from deit_jax.configs import deit  # noqa: E402
+from deit_jax.perf import hlo_cost, plan  # noqa: E402
+from deit_jax.step import micro_batches  # noqa: E402
+from deit_jax.train.experiment import resolve  # noqa: E402
 
 PART = 32  # images of DeiT-B in a micro-batch on a TPU
 ROWS = ("teacher", "teacher in parts", "student", "fused")
@@ -41,7 +41,9 @@ def config_of(images: int, kind: str, chips: int = 1):
 def teacher_alone(topology: str, images: int, part: int):
     """Compile the teacher's labels of a chip's images, taken so many at a time."""
     place = jax.sharding.SingleDeviceSharding(plan.devices_of(topology, 1)[0])
-    teacher, params = plan.abstract_teacher(config_of(images, "hard"), 1000)
+    devices = plan.devices_of(topology, 1)[:1]
+    experiment = resolve(config_of(images, "hard"), 1000, 1_281_167, devices)
+    teacher, params = experiment.abstract_teacher()
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         (params, jax.ShapeDtypeStruct((images, 224, 224, 3), jnp.float32)),
@@ -49,7 +51,7 @@ def teacher_alone(topology: str, images: int, part: int):
 
     def labels(params, batch):
         return micro_batches.in_parts(
-            lambda x: teacher.signal(params, x, "hard"), batch, images // part
+            lambda x: teacher.logits(params, x).argmax(-1), batch, images // part
         )
 
     with plan.quiet():
@@ -60,9 +62,9 @@ def step(topology: str, images: int, kind: str):
     """Compile the training step of a run, with the teacher for kind "hard"."""
     devices = plan.devices_of(topology, 1)
     config = config_of(images, kind, len(devices))
-    mesh = sharding.make_mesh(config.mesh, devices)
+    experiment = resolve(config, 1000, 1_281_167, devices)
     with plan.quiet():
-        return plan.lower_step(config, mesh, 1000, 1_281_167)[0].compile()
+        return plan.lower_step(experiment)[0].compile()
 
 
 def products(text: str) -> Counter:

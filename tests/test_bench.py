@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import quickstart
 from deit_jax import __main__ as program
-from deit_jax.data import loader
+from deit_jax.configs import quickstart
 from deit_jax.data.order import EpochOrder, example_rng
 from deit_jax.data.sources.base import ArraySource, Dataset
 from deit_jax.errors import UserError
-from deit_jax.parallel import sharding
 from deit_jax.perf import chips, input_rate, step_time
+from deit_jax.train import experiment
+from tests.tiny import measured, resolved
 
 
 def run(capsys, *words):
@@ -56,7 +56,8 @@ def test_stages_count_reading_once_for_all_copies_of_an_image(tiny_config):
     images = np.zeros((20, 32, 32, 3), np.uint8)
     source = SlowSource("slow", images, np.zeros(20, np.int32))
     tiny_config.augment.repeats = 4
-    times = input_rate.stages(tiny_config, Dataset(source, source, ["a"]), seconds=0.5)
+    dataset = Dataset(source, source, ["a"])
+    times = input_rate.stages(resolved(tiny_config, dataset), dataset, seconds=0.5)
     assert list(times) == list(input_rate.STAGES[:4])
     assert 2500 <= times["read"] < 10_000  # 10 ms, a quarter for each copy
     assert all(value > 0 for value in times.values())
@@ -67,11 +68,11 @@ def test_the_views_that_are_timed_are_those_of_the_pipeline(tiny_config):
     from deit_jax.data import decode
     from deit_jax.data.augment import make_augment
     from deit_jax.data.decoders import choose, resize_pillow
-    from deit_jax.train.experiment import train_batches
 
     rng = np.random.default_rng(0)
     source = ArraySource("noise", rng.integers(0, 256, (40, 40, 30, 3), np.uint8), np.arange(40))
-    batch = train_batches(tiny_config, Dataset(source, source, ["a"]), range(6))(0)
+    dataset = Dataset(source, source, ["a"])
+    batch = resolved(tiny_config, dataset).batches(dataset, range(6))(0)
     c = tiny_config.augment
     order = EpochOrder(40, tiny_config.batch_size, c.repeats, tiny_config.seed)
     for row in range(6):
@@ -102,7 +103,7 @@ def test_input_figures_agree_with_each_other(capsys):
 def test_the_step_is_timed_on_random_images_without_data_or_teacher(tiny_config):
     tiny_config.data.source = "folder:/nowhere"
     tiny_config.teacher.epochs = 0.0
-    result = step_time.measure(tiny_config, seconds=0.1)
+    result = measured(tiny_config)
     assert result["steps"] >= 2
     assert result["images_per_second"] == pytest.approx(32e3 / result["step_ms"])
     assert 0 < result["step_ms_p10"] <= result["step_ms"] <= result["step_ms_p90"]
@@ -168,9 +169,9 @@ def test_the_wait_for_input_is_what_loading_takes_longer_than_the_step(
             time.sleep(max(0.0, ready - time.perf_counter()))
             yield {"image": np.zeros((32, 1), np.uint8), "label": np.zeros(32, np.int32)}
 
-    monkeypatch.setattr(loader, "load", batches)
-    mesh, fed = sharding.make_mesh(tiny_config.mesh), slow(np.zeros(1), [step])
-    found, why = step_time.input_wait(tiny_config, 10, None, mesh, fed, 0.5)
+    monkeypatch.setattr(experiment, "load", batches)
+    made, fed = experiment.resolve(tiny_config, 10, 100), slow(np.zeros(1), [step])
+    found, why = step_time.input_wait(made, None, fed, 0.5)
     assert found == pytest.approx(share, abs=0.15)
     assert why == ""
 
@@ -180,8 +181,8 @@ def test_images_that_cannot_be_loaded_leave_the_wait_unknown(monkeypatch, tiny_c
         raise UserError("picture.jpg: not an image")
         yield
 
-    monkeypatch.setattr(loader, "load", batches)
-    found = step_time.input_wait(tiny_config, 10, None, None, None, 0.1)
+    monkeypatch.setattr(experiment, "load", batches)
+    found = step_time.input_wait(experiment.resolve(tiny_config, 10, 100), None, None, 0.1)
     assert found == (None, "picture.jpg: not an image")
 
 

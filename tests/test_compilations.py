@@ -7,7 +7,7 @@ import jax
 
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.train import loop
-from deit_jax.train.load_teacher import random_teacher
+from tests.tiny import resolved
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 STEPS, EVALUATE, SAVE = 12, 3, 4  # in all, and every so many; an epoch has five
@@ -37,9 +37,9 @@ def compiled_in(config, workdir: Path, total=STEPS, change=lambda x: x) -> set[t
     config.epochs = total / 5
     config.train.eval_every_epochs, config.train.save_every_epochs = EVALUATE / 5, SAVE / 5
     dataset = open_dataset(config.data)
-    teacher = random_teacher(config, len(dataset.classes))
-    trainer = loop.Trainer(config, workdir, dataset, teacher)
-    step, numbers = trainer._step, iter(range(1, total + 1))
+    experiment = resolved(config, dataset)
+    trainer = loop.Trainer(experiment, workdir, dataset, experiment.random_teacher())
+    step, numbers = trainer.step, iter(range(1, total + 1))
     with compilations() as (found, now):
 
         def watched(state, *rest):
@@ -49,7 +49,7 @@ def compiled_in(config, workdir: Path, total=STEPS, change=lambda x: x) -> set[t
             now[0] = ("after", number)
             return change(state), values
 
-        trainer._step = watched
+        trainer.step = watched
         trainer.run()
     assert next(numbers, None) is None
     return set(found) - {None}

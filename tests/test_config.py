@@ -1,21 +1,18 @@
 """Every shipped config: built, and its step traced at full size on abstract values."""
 
-import functools
 import importlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import base
-from deit_jax.config.serialize import differences, flatten, from_json, to_json
+from deit_jax.config.serialize import flatten, from_json, to_json
+from deit_jax.configs import base
 from deit_jax.errors import UserError
-from deit_jax.models.build import build_model, image_size
-from deit_jax.step.optimizer import make_optimizer, make_schedule
-from deit_jax.step.state import init_state
-from deit_jax.step.teacher import Teacher
-from deit_jax.step.train_step import StepConfig, train_step
+from deit_jax.models.build import build_model
+from deit_jax.train.experiment import resolve
 from deit_jax.train.validate import validate
+from deit_jax.workdir.directory import changes
 
 CONFIGS = [
     ("base", None),
@@ -37,7 +34,7 @@ CONFIGS = [
 
 
 def load(name, text):
-    module = importlib.import_module(f"configs.{name}")
+    module = importlib.import_module(f"deit_jax.configs.{name}")
     return module.get_config() if text is None else module.get_config(text)
 
 
@@ -49,29 +46,17 @@ def test_config_is_valid_and_its_step_traces_at_full_size(name, text):
         config.teacher.weights = "somewhere"
     config.init.weights = "somewhere" if config.init.required else ""
     validate(config, num_devices=8)
-    model = build_model(config.model, 1000, "bfloat16")
-    size = image_size(config.model)
-    tx = make_optimizer(config.optim, make_schedule(config.optim, config.epochs, 1251))
-    state = jax.eval_shape(
-        functools.partial(
-            init_state, model=model, image_size=size, tx=tx, ema_decay=config.optim.ema_decay
-        ),
-        jax.random.key(0),
-    )
-    teacher = teacher_params = None
-    if config.distill.kind != "none":
-        network = build_model(config.teacher.model, 1000, "bfloat16").clone(folded=True)
-        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        teacher_params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
-        data = config.data
-        teacher = Teacher(network, data.mean, data.std, data.mean, data.std)
+    config.dtype = "bfloat16"
+    experiment = resolve(config, 1000, 1_281_167)
+    teacher, teacher_params = experiment.abstract_teacher() or (None, None)
+    size = experiment.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
-    recipe = StepConfig.from_config(config, 1000)
-    function = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
-    new_state, metrics = jax.eval_shape(function, state, teacher_params, batch)
+    state = experiment.abstract_state
+    step = experiment.jit_step(teacher)
+    new_state, metrics = jax.eval_shape(step, state, teacher_params, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
@@ -113,7 +98,7 @@ def test_base_holds_the_papers_recipe():
 def test_json_form_round_trips(tiny_config):
     values = to_json(tiny_config)
     again = from_json(values)
-    assert differences(values, to_json(again)) == []
+    assert changes(values, to_json(again)) == {}
     assert again.teacher.model.widths == (8, 16)
 
 
@@ -121,8 +106,8 @@ def test_differences_name_what_matters_and_only_that(tiny_config):
     old = to_json(tiny_config)
     tiny_config.train.log_every_steps = 77
     tiny_config.mixing.prob = 0.3
-    changed = differences(old, to_json(tiny_config))
-    assert changed == ["mixing.prob: 1.0 -> 0.3"]
+    changed = changes(old, to_json(tiny_config))
+    assert changed == {"mixing.prob": "mixing.prob: 1.0 -> 0.3"}
 
 
 def test_both_heads_learn_labels_in_a_distilled_model_without_a_teacher(tiny_config):

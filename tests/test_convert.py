@@ -17,7 +17,8 @@ from deit_jax.weights import convert, readers
 from deit_jax.weights.exporters import huggingface
 from deit_jax.weights.exporters import timm as timm_lib
 from deit_jax.weights.fit import LoadedWeights
-from deit_jax.weights.load import from_torch, open_model, to_torch
+from deit_jax.weights.load import open_model
+from deit_jax.weights.torch_names import from_torch, to_torch
 from tests.test_weights import Attack, as_zip, assert_same
 from tests.timm_reference import import_transformers
 

@@ -11,7 +11,7 @@ import pytest
 from deit_jax.models.conv import ConvNorm, fold_batch_norm
 from deit_jax.models.efficientnet_lite import InvertedResidual
 from deit_jax.models.registry import create_model
-from deit_jax.weights.load import from_torch, to_torch
+from deit_jax.weights.torch_names import from_torch, to_torch
 from tests.timm_reference import import_timm, import_torch
 
 TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0"}

@@ -6,24 +6,24 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from deit_jax import __main__ as program
 from deit_jax.analysis import evaluate
 from deit_jax.config.serialize import from_json
+from deit_jax.configs import quickstart
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.models import attention, cudnn
 from deit_jax.models.build import compute_dtype
 from deit_jax.parallel import sharding
 from deit_jax.perf import step_time
 from deit_jax.step import compile as compile_lib
-from deit_jax.step.train_step import StepConfig
-from deit_jax.train import loop, memory, run
-from deit_jax.train.evaluator import parts, step
-from deit_jax.train.run import open_dataset
+from deit_jax.train import evaluator, experiment, loop, memory, run
+from deit_jax.train.experiment import settings_of
 from deit_jax.train.validate import validate
 from deit_jax.weights.load import folded
 from deit_jax.workdir.saved_run import load_run
 from tests.test_convert import opened
+from tests.tiny import measured, resolved
 
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
     "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9126805504 bytes.\nBufferAssignment"
@@ -89,7 +89,7 @@ def test_a_run_that_insists_on_cudnn_is_counted_and_timed(gpu, monkeypatch, tiny
     tiny_config.distill.kind, tiny_config.dtype = "none", "bfloat16"
     tiny_config.data.source = "folder:/nowhere"
     tiny_config.model.attention = "cudnn"
-    result = step_time.measure(tiny_config, 0.1, compare=True)
+    result = measured(tiny_config, compare=True)
     assert result["attention"] == "cudnn"
     assert set(result["attention_ms"]) == {"cudnn", "xla"}
     assert min(result["attention_ms"].values()) > 0
@@ -100,23 +100,24 @@ def test_a_kernel_that_fails_leaves_the_others_time(gpu, monkeypatch, tiny_confi
     gpu(9.0)
     tiny_config.distill.kind, tiny_config.dtype = "none", "bfloat16"
 
-    def median_ms(config, *_):
-        if config.model.attention == "cudnn":
+    def median_ms(experiment, *_):
+        if experiment.model.attention == "cudnn":
             raise jax.errors.JaxRuntimeError("INTERNAL: no plan\nmore")
         return 1.5
 
     monkeypatch.setattr(step_time, "_median_ms", median_ms)
     dataset = open_dataset(tiny_config.data)
-    found = step_time.compare_attention(tiny_config, dataset, None, 0.1, {})
+    experiment = resolved(tiny_config, dataset)
+    found = step_time.compare_attention(experiment, dataset, None, 0.1, {})
     assert found == {"cudnn": "INTERNAL: no plan", "xla": 1.5}
     known = {"cudnn": 2.5}  # measured before
-    found = step_time.compare_attention(tiny_config, dataset, None, 0.1, known)
+    found = step_time.compare_attention(experiment, dataset, None, 0.1, known)
     assert found == {"cudnn": 2.5, "xla": 1.5}
 
 
 def test_only_a_gpus_step_excludes_kernels_and_by_a_name_that_xla_knows(monkeypatch, tiny_config):
     mesh = sharding.make_mesh(tiny_config.mesh)
-    recipe = StepConfig.from_config(tiny_config, 10, mesh)
+    recipe = settings_of(tiny_config, 10, mesh)
     assert compile_lib.compiler_options(mesh, True) == {}  # on a CPU nothing changes
     monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
     assert compile_lib.compiler_options(mesh, False) == {}
@@ -140,7 +141,7 @@ def test_a_runs_config_reaches_the_compiler(monkeypatch, tiny_config, tmp_path):
     )
     tiny_config.distill.kind, tiny_config.train.deterministic = "none", True
     dataset = open_dataset(tiny_config.data)
-    loop.Trainer(tiny_config, tmp_path, dataset).checkpointer.close()
+    loop.Trainer(resolved(tiny_config, dataset), tmp_path, dataset).checkpointer.close()
     assert asked == [True]
 
 
@@ -157,7 +158,7 @@ def test_a_training_out_of_memory_says_which_fields_help(
 ):
     tiny_config.distill.kind = "none"
     tiny_config.update_from_flattened_dict(fields)
-    monkeypatch.setattr(run, "jit_train_step", lambda *_, **__: raises)
+    monkeypatch.setattr(experiment, "jit_train_step", lambda *_, **__: raises)
     with pytest.raises(UserError, match=r"^training: the device is out of memory; try ") as raised:
         run.train(tiny_config, tmp_path / "run")
     text = str(raised.value)
@@ -167,7 +168,7 @@ def test_a_training_out_of_memory_says_which_fields_help(
 
 
 def test_it_is_one_line_of_the_command_too(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "jit_train_step", lambda *_, **__: raises)
+    monkeypatch.setattr(experiment, "jit_train_step", lambda *_, **__: raises)
     words = [f"--config={quickstart.__file__}", f"--workdir={tmp_path}/run"]
     assert program.main(["train", *words, "--config.distill.kind=none"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
@@ -176,7 +177,7 @@ def test_it_is_one_line_of_the_command_too(monkeypatch, tmp_path, capsys):
 
 def test_an_evaluation_out_of_memory_has_its_own_field(monkeypatch, tiny_config, tmp_path):
     tiny_config.distill.kind = "none"
-    monkeypatch.setattr(step, "eval_step", raises)
+    monkeypatch.setattr(evaluator.eval_step, "eval_step", raises)
     with pytest.raises(UserError, match=r"evaluation: .* try --config.train.eval_batch_size=128"):
         run.train(tiny_config, tmp_path / "run")
 
@@ -191,7 +192,7 @@ def test_other_errors_of_the_device_stay_what_they_are():
 def test_an_evaluation_in_parts_counts_what_a_whole_one_does(monkeypatch, tiny_config, tmp_path):
     tiny_config.distill.kind, tiny_config.epochs = "none", 0.2
     whole = run.train(tiny_config, tmp_path / "whole")
-    monkeypatch.setattr(parts, "forward_parts", lambda *_: 4)
+    monkeypatch.setattr(evaluator.parts, "forward_parts", lambda *_: 4)
     config = from_json(json.loads((tmp_path / "whole/config.json").read_text()))
     again = evaluate.evaluate_run(config, str(tmp_path / "whole"))
     assert {k: again[k] for k in ("examples", "cls", "dist")} == {
@@ -219,7 +220,7 @@ def test_a_bench_on_a_backend_that_tells_nothing(monkeypatch, tiny_config):
     assert nothing == {"peak_bytes": None, "peak_bytes_by": None}
     monkeypatch.setattr(step_time, "peak_memory", lambda _: nothing)
     tiny_config.data.source = "folder:/nowhere"
-    result = step_time.measure(tiny_config, 0.1, compare=True)
+    result = measured(tiny_config, compare=True)
     report = step_time.report(result)
     assert "peak memory: not known" in report
     assert "attention: xla\n" in report

@@ -10,7 +10,9 @@ import jax
 import pytest
 
 from benchmarks import gpu, gpu_jax
-from deit_jax.step import compile as compile_lib
+from deit_jax.data.sources.registry import open_dataset
+from deit_jax.train.experiment import resolve
+from deit_jax.train.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
 ROWS = gpu.rows(list(gpu.PEERS), [], turns=1, toy=True)
@@ -62,28 +64,24 @@ def test_pytorchs_teacher_says_the_same_with_its_batch_norm_folded(timm, torch):
     assert before.std() > 1e-3
 
 
-def test_the_step_that_is_measured_is_the_one_that_a_run_compiles(monkeypatch):
+def test_the_step_that_is_measured_is_the_one_that_a_run_compiles(tmp_path):
     config = gpu_jax.config_of(ROWS["train/tiny/32/8/ours/1"])
-    teacher = gpu_jax.random_teacher(config, 10)
-    monkeypatch.setattr(gpu_jax, "random_teacher", lambda *_: teacher)  # made once: it compiles
+    config.data.source = "digits"
     step, state, teacher_params = gpu_jax.jit_step(config, 10)
+    dataset = open_dataset(config.data)
+    experiment = resolve(config, 10, len(dataset.train), devices=jax.devices()[:1])
+    config.epochs = gpu_jax.STEPS_PER_EPOCH / experiment.order.steps_per_epoch * config.epochs
+    experiment = resolve(config, 10, len(dataset.train), devices=jax.devices()[:1])
+    teacher = experiment.random_teacher()
+    run = Trainer(experiment, tmp_path, dataset, teacher)
+    run.checkpointer.close()
     batch = gpu_jax.random_batch(config, 10)
-    model = gpu_jax.config_lib.build_model(config.model, 10, config.dtype)
-    schedule = gpu_jax.optim.make_schedule(config.optim, config.epochs, gpu_jax.STEPS_PER_EPOCH)
-    own = compile_lib.jit_train_step(
-        model,
-        teacher[0],
-        gpu_jax.optim.make_optimizer(config.optim, schedule),
-        gpu_jax.Recipe.from_config(config, 10),
-        gpu_jax._mesh(config),
-        jax.tree.map(lambda x: x.sharding, state),
-    )
-    texts = [f.lower(state, teacher_params, batch).as_text() for f in (step, own)]
+    texts = [f.lower(state, teacher_params, batch).as_text() for f in (step, run.step)]
     assert texts[0] == texts[1]
 
 
 def test_it_needs_no_library_of_the_input_pipeline():
-    code = "import sys, benchmarks.gpu_jax, deit_jax.bench_step; print(*sys.modules)"
+    code = "import sys, benchmarks.gpu_jax, deit_jax.perf.step_time; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     loaded = done.stdout.split()
     assert "benchmarks.gpu_jax" in loaded, done.stderr

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import quickstart
 from deit_jax import __main__ as program
 from deit_jax.analysis import input_sheet
+from deit_jax.configs import quickstart
 from deit_jax.data.batches import TrainBatches
 from deit_jax.data.order import EpochOrder
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.models.heads import Heads
 from deit_jax.step.state import TrainState
-from deit_jax.step.train_step import StepConfig, train_step
-from deit_jax.train.experiment import train_batches
+from deit_jax.step.train_step import train_step
+from deit_jax.train.experiment import settings_of
+from tests.tiny import resolved
 
 
 def run(capsys, *words):
@@ -46,12 +47,12 @@ def what_the_step_sees(config, dataset, number):
     batch, spy, tx = batches(number), Spy(), optax.sgd(0.1)
     params = jax.numpy.ones(3)
     state = TrainState(jax.numpy.int32(number), params, {}, tx.init(params), None)
-    recipe = StepConfig.from_config(config, 3)
+    settings = settings_of(config, 3)
     batch = {"image": jax.numpy.asarray(batch["image"]), "label": batch["label"] % 3}
     batch["label"] = jax.numpy.asarray(batch["label"])
-    train_step(state, None, batch, model=spy, teacher=None, tx=tx, recipe=recipe)
+    train_step(state, None, batch, model=spy, teacher=None, tx=tx, settings=settings)
     jax.effects_barrier()
-    images = np.asarray(spy.seen[0]) * np.array(recipe.std) + np.array(recipe.mean)
+    images = np.asarray(spy.seen[0]) * np.array(settings.std) + np.array(settings.mean)
     return np.clip(255 * images, 0, 255)
 
 
@@ -62,7 +63,9 @@ def test_the_images_are_those_that_the_training_step_sees(tiny_config, number):
     dataset = open_dataset(tiny_config.data)
     expected = what_the_step_sees(tiny_config, dataset, number)
     for count in (5, 8, 32):  # part of a mixing group, a whole one, all of the batch
-        images, targets = input_sheet.model_inputs(tiny_config, dataset, number, count)
+        images, targets = input_sheet.model_inputs(
+            resolved(tiny_config, dataset), dataset, number, count
+        )
         assert images.shape == (count, 16, 16, 3)
         assert np.abs(images - expected[:count]).max() <= 0.51  # rounded to whole pixels
         assert np.allclose(targets.sum(1), 1, atol=1e-6)
@@ -70,8 +73,8 @@ def test_the_images_are_those_that_the_training_step_sees(tiny_config, number):
 
 def test_targets_are_the_labels_of_the_batch_and_the_partners(tiny_config):
     dataset = open_dataset(tiny_config.data)
-    batch = train_batches(tiny_config, dataset, range(32))(3)
-    _, targets = input_sheet.model_inputs(tiny_config, dataset, 3, 32)
+    batch = resolved(tiny_config, dataset).batches(dataset, range(32))(3)
+    _, targets = input_sheet.model_inputs(resolved(tiny_config, dataset), dataset, 3, 32)
     partners = np.roll(batch["label"].reshape(4, 8), 4, axis=1).ravel()
     for target, own, other in zip(targets, batch["label"], partners, strict=True):
         assert set(np.flatnonzero(target > 1e-6)) <= {own, other}

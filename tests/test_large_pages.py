@@ -16,9 +16,9 @@ AFTER = "print('after', os.getpid(), os.environ.get('GLIBC_TUNABLES'), sys.argv[
 
 def run(tmp_path, given: dict, *words: str) -> list[str]:
     script = tmp_path / "program.py"
-    nodes = f"large_pages.ACCELERATORS = ({str(tmp_path / 'gpu*')!r},)"
-    lines = (PROGRAM, "import sys", "from deit_jax import large_pages", nodes)
-    script.write_text("\n".join([*lines, "large_pages.restart_with()", AFTER]))
+    nodes = f"huge_pages.ACCELERATORS = ({str(tmp_path / 'gpu*')!r},)"
+    lines = (PROGRAM, "import sys", "from deit_jax.cli import huge_pages", nodes)
+    script.write_text("\n".join([*lines, "huge_pages.restart()", AFTER]))
     own = (huge_pages.VARIABLE, "JAX_PLATFORMS")
     environment = {k: v for k, v in os.environ.items() if k not in own} | given
     command = [sys.executable, str(script), *words]

@@ -9,7 +9,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from deit_jax.models.heads import Heads
 from deit_jax.step import losses
 from deit_jax.step.distill import hard, soft
-from deit_jax.step.objective import distillation
+from deit_jax.step.objective import objective
 
 RNG = np.random.default_rng(0)
 B, K = 6, 11
@@ -71,7 +71,7 @@ def test_distillation_combines_the_terms_through_the_right_head(kind, dist_head)
     distill = ConfigDict({"kind": kind, "alpha": 0.3, "tau": 2.0, "reduction": "batchmean"})
     heads = Heads(jnp.array(LOGITS), jnp.array(OTHER) if dist_head else None)
     signal = {"none": None, "soft": jnp.array(TEACHER), "hard": jnp.array(TEACHER.argmax(1))}[kind]
-    loss, terms = distillation(heads, jnp.array(TARGETS), signal, distill)
+    loss, terms = objective(heads, jnp.array(TARGETS), signal, distill)
 
     own = numpy_cross_entropy(LOGITS, TARGETS)
     student = OTHER if dist_head else LOGITS
@@ -89,7 +89,7 @@ def test_distillation_combines_the_terms_through_the_right_head(kind, dist_head)
 
 def test_both_heads_learn_the_labels_where_asked_and_without_a_teacher():
     heads, none = Heads(jnp.array(LOGITS), jnp.array(OTHER)), ConfigDict({"kind": "none"})
-    loss, terms = distillation(heads, jnp.array(TARGETS), None, none, label_heads="both")
+    loss, terms = objective(heads, jnp.array(TARGETS), None, none, label_heads="both")
     two = [numpy_cross_entropy(x, TARGETS) for x in (LOGITS, OTHER)]
     np.testing.assert_allclose(loss, np.mean(two), rtol=1e-6)
     assert set(terms) == {"loss_label"}

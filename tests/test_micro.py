@@ -16,7 +16,7 @@ def step_over(config, parts):
     """Return (step over all devices that takes its share in `parts`, state, teacher, batch)."""
     function, state, teacher_params, mesh = build(config)
     keywords = dict(function.__wrapped__.keywords)
-    keywords["recipe"] = dataclasses.replace(keywords["recipe"], micro_batches=parts, mesh=mesh)
+    keywords["settings"] = dataclasses.replace(keywords["settings"], micro_batches=parts, mesh=mesh)
     places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
     jitted = jax.jit(functools.partial(train_step, **keywords), out_shardings=places)
     return jitted, state, teacher_params, sharding.to_devices(make_batch(), mesh, B)

@@ -11,9 +11,10 @@ import pytest
 from deit_jax.analysis import classify
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
-from deit_jax.weights import convert
+from deit_jax.weights import convert, torch_names
 from deit_jax.weights.exporters import huggingface, run
-from deit_jax.weights.load import dialects, load_variables, open_model, to_torch
+from deit_jax.weights.load import load_variables, open_model
+from deit_jax.weights.torch_names import to_torch
 from tests.test_convert import DISTILLED, PLAIN, SMALL, distilled_file, logits, opened
 from tests.test_weights import assert_same
 from tests.timm_reference import import_transformers
@@ -100,19 +101,19 @@ def test_image_size_resizes_positions_and_says_so(distilled):
 def test_the_model_is_told_from_names_and_shapes_and_resolution(tmp_path):
     for name in (PLAIN, DISTILLED, "regnety_002", "regnety_004", "efficientnet_lite0"):
         flat = tensors_of(name)
-        assert dialects.candidates(flat) == [name]
+        assert torch_names.candidates(flat) == [name]
     base = tensors_of("deit_base_patch16_224")
-    assert dialects.candidates(base) == ["deit_base_patch16_224"]
+    assert torch_names.candidates(base) == ["deit_base_patch16_224"]
     base["pos_embed"] = np.broadcast_to(np.float32(0), (1, 577, 768))
-    assert dialects.candidates(base) == ["deit_base_patch16_384"]
+    assert torch_names.candidates(base) == ["deit_base_patch16_384"]
     base["pos_embed"] = np.broadcast_to(np.float32(0), (1, 257, 768))
     both = ["deit_base_patch16_224", "deit_base_patch16_384"]
-    assert dialects.candidates(base) == both
+    assert torch_names.candidates(base) == both
 
 
 def tensors_of(name):
     """Return tensors of a model that take no memory."""
-    shapes = dialects.shapes(create_model(name))
+    shapes = torch_names.shapes(create_model(name))
     return to_torch(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes))
 
 

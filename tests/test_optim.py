@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import base, deit
+from deit_jax.configs import base, deit
 from deit_jax.data.order import whole_steps
 from deit_jax.step.optimizer import decay_mask, make_optimizer, make_schedule
 

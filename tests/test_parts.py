@@ -1,6 +1,7 @@
 """In how many parts a device takes its share of a batch, and what it is expected to hold."""
 
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from deit_jax.models import registry
 from deit_jax.parallel import devices as devices_lib
 from deit_jax.parallel import sharding
 from deit_jax.train import liveness, memory, parts
+from deit_jax.train.experiment import resolve
 
 
 class Device:
@@ -36,13 +38,28 @@ def mesh_of(count, platform="tpu", tensor=1):
 
 
 def config_of(name, batch, **fields):
-    from configs import deit
+    from deit_jax.configs import deit
 
     c = deit.get_config("variant=base,distilled=True")
     c.model.name, c.batch_size = name, batch
     for key, value in fields.items():
         c.update_from_flattened_dict({key.replace("__", "."): value})
     return c
+
+
+def load_of(config, mesh, classes=1000):
+    """Return what a config's step has on the devices of a mesh."""
+    with (
+        mock.patch.object(sharding, "make_mesh", return_value=mesh),
+        mock.patch.object(parts, "choose", return_value=(1, 1)),
+    ):
+        return resolve(config, classes, 10_000).load
+
+
+def chosen(config, mesh):
+    """Return in how many parts student and teacher take a device's share."""
+    settings = (config.optim.accum_steps, config.train.micro_batch)
+    return parts.choose(load_of(config, mesh), *settings)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +83,7 @@ def config_of(name, batch, **fields):
     ],
 )
 def test_the_number_of_parts(name, batch, mesh, fields, count):
-    assert parts.micro_batches(config_of(name, batch, **fields), mesh) == count
+    assert chosen(config_of(name, batch, **fields), mesh)[0] == count
 
 
 @pytest.mark.parametrize(
@@ -82,7 +99,7 @@ def test_the_number_of_parts(name, batch, mesh, fields, count):
 )
 def test_the_teacher_takes_more_at_a_time_unless_parts_were_asked_for(batch, fields, count):
     config = config_of("deit_base_distilled_patch16_224", batch, **fields)
-    assert parts.teacher_parts(config, mesh_of(16)) == count
+    assert chosen(config, mesh_of(16))[1] == count
 
 
 class Gpu:
@@ -127,19 +144,16 @@ def gpus(monkeypatch):
         monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
         monkeypatch.setattr(devices_lib, "bytes_limit", lambda _: size)
         memory._limit.cache_clear()
-        parts._fitting.cache_clear()
 
     yield pretend
     memory._limit.cache_clear()
-    parts._fitting.cache_clear()
 
 
-def needed(config, mesh, images, classes=1000):
+def needed(config, mesh, images):
     """Return what a step with so many images at a time takes, by its parts."""
-    held = memory.state_bytes(config, mesh, classes)
-    pixels = parts.share_of(config, mesh) * 3 * config.model.image_size**2
-    sums = memory.gradient_bytes(config, classes)
-    return held + 13 * pixels + sums + memory.of_gradient(config, classes).bytes(images)
+    load = load_of(config, mesh)
+    pixels = load.share * 3 * config.model.image_size**2
+    return load.state_bytes + 13 * pixels + load.gradient_bytes + load.gradient.bytes(images)
 
 
 def test_a_gpus_share_is_parted_so_that_it_fits(gpus, tiny_config):
@@ -148,23 +162,23 @@ def test_a_gpus_share_is_parted_so_that_it_fits(gpus, tiny_config):
     whole, half, third = (int(needed(tiny_config, mesh, n) / 0.9) for n in (96, 48, 32))
     for limit, count in ((2 * whole, 1), (half + 1, 2), (half - 1, 3), (third + 1, 3)):
         gpus(limit)
-        assert parts.micro_batches(tiny_config, mesh) == count
-        expected = parts.expected_bytes(tiny_config, mesh, 1000)
+        assert chosen(tiny_config, mesh)[0] == count
+        expected = load_of(tiny_config, mesh).expected_bytes(count)
         assert 0.3 * limit < expected <= 0.9 * limit
     gpus(None)  # it does not tell
-    assert parts.micro_batches(tiny_config, mesh) == 1
+    assert chosen(tiny_config, mesh)[0] == 1
     gpus(half - 1)
     tiny_config.train.micro_batch = 0  # all at once, whatever happens
-    assert parts.micro_batches(tiny_config, mesh) == 1
+    assert chosen(tiny_config, mesh)[0] == 1
 
 
 def test_teacher_and_evaluation_are_parted_too(gpus, tiny_config):
     tiny_config.batch_size, mesh = 8 * 96, sharding.make_mesh(tiny_config.mesh)
     gpus(int(needed(tiny_config, mesh, 96) / 0.9))
-    assert parts.teacher_parts(tiny_config, mesh) == 1
+    assert chosen(tiny_config, mesh)[1] == 1
     tiny_config.teacher.image_size = 256  # so that the teacher takes far more than the student
-    assert parts.micro_batches(tiny_config, mesh) == 1
-    assert parts.teacher_parts(tiny_config, mesh) > 1
+    assert chosen(tiny_config, mesh)[0] == 1
+    assert chosen(tiny_config, mesh)[1] > 1
     gpus(10**9)
     model = registry.create_model("deit_tiny_patch16_224", 10)
     one = memory.of_forward(model, 224).bytes(1)
@@ -177,7 +191,7 @@ def test_teacher_and_evaluation_are_parted_too(gpus, tiny_config):
 def test_one_image_that_does_not_fit_is_refused(gpus, tiny_config):
     gpus(10**5)
     with pytest.raises(UserError, match=r"model.name=deit_tiny.* takes about 0.0 GB .*remat=True"):
-        parts.micro_batches(tiny_config, sharding.make_mesh(tiny_config.mesh))
+        chosen(tiny_config, sharding.make_mesh(tiny_config.mesh))[0]
 
 
 def test_a_micro_batch_has_equal_parts_of_about_its_size(tiny_config):
@@ -186,11 +200,11 @@ def test_a_micro_batch_has_equal_parts_of_about_its_size(tiny_config):
     with pytest.raises(
         UserError, match=r"micro_batch=16: .* 37 images, has no .* 8 to 16; take 37"
     ):
-        parts.micro_batches(tiny_config, mesh)
+        chosen(tiny_config, mesh)[0]
     tiny_config.batch_size = 8 * 40
-    assert parts.micro_batches(tiny_config, mesh) == 4  # of ten
+    assert chosen(tiny_config, mesh)[0] == 4  # of ten
     tiny_config.train.micro_batch = 1
-    assert parts.micro_batches(tiny_config, mesh) == 40
+    assert chosen(tiny_config, mesh)[0] == 40
 
 
 def peak(function, *arguments, platform="cuda"):
@@ -232,7 +246,7 @@ def test_what_lives_at_once_by_hand():
 def test_the_estimate_is_near_what_a_tpus_compiler_takes(fields):
     """Against XLA's own account of a program for which no device is needed."""
     pytest.importorskip("libtpu")
-    from configs import deit
+    from deit_jax.configs import deit
     from deit_jax.perf import plan
 
     config = deit.get_config("variant=tiny,distilled=True,kind=none")
@@ -240,7 +254,8 @@ def test_the_estimate_is_near_what_a_tpus_compiler_takes(fields):
     config.model.image_size = 224
     config.update_from_flattened_dict(fields)
     config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    found = plan.plan(config, "v5e:2x2", 1000, 10**6)["per_chip"]["temp_bytes"]
-    estimate = memory.of_gradient(config, 1000).bytes(64)
+    found = plan.plan(plan.planned(config, "v5e:2x2", 1000, 10**6), "v5e:2x2")
+    found = found["per_chip"]["temp_bytes"]
+    estimate = load_of(config, sharding.make_mesh(config.mesh)).gradient.bytes(64)
     estimate += 64 * 3 * config.model.image_size**2 * (memory.PIXEL_BYTES - 1)
     assert 0.95 * found < estimate < 1.8 * found

@@ -15,7 +15,7 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-from configs import base
+from deit_jax.configs import base
 from deit_jax.data import batches as batches_lib
 from deit_jax.data import decode, decoders
 from deit_jax.data.batches import EvalBatches, TrainBatches
@@ -524,7 +524,7 @@ def test_ctrl_c_ends_a_loader_in_the_middle_of_its_work(tmp_path):
     script = f"""
         import signal
 
-        from configs import base
+        from deit_jax.configs import base
         from deit_jax.data import pipeline
         from deit_jax.data.sources import open_dataset
 

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import deit, deit3
 from deit_jax import __main__ as program
+from deit_jax.configs import deit, deit3
+from deit_jax.models.build import build_model, image_size
 from deit_jax.parallel import sharding
-from deit_jax.perf import chips, plan, step_time
+from deit_jax.perf import chips, plan, plan_report, step_time
 from deit_jax.train import loop
-from deit_jax.train.load_teacher import random_teacher
+from tests.tiny import resolved
 
 
 @pytest.fixture
@@ -41,10 +42,14 @@ def small(**arguments):
     return c
 
 
+def plan_of(config, topology):
+    return plan.plan(plan.planned(config, topology), topology)
+
+
 def test_data_parallel_moves_each_gradient_once_and_no_image(tpu):
     """DeiT-S's blocks on v5e:2x2; gradients of kernels leave the backward pass in bfloat16."""
-    result = plan.plan(small(), "v5e:2x2")
-    model = plan.config_lib.build_model(small().model, 1000)
+    result = plan_of(small(), "v5e:2x2")
+    model = build_model(small().model, 1000)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     sizes = {path: leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -62,14 +67,13 @@ def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, mon
     """On the same CPU devices, the plan's program is the Trainer's, to the letter."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     tiny_config.mesh.fsdp, tiny_config.teacher.tape = 2, tape
-    dataset, _ = step_time.data_or_random(tiny_config)
-    teacher = random_teacher(tiny_config, 10) if tape == "off" else None
-    trainer = loop.Trainer(tiny_config, tmp_path, dataset, teacher)
+    dataset, _ = step_time.data_or_random(tiny_config.data, tiny_config.batch_size)
+    experiment = resolved(tiny_config, dataset)
+    trainer = loop.Trainer(experiment, tmp_path, dataset, experiment.random_teacher())
     trainer.checkpointer.close()
-    batch = step_time.random_batch(tiny_config, 10, trainer.mesh)
-    own = trainer._step.lower(trainer.state, trainer.teacher_params, batch)
-    mesh = sharding.make_mesh(tiny_config.mesh)
-    planned, arguments, _ = plan.lower_step(tiny_config, mesh, 10, len(dataset.train))
+    batch = step_time.random_batch(experiment)
+    own = trainer.step.lower(trainer.state, trainer.teacher_params, batch)
+    planned, arguments = plan.lower_step(experiment)
     assert planned.as_text() == own.as_text()
     real = (trainer.state, trainer.teacher_params, batch)
     same = jax.tree.map(
@@ -87,7 +91,7 @@ def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, mon
 def test_deit_b_distilled_fits_a_v5e_at_128_images_a_chip(tpu):
     config = deit.get_config("variant=base,distilled=True")
     config.batch_size = 128 * 4
-    result = plan.plan(config, "v5e:2x2")
+    result = plan_of(config, "v5e:2x2")
     assert result["fits"]
     assert result["images_per_chip"] == 128
     assert result["per_chip"]["peak_bytes"] <= result["per_chip"]["hbm_bytes"] == 15.75 * 2**30
@@ -106,7 +110,7 @@ def test_deit_b_distilled_fits_a_v5e_at_128_images_a_chip(tpu):
 def test_the_student_alone_takes_less_than_200_m_cycles(tpu):
     config = deit.get_config("variant=base,distilled=True")
     config.batch_size, config.distill.kind = 128 * 16, "none"
-    result = plan.plan(config, "v5e:4x4")
+    result = plan_of(config, "v5e:4x4")
     assert result["estimated_cycles"] < 200e6
     assert not result["not_estimated"]["custom_calls"]  # kernels that the estimate cannot see
 
@@ -116,12 +120,12 @@ def test_deit3_h_fits_16_v5e_with_its_weights_shared_out(tpu):
     """32 images a chip of 16 GB, recomputing activations; no chip holds more than a share."""
     config = deit3.get_config("size=huge")
     config.batch_size, config.mesh.fsdp, config.model.remat = 512, 16, True
-    result = plan.plan(config, "v5e:4x4")
+    result = plan_of(config, "v5e:4x4")
     assert result["fits"]
     # Parameters, two moments and their average (if any) in float32, a sixteenth of each.
     copies = 3 + (config.optim.ema_decay > 0)
-    model = plan.config_lib.build_model(config.model, 1000)
-    size = plan.config_lib.image_size(config.model)
+    model = build_model(config.model, 1000)
+    size = image_size(config.model)
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -134,9 +138,12 @@ def test_what_does_not_fit_is_said_with_a_remedy(tpu, capsys, monkeypatch):
     """A chip of 64 MiB stands for a model too large."""
     chip = dataclasses.replace(chips.CHIPS["v5e"], hbm_bytes=64 * 2**20)
     monkeypatch.setitem(plan.CHIPS, "v5e", chip)
-    result = plan.plan(small(**{"model.depth": 1}), "v5e:2x2")
+    experiment = plan.planned(small(**{"model.depth": 1}), "v5e:2x2")
+    result = plan.plan(experiment, "v5e:2x2")
     assert not result["fits"]
-    text = plan.report(result) + plan.advice(result, list(plan.alternatives(small(), 4)))
+    text = plan_report.report(result) + plan_report.advice(
+        result, list(plan.alternatives(experiment))
+    )
     for part in ("DOES NOT FIT", "model.remat=True", "mesh.fsdp=4", "batch_size=128", "--sweep"):
         assert part in text
 

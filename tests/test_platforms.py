@@ -89,7 +89,7 @@ def test_the_warning_is_one_line_before_a_command_that_computes(monkeypatch, cap
     from deit_jax import __main__ as program
 
     monkeypatch.setattr(platforms, "choose", lambda: "there is a GPU: pip install it")
-    monkeypatch.setattr(program.large_pages, "restart_with", lambda: None)
+    monkeypatch.setattr(program.huge_pages, "restart", lambda: None)
     for command, lines in (("eval", 1), ("predict", 0)):
         monkeypatch.setattr(sys, "argv", ["deit", command])
         assert program.main() == 2  # for want of flags

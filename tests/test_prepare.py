@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import base
 from deit_jax.cli import prepare
+from deit_jax.configs import base
 from deit_jax.data.prepare import build, readers, writer
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
@@ -163,8 +163,8 @@ def test_running_again_checks_and_a_damaged_file_is_written_anew(tree, tmp_path,
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tree, tmp_path, small_shards):
     whole = build.prepare(tree, tmp_path / "whole", workers=1)
     code = (
-        "import sys; from deit_jax import __main__; from deit_jax.data import originals\n"
-        "originals.SHARD_BYTES = 100_000\n"
+        "import sys; from deit_jax import __main__; from deit_jax.data.prepare import readers\n"
+        "readers.SHARD_BYTES = 100_000\n"
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "prepare", tree, tmp_path / "part", "--workers=2"]

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, deit, deit3
 from deit_jax.config import schema
+from deit_jax.configs import base, deit, deit3
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model, image_size
 from deit_jax.parallel import sharding
 from deit_jax.step.optimizer import make_optimizer
 from deit_jax.step.state import init_state
 from deit_jax.train import loop
-from deit_jax.train.run import open_dataset
 from deit_jax.train.validate import validate
 from tests.test_step import make_teacher
-from tests.tiny import make_tiny_config
+from tests.tiny import make_tiny_config, resolved
 
 # path -> axis of the mesh that splits each dimension; a block's paths stand for all its like.
 GOLDEN = Path(__file__).parent / "golden" / "shardings.json"
@@ -133,7 +133,7 @@ def test_no_device_holds_more_than_its_share(tmp_path, monkeypatch):
     config.model.width, config.model.num_heads = 32, 4
     config.mesh.fsdp = config.mesh.tensor = 2
     dataset = open_dataset(config.data)
-    trainer = loop.Trainer(config, tmp_path, dataset, make_teacher())
+    trainer = loop.Trainer(resolved(config, dataset), tmp_path, dataset, make_teacher())
     trainer.checkpointer.close()
     for tree, least in ((trainer.state, 40), (trainer.teacher_params, 4)):
         split = 0

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from configs import base
+from deit_jax.configs import base
 from deit_jax.data.decode import decode
 from deit_jax.data.sources import base as base_lib
 from deit_jax.data.sources.registry import open_dataset

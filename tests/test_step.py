@@ -14,11 +14,12 @@ from deit_jax.models.build import build_model
 from deit_jax.models.preprocess import normalise
 from deit_jax.parallel import sharding
 from deit_jax.step import eval_step, losses
-from deit_jax.step.objective import distillation
+from deit_jax.step.objective import objective
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import init_state
 from deit_jax.step.teacher import Teacher
-from deit_jax.step.train_step import StepConfig, model_inputs, train_step
+from deit_jax.step.train_step import model_inputs, train_step
+from deit_jax.train.experiment import settings_of
 from tests.tiny import make_tiny_config
 
 K, B, SIZE = 10, 32, 16
@@ -59,7 +60,7 @@ def build(config, devices=None):
         model=model,
         teacher=teacher,
         tx=tx,
-        recipe=StepConfig.from_config(config, K),
+        settings=settings_of(config, K),
     )
     jitted = jax.jit(function, out_shardings=(places, sharding.replicated(mesh)))
     return jitted, state, teacher_params, mesh
@@ -175,17 +176,18 @@ def test_teacher_has_no_state_and_gets_no_gradient(tiny_config):
     assert all(x.shape == () for x in jax.tree.leaves(out[1]))
     teacher, _ = make_teacher()
 
-    def loss(params, kind):
+    config = make_tiny_config()
+
+    def loss(params):
         images = normalise(jnp.asarray(make_batch()["image"]), MEAN, STD)
-        signal = teacher.signal(params, images, kind)
-        distill = make_tiny_config().distill
-        distill.kind = kind
+        target = teacher_targets(teacher, params, images, settings_of(config, K))
         logits = jnp.ones((B, K)) * jnp.arange(K)
         targets = losses.smooth_one_hot(jnp.zeros(B, jnp.int32), K, 0.1)
-        return distillation(losses.Heads(logits), targets, signal, distill)[0]
+        return objective(Heads(logits), targets, target, config.distill)[0]
 
     for kind in ("hard", "soft"):
-        grads = jax.grad(loss)(teacher_params, kind)
+        config.distill.kind = kind
+        grads = jax.grad(loss)(teacher_params)
         assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
@@ -273,7 +275,7 @@ def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind
     tiny_config.distill.kind = kind
     function, state, teacher_params, mesh = build(tiny_config)
     parts = dict(function.__wrapped__.keywords)
-    parts["recipe"] = dataclasses.replace(parts["recipe"], record=True)
+    parts["settings"] = dataclasses.replace(parts["settings"], record=True)
     places = jax.tree.map(lambda x: x.sharding, state)
     places = {"out_shardings": (places, sharding.replicated(mesh))}
     recording = jax.jit(functools.partial(train_step, **parts), **places)
@@ -281,7 +283,7 @@ def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind
     replaying = jax.jit(functools.partial(train_step, **parts), **places)
     batch = sharding.to_devices(make_batch(), mesh, B)
     fused, told = recording(state, teacher_params, batch)
-    images, *_ = model_inputs(state.step, batch, parts["recipe"])
+    images, *_ = model_inputs(state.step, batch, parts["settings"])
     teacher, params = make_teacher()
     logits = np.asarray(teacher.logits(params, images))
     expected = logits.argmax(-1) if kind == "hard" else logits

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import types
 
@@ -12,16 +13,18 @@ import pytest
 import tensorstore as ts
 
 from deit_jax.cli import tape as tape_lib
+from deit_jax.config.serialize import to_json
 from deit_jax.errors import UserError
-from deit_jax.step.train_step import StepConfig, model_inputs
+from deit_jax.step.train_step import model_inputs
 from deit_jax.train import record_tape
-from deit_jax.train.experiment import prepared
+from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher, teacher_config
-from deit_jax.train.run import config_lib, train
+from deit_jax.train.run import train
 from deit_jax.train.tape import fingerprint, session, tape
 from deit_jax.train.tape import layout as layout_lib
 from deit_jax.workdir import checkpoints
-from tests.tiny import make_tiny_config
+from deit_jax.workdir.directory import changes
+from tests.tiny import make_tiny_config, resolved
 
 STEPS = 10
 
@@ -94,13 +97,13 @@ def test_recording_changes_no_bit_and_labels_are_the_teachers(runs):
     assert labels.dtype == np.int16
     assert labels.shape == (STEPS, 32)
     assert (recorded[:, 0] == 0).all()
-    config, dataset = prepared(runs.config, runs.root / "fused")
-    network, params = load_teacher(config, config.teacher.weights, dataset.classes)
-    run = record_tape.Labeller(config, dataset, (network, params))
-    recipe = StepConfig.from_config(config, len(dataset.classes))
+    experiment, dataset = prepare(runs.config, runs.root / "fused")
+    spec = experiment.teacher
+    network, params = load_teacher(spec, spec.weights, dataset.classes)
+    run = record_tape.Labeller(experiment, dataset, (network, params))
     for number in (0, 3, 9):
         batch = jax.tree.map(jnp.asarray, run.batches(number))
-        images, *_ = model_inputs(number, batch, recipe)
+        images, *_ = model_inputs(number, batch, experiment.settings)
         logits = np.asarray(network.model.apply({"params": params}, images, train=False).cls)
         np.testing.assert_array_equal(labels[number], logits.argmax(-1))
 
@@ -171,21 +174,21 @@ def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_differen
     soft.distill.kind = "soft"
     with pytest.raises(UserError, match=r"distill.kind: hard there, soft here"):
         train(soft, tmp_path / "run")
-    dataset = prepared(runs.config, tmp_path)[1]
-    network, params = load_teacher(runs.config, runs.config.teacher.weights, dataset.classes)
+    experiment, dataset = prepare(runs.config, tmp_path)
+    spec = experiment.teacher
+    network, params = load_teacher(spec, spec.weights, dataset.classes)
     other = jax.tree.map(lambda x: x + 1e-3, params)
+    replay = resolved(replaying(runs.config, runs.tape), dataset)
     with pytest.raises(UserError, match=r"teacher.sha256"):
-        session.open_tape(replaying(runs.config, runs.tape), tmp_path, dataset, (network, other))
+        session.open_tape(replay, tmp_path, dataset, (network, other))
     student = replaying(runs.config, runs.tape)
     student.model.drop_path, student.optim.lr, student.epochs = 0.0, 0.1, 1.0
     student.model.depth, student.loss.smoothing, student.optim.accum_steps = 3, 0.0, 1
+    student = resolved(student, dataset)
     session.open_tape(student, tmp_path, dataset, (network, params))  # the student is free
-    monkeypatch.setattr(
-        fingerprint, "VIEWS", fingerprint.VIEWS + 1
-    )  # as a later version of the code has it
-    with pytest.raises(
-        UserError, match=rf"views: {fingerprint.VIEWS - 1} there, {fingerprint.VIEWS} here"
-    ):
+    views = fingerprint.VIEWS
+    monkeypatch.setattr(fingerprint, "VIEWS", views + 1)  # as a later version of the code has it
+    with pytest.raises(UserError, match=rf"views: {views} there, {views + 1} here"):
         session.open_tape(student, tmp_path, dataset, (network, params))
 
 
@@ -248,7 +251,7 @@ def test_what_is_written_is_read_row_by_row(tmp_path, layout):
     assert opened.holes(0, 6, 0).tolist() == [5]
     assert opened.holes(3, 8, 0).tolist() == [5, 6, 7]
     assert opened.holes(0, 6, 1).tolist() == list(range(6))
-    found = opened.signal(3, [1, 2])
+    found = opened.target(3, [1, 2])
     if layout.kind == "hard":
         np.testing.assert_array_equal(found, signals[3][1:3])
         return
@@ -302,7 +305,7 @@ def test_a_tape_grows_with_the_run(tmp_path):
     recorder.flush()
     opened = tape.Tape.open(tmp_path / "tape")
     assert opened.recorded.tolist() == [0] * 5 + [-1] * 3 + [0]
-    np.testing.assert_array_equal(opened.signal(4, range(4)), signals[4])
+    np.testing.assert_array_equal(opened.target(4, range(4)), signals[4])
 
 
 def test_a_full_disk_is_told_of_and_claims_nothing(tmp_path, caplog, monkeypatch):
@@ -329,7 +332,7 @@ def test_a_full_disk_is_told_of_and_claims_nothing(tmp_path, caplog, monkeypatch
 
 def read_all(path):
     opened = tape.Tape.open(path)
-    return [opened.signal(number, range(4)) for number in range(5)]
+    return [opened.target(number, range(4)) for number in range(5)]
 
 
 def chunk(path, layout):
@@ -380,7 +383,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"file: the label tape cannot be written"):
         tape.Tape.create(tmp_path / "file", layout, given(layout), 6)
     made = tape.Tape.create(tmp_path / "tape", layout, given(layout), 6)
-    monkeypatch.setattr(tape.os, "access", lambda path, _: path.name != "labels")
+    monkeypatch.setattr(os, "access", lambda path, _: path.name != "labels")
     with pytest.raises(UserError, match=r"tape/labels: cannot be written; make it writable"):
         made.must_be_writable()
     with pytest.raises(UserError, match=r"holds other files"):
@@ -401,12 +404,11 @@ def test_info_counts_and_names(tmp_path, capsys):
 
 def test_what_may_change_in_a_run(tiny_config):
     """A hard tape trains the same bits, so a run may take it up; a soft one is rounded."""
-    old = config_lib.to_json(tiny_config)
+    old = to_json(tiny_config)
     tiny_config.teacher.tape, tiny_config.teacher.tape_path = "replay", "/tape"
-    differences = config_lib.differences
-    assert differences(old, config_lib.to_json(tiny_config)) == []
+    assert changes(old, to_json(tiny_config)) == {}
     tiny_config.distill.kind = old["distill"]["kind"] = "soft"
-    new = config_lib.to_json(tiny_config)
-    assert differences(old, new) == ["teacher.tape: off -> replay"]
+    changed = changes(old, to_json(tiny_config))
+    assert changed == {"teacher.tape": "teacher.tape: off -> replay"}
     tiny_config.teacher.tape = "record"
-    assert differences(old, config_lib.to_json(tiny_config)) == []
+    assert changes(old, to_json(tiny_config)) == {}

@@ -140,7 +140,7 @@ def test_tfds_needs_no_tensorflow_and_prints_nothing(tfds_dir):
     done = run_python(
         """
         import sys
-        from configs import base
+        from deit_jax.configs import base
         from deit_jax.data import decode, sources
         from deit_jax.errors import UserError
 

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 
 from deit_jax.analysis import classify, evaluate
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.storage import read_lines
-from deit_jax.train import loop
-from deit_jax.train.run import config_lib, load_teacher, open_dataset, train
+from deit_jax.train import experiment, loop
+from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.run import train
 from deit_jax.workdir import checkpoints
 from deit_jax.workdir.saved_run import _restore_on_host, load_run
-from tests.tiny import make_tiny_config
+from tests.tiny import make_tiny_config, resolved
 
 
 def final_state(workdir):
@@ -89,8 +91,9 @@ def test_optimizer_state_is_restored_exactly(finished, tmp_path):
     """A resumed optimizer with zeroed moments would end elsewhere; compare them directly."""
     config, whole, _ = finished
     dataset = open_dataset(config.data)
-    teacher = load_teacher(config, str(whole / "teacher"), dataset.classes)
-    trainer = loop.Trainer(config, whole, dataset, teacher)
+    made = resolved(config, dataset)
+    teacher = load_teacher(made.teacher, str(whole / "teacher"), dataset.classes)
+    trainer = loop.Trainer(made, whole, dataset, teacher)
     moments = [np.abs(x).max() for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim]
     assert min(moments) > 0
     assert int(trainer.state.step) == 10
@@ -188,7 +191,7 @@ def test_plain_training_of_a_convnet_and_class_token_distillation(tiny_config, t
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
     # Such a rate is refused at the start; what stops a run that got one is what this is about.
-    monkeypatch.setattr(config_lib, "validate", lambda config, devices: None)
+    monkeypatch.setattr(experiment, "validate", lambda config, devices: None)
     tiny_config.optim.lr, tiny_config.optim.warmup_epochs = 1e30, 0.0
     tiny_config.distill.kind, tiny_config.train.max_bad_steps = "none", 2
     with pytest.raises(UserError, match=r"is (nan|inf) at step"):

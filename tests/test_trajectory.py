@@ -16,8 +16,8 @@ from deit_jax.step import train_step as train_step_lib
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import TrainState
 from deit_jax.step.teacher import Teacher
-from deit_jax.step.train_step import StepConfig
-from deit_jax.weights.load import from_torch
+from deit_jax.train.experiment import settings_of
+from deit_jax.weights.torch_names import from_torch
 from tests.tiny import make_tiny_config
 
 K, B, STEPS, SIZE = 10, 16, 20, 32
@@ -157,7 +157,7 @@ def run_ours(name, params, c, data):
             model=model,
             teacher=teacher,
             tx=tx,
-            recipe=StepConfig.from_config(c, K),
+            settings=settings_of(c, K),
         )
     )
     params = jax.tree.map(jnp.asarray, params)

@@ -14,7 +14,7 @@ import pytest
 
 from deit_jax.models.registry import create_model
 from deit_jax.weights import readers
-from deit_jax.weights.load import from_torch, to_torch
+from deit_jax.weights.torch_names import from_torch, to_torch
 from tests.timm_reference import import_timm, import_torch, import_transformers
 
 SMALL = {"image_size": 32, "depth": 2}

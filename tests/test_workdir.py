@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from configs import base
-from deit_jax.config.serialize import differences, to_json
+from deit_jax.config.serialize import to_json
+from deit_jax.configs import base
 from deit_jax.errors import UserError
 from deit_jax.storage import read_lines
 from deit_jax.workdir import directory
+from deit_jax.workdir.directory import changes
 
 HOLD = """
 import sys, time
@@ -65,12 +66,12 @@ def test_a_changed_field_needs_leave(tmp_path, tiny_config, caplog):
 def test_a_field_that_the_run_is_too_old_to_have_is_no_change_at_its_default(tiny_config):
     old = to_json(tiny_config)
     del old["train"]["max_bad_steps"], old["mesh"], old["data"]["skip_unreadable"]
-    assert differences(old, to_json(tiny_config)) == []
+    assert changes(old, to_json(tiny_config)) == {}
     tiny_config.train.max_bad_steps = base.get_config().train.max_bad_steps + 1
-    (change,) = differences(old, to_json(tiny_config))
+    (change,) = changes(old, to_json(tiny_config)).values()
     assert change == "train.max_bad_steps: 5 -> 6"
     old["optim"]["nesterov"] = True  # a field that there is no more is one
-    assert "optim.nesterov: True -> (no such field)" in differences(old, to_json(tiny_config))
+    assert "optim.nesterov: True -> (no such field)" in changes(old, to_json(tiny_config)).values()
 
 
 def test_differing_versions_are_told_of(tmp_path, tiny_config, monkeypatch, caplog):
@@ -79,7 +80,7 @@ def test_differing_versions_are_told_of(tmp_path, tiny_config, monkeypatch, capl
     directory.bind_config(tmp_path, tiny_config, ["a", "b"])
     directory.log_event(tmp_path, "start", step=0, **directory.provenance())
     again = directory.recorded_config(tmp_path)
-    assert differences(to_json(tiny_config), to_json(again)) == []
+    assert changes(to_json(tiny_config), to_json(again)) == {}
     assert caplog.text == ""
     monkeypatch.setattr(directory, "_version", lambda name: "0.0" if name == "optax" else "1")
     directory.recorded_config(tmp_path)

@@ -12,24 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import base
 from deit_jax import __main__ as program
 from deit_jax.config.schema import OPTIONAL, RANGES
 from deit_jax.config.serialize import flatten
-from deit_jax.data.batches import TrainBatches
-from deit_jax.data.order import EpochOrder, whole_steps
+from deit_jax.configs import base
 from deit_jax.errors import UserError
-from deit_jax.models.build import build_model, image_size
-from deit_jax.parallel import sharding
-from deit_jax.step.optimizer import make_optimizer, make_schedule
-from deit_jax.step.state import init_state
-from deit_jax.step.teacher import Teacher
-from deit_jax.step.train_step import StepConfig, train_step
-from deit_jax.train.experiment import prepared
-from deit_jax.train.load_teacher import teacher_config
-from deit_jax.train.run import workdir_lib
+from deit_jax.train.experiment import prepare
 from deit_jax.weights import convert
 from deit_jax.weights.exporters import run
+from deit_jax.workdir import directory
 from tests.test_convert import DISTILLED, SMALL, opened
 from tests.tiny import make_tiny_config
 
@@ -77,7 +68,7 @@ def deit(capsys, monkeypatch, tmp_path):
     def begin(*_):
         raise FirstStepError
 
-    monkeypatch.setattr(workdir_lib, "held", begin)
+    monkeypatch.setattr(directory, "locked", begin)
     workdir = tmp_path / "run"
 
     def call(*words, config="quickstart.py"):
@@ -256,7 +247,7 @@ def test_a_teacher_that_takes_other_images_is_refused_before_it_is_trained(deit)
     quickstart.model.image_size, quickstart.data.source = 32, "digits"
     quickstart.teacher.image_size = 64
     with pytest.raises(UserError, match=r"teacher\.image_size=64.*32 pixels"):
-        prepared(quickstart, Path("/nowhere"))
+        prepare(quickstart, Path("/nowhere"))
 
 
 def test_weights_of_other_classes_are_refused(deit, tmp_path):
@@ -363,59 +354,32 @@ def test_what_is_accepted_can_be_trained(tmp_path, values):
         functools.reduce(lambda c, k: c[k], parents, config)[name] = value
     refusal = None
     try:
-        config, dataset = prepared(config, tmp_path / "run")
+        experiment, dataset = prepare(config, tmp_path / "run")
     except UserError as error:
         refusal = str(error)
     if refusal is None:
-        build(config, dataset)
+        build(experiment, dataset)
     else:
         assert refusal.startswith("config.")
         assert len(refusal.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
-def build(config, dataset):
+def build(experiment, dataset):
     """Make all that a run needs for its first step, and trace that step; nothing is compiled."""
-    order = EpochOrder(len(dataset.train), config.batch_size, config.augment.repeats, config.seed)
-    mesh, size = sharding.make_mesh(config.mesh), image_size(config.model)
-    total = whole_steps(config.epochs, order.steps_per_epoch)
-    schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
+    total, size = experiment.total_steps, experiment.image_size
     steps = np.unique([0, 1, total // 2, total - 1, total])
-    rates = np.array([schedule(jnp.int32(s)) for s in steps])
+    rates = np.array([experiment.schedule(jnp.int32(s)) for s in steps])
     assert np.isfinite(rates).all()
     assert rates.min() >= 0
-    model = build_model(config.model, len(dataset.classes), config.dtype)
-    tx = make_optimizer(config.optim, schedule)
-    init = functools.partial(
-        init_state, model=model, image_size=size, tx=tx, ema_decay=config.optim.ema_decay
-    )
-    state = jax.eval_shape(init, jax.random.key(config.seed))
-    sharding.state_shardings(mesh, state, model)
-    teacher, params = traced_teacher(config, len(dataset.classes))
-    batches = TrainBatches(
-        dataset.train, order, config.augment, size, range(4), config.data.decoder
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert batches(0)["image"].shape == (4, size, size, 3)
+        assert experiment.batches(dataset, range(4))(0)["image"].shape == (4, size, size, 3)
     batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+        "image": jax.ShapeDtypeStruct((experiment.batch_size, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((experiment.batch_size,), jnp.int32),
     }
-    recipe = StepConfig.from_config(config, len(dataset.classes))
-    function = functools.partial(train_step, model=model, teacher=teacher, tx=tx, recipe=recipe)
-    new, _ = jax.eval_shape(function, state, params, batch)
+    teacher, params = experiment.abstract_teacher() or (None, None)
+    state = experiment.abstract_state
+    new, _ = jax.eval_shape(experiment.jit_step(teacher), state, params, batch)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
-
-
-def traced_teacher(config, classes):
-    if config.distill.kind == "none":
-        return None, None
-    own = teacher_config(config)
-    model = build_model(own.model, classes, config.dtype).clone(folded=True)
-    size = image_size(own.model)
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    data = config.data
-    seen = config.teacher.image_size or size
-    return Teacher(model, data.mean, data.std, data.mean, data.std, seen), params

@@ -1,6 +1,6 @@
 """A small config with the whole recipe, for tests and for the processes that they start."""
 
-from configs import base
+from deit_jax.configs import base
 
 
 def make_tiny_config():
@@ -21,3 +21,20 @@ def make_tiny_config():
     c.optim.warmup_epochs, c.optim.lr, c.optim.ema_decay = 1.0, 1e-3, 0.9
     c.train.log_every_steps, c.train.eval_batch_size = 1, 256
     return c
+
+
+def resolved(config, dataset):
+    """Return what a config means for a data set on the devices at hand, unchecked."""
+    from deit_jax.train.experiment import resolve
+
+    return resolve(config, len(dataset.classes), len(dataset.train))
+
+
+def measured(config, seconds=0.1, **options):
+    """Return what `deit bench` measures of a config's step."""
+    from deit_jax.perf import step_time
+    from deit_jax.train.experiment import sketch
+
+    dataset, missing = step_time.data_or_random(config.data, config.batch_size)
+    experiment = sketch(config, len(dataset.classes), len(dataset.train))
+    return step_time.measure(experiment, dataset, missing, seconds, **options)

@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))  # for configs, wherever this is started
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from configs import base, deit, teacher  # noqa: E402
-from deit_jax.cli import compile_cache, huge_pages, platforms
+from deit_jax.cli import compile_cache, huge_pages, platforms  # noqa: E402
+from deit_jax.configs import base, deit, teacher  # noqa: E402
 from deit_jax.data.sources.idx import open_idx  # noqa: E402
 from deit_jax.errors import UserError  # noqa: E402
 from deit_jax.train import run as run_lib  # noqa: E402
@@ -179,7 +179,7 @@ class Study:
     def __init__(self, table: str, expectation: str, description: str):
         options = _options(description)
         platforms.choose()
-        huge_pages.restart_with_huge_pages()
+        huge_pages.restart()
         self.table, self.name = table, options.scale
         self.scale = SCALES[options.scale]
         if options.epochs:

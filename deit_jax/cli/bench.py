@@ -4,9 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+
 from deit_jax.cli.flags import Command, UsageError, no_words
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.perf import input_rate, step_time
-from deit_jax.train.validate import validate
+from deit_jax.train.experiment import sketch
 
 BENCH_DOC = """usage: deit bench --config=FILE[:ARGS] [--profile=DIR] [--compare] [--seconds=10]
        deit bench --config=FILE[:ARGS] --input-only [--device=v5e-8] [--seconds=10]
@@ -41,15 +44,25 @@ def main(argv: list[str]) -> None:
         flag = "--profile" if values.profile else "--compare"
         raise UsageError(f"{flag} is of the training step: leave out --input-only")
     if values.input_only:
-        validate(step_time.without_teacher_weights(config), num_devices=1)
-        result = input_rate.measure(config, values.seconds, values.device, values.mfu)
+        input_rate.parse_device(values.device)  # a mistake in it is told before anything is read
+        dataset = open_dataset(config.data)
+        experiment = sketch(config, *_size(dataset), devices=jax.devices()[:1])
+        result = input_rate.measure(experiment, dataset, values.seconds, values.device, values.mfu)
         report = input_rate.report
     else:
+        dataset, missing = step_time.data_or_random(config.data, config.batch_size)
+        experiment = sketch(config, *_size(dataset))
         profile = Path(values.profile) if values.profile else None
-        result = step_time.measure(config, values.seconds, profile, values.compare)
+        result = step_time.measure(
+            experiment, dataset, missing, values.seconds, profile, values.compare
+        )
         report = step_time.report
     if values.json:
         json.dump(result, sys.stdout)
         print()
     else:
         print(report(result))
+
+
+def _size(dataset) -> tuple[int, int]:
+    return len(dataset.classes), len(dataset.train)

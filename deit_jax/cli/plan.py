@@ -6,7 +6,7 @@ import sys
 import jax
 
 from deit_jax.cli.flags import Command, no_words, write_output
-from deit_jax.perf.plan import alternatives, plan, sweep
+from deit_jax.perf.plan import alternatives, plan, planned, sweep
 from deit_jax.perf.plan_report import advice, report, sweep_report
 
 PLAN_DOC = """usage: deit plan --config=FILE[:ARGS] --topology=KIND:SIZE [--sweep] [--out=FILE]
@@ -39,9 +39,10 @@ def main(argv: list[str]) -> None:
     no_words(command.parse(argv, required=("config", "topology")))
     values, config = command.flags, command.config
     jax.config.update("jax_platforms", "cpu")  # compiling needs no device, and must take none
-    result = plan(config, values.topology, values.classes, values.images)
+    experiment = planned(config, values.topology, values.classes, values.images)
+    result = plan(experiment, values.topology)
     if values.sweep:
-        result["sweep"] = sweep(config, values.topology, values.classes, values.images)
+        result["sweep"] = sweep(experiment, values.topology)
     if values.out:
         write_output(values.out, json.dumps(result, indent=2) + "\n")
     if values.json:
@@ -51,5 +52,5 @@ def main(argv: list[str]) -> None:
     print(report(result))
     if values.sweep:
         print(sweep_report(result["sweep"]))
-    elif text := advice(result, list(alternatives(config, result["chips"]))):
+    elif text := advice(result, list(alternatives(experiment))):
         print(text)

@@ -12,6 +12,7 @@ from deit_jax.parallel import processes, signals
 from deit_jax.storage import exists
 from deit_jax.train import run
 from deit_jax.train.evaluator import table
+from deit_jax.train.experiment import prepare
 from deit_jax.train.step_dump import dump_step
 from deit_jax.workdir import directory
 
@@ -47,7 +48,8 @@ def _train(options, command, again: bool) -> None:
     else:
         config, workdir = command.config, Path(options.workdir)
     if options.replay_step is not None:
-        print(f"step {options.replay_step}: {dump_step(config, workdir, options.replay_step)}")
+        dumped = dump_step(*prepare(config, workdir), workdir, options.replay_step)
+        print(f"step {options.replay_step}: {dumped}")
         return
     with signals.listening() as stop:
         results = run.train(config, workdir, stop, options.allow_config_change)

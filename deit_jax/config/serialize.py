@@ -6,10 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 
-def flatten(config) -> dict[str, Any]:
+def flatten(tree) -> dict[str, Any]:
     """Return {"optim.lr": 0.001, …}."""
     flat = {}
-    for key, value in config.items():
+    for key, value in tree.items():
         if isinstance(value, (ConfigDict, dict)):
             flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
         else:

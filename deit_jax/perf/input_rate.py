@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import cv2
-import jax
 import numpy as np
 
 from deit_jax.data import decode
@@ -17,11 +16,10 @@ from deit_jax.data.decoders import choose, resize_pillow
 from deit_jax.data.loader import usable_cores
 from deit_jax.data.order import example_rng
 from deit_jax.data.sources.base import Dataset
-from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.perf.chips import CHIPS
 from deit_jax.perf.flops import flops_per_image
-from deit_jax.train.experiment import Experiment, resolve
+from deit_jax.train.experiment import Experiment
 
 STAGES = ("read", "decode", "crop", "augment", "wait")
 
@@ -119,18 +117,21 @@ def input_rate(experiment: Experiment, dataset: Dataset, seconds: float) -> floa
     return len(times) * size / times[-1]
 
 
-def measure(config, seconds: float, device: str = "v5e-8", mfu: float = 0.0) -> dict[str, Any]:
+def measure(
+    experiment: Experiment,
+    dataset: Dataset,
+    seconds: float,
+    device: str = "v5e-8",
+    mfu: float = 0.0,
+) -> dict[str, Any]:
     """Measure the input for some seconds; return rates, stages and what the model needs.
 
     `stages_us` is the time a core has for one image, by what it does with it; "wait" is the rest:
     the loader, memory, threads waiting for each other.
     """
     parse_device(device)
-    dataset = open_dataset(config.data)
     cores = usable_cores()
-    threads = min(config.data.threads or cores, cores)
-    images = len(dataset.train)
-    experiment = resolve(config, len(dataset.classes), images, devices=jax.devices()[:1])
+    threads = min(experiment.data.threads or cores, cores)
     stages_us = stages(experiment, dataset, seconds / 3)
     rate = input_rate(experiment, dataset, 2 * seconds / 3)
     stages_us["wait"] = max(0.0, threads / rate * 1e6 - sum(stages_us.values()))
@@ -140,7 +141,7 @@ def measure(config, seconds: float, device: str = "v5e-8", mfu: float = 0.0) -> 
         "images_per_second": rate,
         "images_per_second_per_core": rate / threads,
         "cores": threads,
-        "decoder": str(choose(config.data.decoder)),
+        "decoder": str(choose(experiment.data.decoder)),
         "stages_us": stages_us,
         "need": needed | {"cores": needed["images_per_second"] / (rate / threads)},
     }

@@ -21,10 +21,8 @@ from deit_jax.parallel import sharding
 from deit_jax.perf import hlo_cost
 from deit_jax.perf.chips import CHIPS, TPUS
 from deit_jax.perf.flops import flops_per_image
-from deit_jax.perf.step_time import without_teacher_weights
-from deit_jax.train.experiment import Experiment, resolve
+from deit_jax.train.experiment import Experiment, sketch
 from deit_jax.train.tape.session import stand_in
-from deit_jax.train.validate import validate
 
 log = logging.getLogger("deit_jax")
 
@@ -92,14 +90,14 @@ def quiet():
             os.close(kept)
 
 
-def data_size(config, classes: int, images: int) -> tuple[int, int]:
+def data_size(data, classes: int, images: int) -> tuple[int, int]:
     """Return how many classes and training images there are: as given, known, or counted."""
     if classes and images:
         return classes, images
-    known = KNOWN_DATA.get(config.data.source)
+    known = KNOWN_DATA.get(data.source)
     if known is None:
         try:
-            dataset = open_dataset(config.data)
+            dataset = open_dataset(data)
         except UserError as error:
             raise UserError(f"{error}; or give --classes=N and --images=N") from error
         known = len(dataset.classes), len(dataset.train)
@@ -127,19 +125,20 @@ def lower_step(experiment: Experiment):
     return experiment.jit_step(teacher).lower(*arguments), arguments
 
 
-def plan(config, topology: str, classes: int = 0, images: int = 0) -> dict[str, Any]:
-    """Compile the config's step for a TPU slice; return the figures, None where it does not fit.
-
-    Raise UserError for a config that cannot be trained there.
-    """
-    kind, chips = parse_topology(topology)
+def planned(config, topology: str, classes: int = 0, images: int = 0) -> Experiment:
+    """Return what a config means on a TPU slice; raise UserError if it cannot be trained there."""
+    parse_topology(topology)
     config = config.copy_and_resolve_references()
     devices = devices_of(topology, config.mesh.slices)
     config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    validate(without_teacher_weights(config), len(devices))
-    classes, images = data_size(config, classes, images)
+    return sketch(config, *data_size(config.data, classes, images), devices)
+
+
+def plan(experiment: Experiment, topology: str) -> dict[str, Any]:
+    """Compile a step for its slice; return the figures, None where it does not fit."""
+    kind, chips = parse_topology(topology)
+    config = experiment.config
     chips *= config.mesh.slices
-    experiment = resolve(config, classes, images, devices)
     lowered, arguments = lower_step(experiment)
     began, compiled, needed = time.perf_counter(), None, None
     try:
@@ -219,29 +218,28 @@ def speed(experiment: Experiment, compiled, chip, chips: int) -> dict[str, Any]:
     }
 
 
-def alternatives(config, chips: int) -> dict[str, dict[str, Any]]:
+def alternatives(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """Return changes of the config that need less memory, by the flags that make them.
 
     None of them changes the recipe but the last, half the batch.
     """
-    remat, micro = {"model.remat": True}, {"optim.accum_steps": 2 * config.optim.accum_steps}
-    changes, whole = [remat, micro], chips // (config.mesh.slices * config.mesh.tensor)
-    if config.mesh.fsdp < whole:
+    mesh, accum_steps = experiment.config.mesh, experiment.config.optim.accum_steps
+    changes = [{"model.remat": True}, {"optim.accum_steps": 2 * accum_steps}]
+    whole = experiment.mesh.size // (mesh.slices * mesh.tensor)
+    if mesh.fsdp < whole:
         fsdp = {"mesh.data": -1, "mesh.fsdp": whole}
-        changes += [fsdp, fsdp | remat]
-    changes.append({"batch_size": config.batch_size // 2})
+        changes += [fsdp, fsdp | {"model.remat": True}]
+    changes.append({"batch_size": experiment.batch_size // 2})
     return {" ".join(f"--config.{k}={v}" for k, v in c.items()): c for c in changes}
 
 
-def sweep(config, topology: str, classes: int = 0, images: int = 0) -> list[dict[str, Any]]:
+def sweep(experiment: Experiment, topology: str) -> list[dict[str, Any]]:
     """Return the plan of each alternative, or the reason why it is none."""
-    devices, results = len(devices_of(topology, config.mesh.slices)), []
-    for flags, changes in alternatives(config, devices).items():
-        changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict(changes)
+    results = []
+    for flags, changes in alternatives(experiment).items():
         log.info("compiling with %s", flags)
         try:
-            result = plan(changed, topology, classes, images)
+            result = plan(experiment.changed(changes), topology)
             result.pop("config")
         except UserError as error:
             result = {"error": str(error)}

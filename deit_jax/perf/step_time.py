@@ -21,10 +21,9 @@ from deit_jax.perf import hlo_cost
 from deit_jax.perf.chips import CHIPS, device_of
 from deit_jax.perf.flops import flops_per_image
 from deit_jax.storage import backend
-from deit_jax.train.experiment import Experiment, resolve
+from deit_jax.train.experiment import Experiment
 from deit_jax.train.loop import Trainer
 from deit_jax.train.tape.session import stand_in
-from deit_jax.train.validate import validate
 
 log = logging.getLogger("deit_jax")
 
@@ -33,24 +32,18 @@ PROFILED_STEPS = 5
 PERFETTO = "perfetto_trace.json.gz"  # as JAX names it
 
 
-def data_or_random(config) -> tuple[Dataset, str]:
-    """Return the config's data and "", or random images in 1000 classes and why it is them."""
+def data_or_random(data, batch_size: int) -> tuple[Dataset, str]:
+    """Return the data of a `config.data` and "", or random images and why it is them.
+
+    These are in 1000 classes, one batch of them.
+    """
     try:
-        return open_dataset(config.data), ""
+        return open_dataset(data), ""
     except UserError as error:
         classes = [str(i) for i in range(UNKNOWN_CLASSES)]
-        images = np.zeros((config.batch_size, 1, 1, 3), np.uint8)
-        source = ArraySource("random", images, np.zeros(config.batch_size, np.int32))
+        images = np.zeros((batch_size, 1, 1, 3), np.uint8)
+        source = ArraySource("random", images, np.zeros(batch_size, np.int32))
         return Dataset(source, source, classes), str(error)
-
-
-def without_teacher_weights(config):
-    """Return the config as one that may be measured: its teacher needs no weights for that."""
-    config = config.copy_and_resolve_references()
-    if config.distill.kind != "none" and not config.teacher.weights:
-        config.teacher.epochs = 1.0  # stands for the weights that a bench does not need
-    config.init.required = False
-    return config
 
 
 def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
@@ -81,7 +74,12 @@ class CompiledStep:
 
 
 def measure(
-    config, seconds: float, profile: Path | None = None, compare: bool = False
+    experiment: Experiment,
+    dataset: Dataset,
+    missing: str,
+    seconds: float,
+    profile: Path | None = None,
+    compare: bool = False,
 ) -> dict[str, Any]:
     """Compile and time the training step; return its time, rate, memory and wait for input.
 
@@ -90,10 +88,9 @@ def measure(
     where the device's peak is not known; `peak_bytes` is of the fullest device, or what the
     compiler says where the backend does not tell. `attention` is the kernel that computes it, and
     with `compare` `attention_ms` the step's time with each, or why one cannot be had. `profile` is
-    where a trace is written, if anywhere; raise UserError if it cannot be.
+    where a trace is written, if anywhere; raise UserError if it cannot be. `dataset` and `missing`
+    are what data_or_random returns.
     """
-    dataset, missing = data_or_random(config)
-    experiment = _resolved(config, dataset)
     if missing:
         log.info("random images in %d classes, since %s", UNKNOWN_CLASSES, missing)
     folder = profile and _writable(profile)
@@ -114,14 +111,8 @@ def measure(
     if compare:
         known = {result["attention"]: result["step_ms"]}
         del trainer, steps, batch  # and the memory that they hold
-        result["attention_ms"] = compare_attention(config, dataset, teacher, seconds, known)
+        result["attention_ms"] = compare_attention(experiment, dataset, teacher, seconds, known)
     return result
-
-
-def _resolved(config, dataset: Dataset) -> Experiment:
-    """Return what a config means for some data, without asking for its teacher's weights."""
-    validate(without_teacher_weights(config), jax.device_count())
-    return resolve(config, len(dataset.classes), len(dataset.train))
 
 
 @contextlib.contextmanager
@@ -147,7 +138,11 @@ def attention_of(experiment: Experiment) -> dict[str, Any]:
 
 
 def compare_attention(
-    config, dataset: Dataset, teacher, seconds: float, known: dict[str | None, float]
+    experiment: Experiment,
+    dataset: Dataset,
+    teacher,
+    seconds: float,
+    known: dict[str | None, float],
 ) -> dict[str, float | str]:
     """Return the step's milliseconds by kernel of attention, in words why there is none.
 
@@ -155,11 +150,9 @@ def compare_attention(
     """
     times: dict[str, float | str] = {}
     for choice in ("cudnn", "xla"):
-        changed = config.copy_and_resolve_references()
-        changed.model.attention = choice
         try:
             times[choice] = known.get(choice) or _median_ms(
-                _resolved(changed, dataset), dataset, teacher, seconds
+                experiment.changed({"model.attention": choice}), dataset, teacher, seconds
             )
         except UserError as error:
             times[choice] = str(error).partition(": ")[2] or str(error)

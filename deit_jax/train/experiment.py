@@ -172,6 +172,13 @@ class Experiment:
         """Return a teacher and the shapes of its parameters, None where the step asks none."""
         return abstract_teacher(self.teacher, self.num_classes)
 
+    def changed(self, fields: dict[str, Any]) -> "Experiment":
+        """Return what the config means with other values of some fields, {"optim.lr": 0.1, …}."""
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(fields)
+        size = (self.num_classes, self.order.num_images)
+        return sketch(config, *size, devices=list(self.mesh.devices.flat))
+
     def explained(self) -> contextlib.AbstractContextManager:
         """Return a context that turns "out of memory" into one line with the fields to change."""
         images = self.load.share // self.settings.micro_batches
@@ -188,7 +195,7 @@ def resolve(
     fits into their memory.
     """
     config = config.copy_and_resolve_references()
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
     order, total_steps = length_of(config, images)
     schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
     optimizer = make_optimizer(config.optim, schedule)
@@ -252,12 +259,25 @@ def prepare(
     dataset = open_dataset(config.data)
     if len(dataset.classes) < 2:
         raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
-    check_length(config, len(dataset.train))
+    epochs = {"epochs": config.epochs, "teacher.epochs": config.teacher.epochs}
+    check_length(epochs, config.batch_size, len(dataset.train))
     size = (len(dataset.classes), len(dataset.train))
     spec = teacher_spec(config)
     if spec and spec.answers and not spec.weights:
         resolve(teacher_config(config), *size, devices)  # raises if no image fits
     return resolve(config, *size, devices), dataset
+
+
+def sketch(
+    config: ConfigDict, classes: int, images: int, devices: Sequence | None = None
+) -> Experiment:
+    """Check a config but for its weights, and return what it means: to plan and to measure it."""
+    checked = config.copy_and_resolve_references()
+    if checked.distill.kind != "none" and not checked.teacher.weights:
+        checked.teacher.epochs = 1.0  # stands for the weights that are not needed
+    checked.init.required = False
+    validate(checked, jax.device_count() if devices is None else len(devices))
+    return resolve(config, classes, images, devices)
 
 
 def resolved_decoder(name: str, workdir: Path | None) -> str:

@@ -10,11 +10,10 @@ from ml_collections import ConfigDict
 
 from deit_jax.data.decoders import choose
 from deit_jax.errors import UserError
-from deit_jax.models.build import image_size
 from deit_jax.parallel.signals import StopRequest
 from deit_jax.storage import steps_in, write_json
 from deit_jax.train import memory
-from deit_jax.train.experiment import prepare
+from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.load_teacher import load_teacher, teacher_config
 from deit_jax.train.loop import Trainer
 from deit_jax.train.tape.session import open_tape
@@ -41,7 +40,7 @@ def train(
     weights = spec.weights_path(workdir) if spec else ""
     if spec and spec.weights:
         teacher = load_teacher(spec, weights, dataset.classes)
-    start = starting_weights(config, workdir, len(dataset.classes))
+    start = starting_weights(experiment, workdir)
     tape = None
     if spec and not spec.answers:  # that it does not fit is told before anything is written
         tape = open_tape(experiment, workdir, dataset, teacher)
@@ -60,22 +59,23 @@ def train(
         return _run_to_the_end(trainer)
 
 
-def starting_weights(config: ConfigDict, workdir: Path, num_classes: int):
+def starting_weights(experiment: Experiment, workdir: Path):
     """Load what `config.init` names and say how it was fitted; None for a run that goes on."""
-    if not config.init.weights or steps_in(workdir / "checkpoints"):
+    init = experiment.config.init
+    if not init.weights or steps_in(workdir / "checkpoints"):
         return None
     try:
         opened = load_variables(
-            config.init.weights,
-            config.model,
-            num_classes,
-            image_size(config.model),
-            config.init.head,
-            seed=config.seed,
+            init.weights,
+            experiment.config.model,
+            experiment.num_classes,
+            experiment.image_size,
+            init.head,
+            seed=experiment.settings.seed,
         )
     except UserError as error:
-        raise UserError(f"config.init.weights={config.init.weights}: {error}") from error
-    for note in [f"starting from {config.init.weights} ({opened.format})", *opened.notes]:
+        raise UserError(f"config.init.weights={init.weights}: {error}") from error
+    for note in [f"starting from {init.weights} ({opened.format})", *opened.notes]:
         log.info(note)
     return opened.variables
 
@@ -95,7 +95,7 @@ def summary(trainer: Trainer) -> str:
     )
 
 
-def _in_parts(experiment) -> str:
+def _in_parts(experiment: Experiment) -> str:
     """Return how a device takes its share of a batch, and what memory that is expected to need."""
     share, count = experiment.load.share, experiment.settings.micro_batches
     text = "" if count == 1 else f"; a device takes its {share} images {share // count} at a time"

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deit_jax.config.serialize import to_json
 from deit_jax.errors import UserError
 from deit_jax.parallel.sharding import path_name
 from deit_jax.step.train_step import gradients, model_inputs
 from deit_jax.storage import backend, exists, write_json
-from deit_jax.train.experiment import prepare
+from deit_jax.train.experiment import Experiment
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.loop import Trainer
 from deit_jax.train.run import starting_weights
@@ -20,22 +21,20 @@ from deit_jax.train.tape.session import open_tape
 from deit_jax.workdir.directory import check_unchanged
 
 
-def dump_step(config, workdir: str | Path, number: int) -> Path:
+def dump_step(experiment: Experiment, dataset, workdir: Path, number: int) -> Path:
     """Compute one step of a run again, from the checkpoint before it; return where it is dumped.
 
     The run may be under way: nothing of it is touched.
     """
-    workdir = Path(workdir)
-    experiment, dataset = prepare(config, workdir)
     if jax.process_count() > 1:
         raise UserError("--replay-step: leave out --multihost; one process computes the same step")
     if not exists(workdir / "config.json"):
         raise UserError(f"--workdir={workdir}: no run is there to replay a step of")
-    check_unchanged(experiment.config, workdir / "config.json")
+    check_unchanged(to_json(experiment.config), workdir / "config.json")
     spec, teacher, tape = experiment.teacher, None, None
     if spec and (weights := spec.weights_path(workdir)):
         teacher = load_teacher(spec, weights, dataset.classes)
-    start = starting_weights(experiment.config, workdir, len(dataset.classes))
+    start = starting_weights(experiment, workdir)
     if spec and not spec.answers:  # nor is a step that is looked at recorded
         tape = open_tape(experiment, workdir, dataset, teacher)
     trainer = Trainer(experiment, workdir, dataset, teacher, start, read_only=True, tape=tape)

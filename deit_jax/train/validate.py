@@ -1,5 +1,7 @@
 """What no single room knows: fields of a config that must be in range, and must fit together."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from deit_jax.config.schema import CHOICES, INT32, OPTIONAL, RANGES
@@ -10,11 +12,26 @@ from deit_jax.data.order import whole_steps
 from deit_jax.errors import UserError
 from deit_jax.models import cudnn, vit
 from deit_jax.models.build import build_model, without_bfloat16
-from deit_jax.parallel import sharding
+from deit_jax.parallel.sharding import mesh_sizes
 from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.objective import DISTILLATIONS
 from deit_jax.step.optimizer import OPTIMIZERS
 from deit_jax.train.load_teacher import teacher_config
+
+
+class Check:
+    """A config's fields by their flat names, and the way to refuse one."""
+
+    def __init__(self, flat: dict[str, Any]):
+        self._flat = flat
+
+    def __getitem__(self, key: str) -> Any:
+        return self._flat[key]
+
+    def __call__(self, ok: bool, key: str, remedy: str) -> None:
+        """Raise UserError naming the field, its value and the remedy unless all is well."""
+        if not ok:
+            raise UserError(f"config.{key}={self._flat[key]!r}: {remedy}")
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -30,18 +47,16 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         if key not in flat:
             raise UserError(f"config.{key}: no such field here; configs/base.py lists them all")
 
-    def check(ok: bool, key: str, remedy: str) -> None:
-        if not ok:
-            raise UserError(f"config.{key}={flat[key]!r}: {remedy}")
-
+    check = Check(flat)
     for key, choices in choices_of.items():
         check(flat[key] in choices, key, f"choose one of {', '.join(choices)}")
     for key, allowed in RANGES.items():
         unset = flat[key] is None and key in OPTIONAL
         check(unset or allowed.holds(flat[key]), key, str(allowed))
     _check_images(config.augment, config.mixing, check)
-    _check_batches(config, num_devices, check)
-    _check_devices(config, check)
+    _check_batches(mesh_sizes(config.mesh, num_devices), check)
+    teacher = [] if config.distill.kind == "none" else [(config.teacher.model, "teacher.")]
+    _check_devices(config.dtype, [(config.model, ""), *teacher], check)
     check(
         config.loss.kind == "softmax" or config.loss.smoothing == 0,
         "loss.smoothing",
@@ -77,7 +92,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     )
 
 
-def _check_tape(teacher, kind: str, check) -> None:
+def _check_tape(teacher, kind: str, check: Check) -> None:
     recordable = kind == "none" or DISTILLATIONS[kind].tape is not None
     check(
         teacher.tape == "off" or recordable,
@@ -96,7 +111,7 @@ def _check_tape(teacher, kind: str, check) -> None:
     )
 
 
-def _check_images(augment, mixing, check) -> None:
+def _check_images(augment, mixing, check: Check) -> None:
     for key in ("crop_scale", "crop_ratio"):
         first, second = augment[key]
         check(first <= second, f"augment.{key}", "the smaller number must come first")
@@ -109,9 +124,9 @@ def _check_images(augment, mixing, check) -> None:
         raise UserError(f"config.augment.auto={augment.auto!r}: {error}") from error
 
 
-def _check_batches(config: ConfigDict, num_devices: int, check) -> None:
-    batch, accum, group = config.batch_size, config.optim.accum_steps, config.mixing.group_size
-    data, fsdp, _ = sharding.mesh_sizes(config.mesh, num_devices)
+def _check_batches(sizes: tuple[int, int, int], check: Check) -> None:
+    batch, accum = check["batch_size"], check["optim.accum_steps"]
+    group, (data, fsdp, _) = check["mixing.group_size"], sizes
     shares = f"mesh.data={data} x mesh.fsdp={fsdp}"
     check(
         batch % (data * fsdp * accum) == 0,
@@ -119,17 +134,18 @@ def _check_batches(config: ConfigDict, num_devices: int, check) -> None:
         f"must be a multiple of {shares} x optim.accum_steps={accum}",
     )
     check(
-        config.train.eval_batch_size % (data * fsdp) == 0,
+        check["train.eval_batch_size"] % (data * fsdp) == 0,
         "train.eval_batch_size",
         f"must be a multiple of {shares}",
     )
-    if config.mixing.prob > 0 and (config.mixing.mixup_alpha or config.mixing.cutmix_alpha):
+    mixes = check["mixing.mixup_alpha"] or check["mixing.cutmix_alpha"]
+    if check["mixing.prob"] > 0 and mixes:
         check(
             batch % group == 0,
             "mixing.group_size",
             f"must divide batch_size={batch}; change either",
         )
-        least = 2 * config.augment.repeats
+        least = 2 * check["augment.repeats"]
         check(
             group % 2 == 0 and group >= least,
             "mixing.group_size",
@@ -138,30 +154,32 @@ def _check_batches(config: ConfigDict, num_devices: int, check) -> None:
         )
 
 
-def _check_devices(config: ConfigDict, check) -> None:
+def _check_devices(dtype: str, models: list, check: Check) -> None:
     if without_bfloat16():
         check(
-            config.dtype != "bfloat16",
+            dtype != "bfloat16",
             "dtype",
             f"this GPU (compute capability {cudnn.compute_capability()}) has no bfloat16 units; "
             "take float32",
         )
-    teacher = [] if config.distill.kind == "none" else [(config.teacher.model, "teacher.")]
-    for model_config, of in ((config.model, ""), *teacher):
+    for model_config, of in models:
         if model_config.attention == "cudnn":
-            model = build_model(model_config, 2, config.dtype, of)
+            model = build_model(model_config, 2, dtype, of)
             reason = cudnn.refusal(model.attention_shape(batch=1), model.dtype)
             check(not reason, f"{of}model.attention", f"{reason}; take auto or xla")
 
 
-def check_length(config: ConfigDict, num_images: int) -> None:
-    """Raise UserError if the student or its teacher would take more steps than can be counted."""
-    per_epoch = max(1, num_images // config.batch_size)
-    for key, epochs in (("epochs", config.epochs), ("teacher.epochs", config.teacher.epochs)):
-        if (steps := whole_steps(epochs, per_epoch)) > INT32:
+def check_length(epochs: dict[str, float], batch_size: int, num_images: int) -> None:
+    """Raise UserError if a run would take more steps than can be counted.
+
+    `epochs` are those of student and teacher, by the names of their fields.
+    """
+    per_epoch = max(1, num_images // batch_size)
+    for key, count in epochs.items():
+        if (steps := whole_steps(count, per_epoch)) > INT32:
             raise UserError(
-                f"config.{key}={epochs}: these are {steps} steps of {config.batch_size} images; "
-                f"lower it, there can be {INT32} at most"
+                f"config.{key}={count}: these are {steps} steps of {batch_size} images; lower it, "
+                f"there can be {INT32} at most"
             )
 
 

@@ -100,9 +100,9 @@ def read_metadata(path: Path) -> Metadata:
     if (path / "config.json").is_file():
         config = _read_object((path / "config.json").read_text(), "config.json")
         if "model_type" in config:
-            return _hugging_face_claims(path, config)
+            return _hugging_face_metadata(path, config)
         if "architecture" in config:
-            return _timm_claims(config)
+            return _timm_metadata(config)
     if path.is_dir():
         return Metadata(format="folder")
     try:
@@ -121,38 +121,42 @@ def read_metadata(path: Path) -> Metadata:
     return Metadata(format="safetensors file", **described)
 
 
-def _hugging_face_claims(folder: Path, config: dict[str, Any]) -> Metadata:
+def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     """Read the two JSON files; fields that config.json leaves out have transformers' defaults."""
-    if config["model_type"] not in ("deit", "vit"):
-        raise ValueError(f"model_type {config['model_type']!r} in config.json is not deit or vit")
+    if described["model_type"] not in ("deit", "vit"):
+        raise ValueError(
+            f"model_type {described['model_type']!r} in config.json is not deit or vit"
+        )
     for key, value in {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{key}={config[key]!r} in config.json; deit_jax has only {value!r}")
+        if described.get(key, value) != value:
+            raise ValueError(
+                f"{key}={described[key]!r} in config.json; deit_jax has only {value!r}"
+            )
     fields = {
-        "width": config.get("hidden_size", 768),
-        "depth": config.get("num_hidden_layers", 12),
-        "num_heads": config.get("num_attention_heads", 12),
-        "patch_size": config.get("patch_size", 16),
-        "image_size": config.get("image_size", 224),
+        "width": described.get("hidden_size", 768),
+        "depth": described.get("num_hidden_layers", 12),
+        "num_heads": described.get("num_attention_heads", 12),
+        "patch_size": described.get("patch_size", 16),
+        "image_size": described.get("image_size", 224),
     }
     for key, value in fields.items():
         limits.check_whole(key, value, limits.WIDTH)
-    epsilon = config.get("layer_norm_eps", 1e-12)
+    epsilon = described.get("layer_norm_eps", 1e-12)
     _must(_is_number(epsilon), "layer_norm_eps", epsilon, "a number")
     if epsilon > 1e-5:
         raise ValueError(f"layer_norm_eps={epsilon} in config.json; deit_jax has only 1e-6")
     # transformers' copies of DeiT say 1e-12, but the weights were trained with 1e-6.
     note = f"layer_norm_eps is 1e-6 here, {epsilon:g} in config.json"
-    hidden = config.get("intermediate_size", 3072)
+    hidden = described.get("intermediate_size", 3072)
     limits.check_whole("intermediate_size", hidden, 64 * limits.WIDTH)
     mlp_ratio = hidden / fields["width"]
-    distilled = config["model_type"] == "deit"
+    distilled = described["model_type"] == "deit"
     names = registry.list_models("deit_*_distilled_*" if distilled else "deit_*_patch*")
     specs = {
         n: s.kwargs for n in names if (s := registry.specs()[n]).kwargs["distilled"] == distilled
     }
     name = max(specs, key=lambda n: sum(specs[n][k] == v for k, v in fields.items()))
-    labels = config.get("id2label") or {}
+    labels = described.get("id2label") or {}
     _must(isinstance(labels, dict), "id2label", labels, "an object of names")
     classes = [str(labels[str(i)]) for i in range(len(labels)) if str(i) in labels]
     if any(text.startswith("LABEL_") for text in classes):  # transformers' own placeholders
@@ -189,10 +193,10 @@ def _crop_ratio(inputs: dict[str, Any]) -> float | None:
     return crop / size
 
 
-def _timm_claims(config: dict[str, Any]) -> Metadata:
-    inputs, size = config.get("pretrained_cfg", {}), None
+def _timm_metadata(described: dict[str, Any]) -> Metadata:
+    inputs, size = described.get("pretrained_cfg", {}), None
     _must(isinstance(inputs, dict), "pretrained_cfg", inputs, "an object of fields")
-    architecture = config["architecture"]
+    architecture = described["architecture"]
     _must(isinstance(architecture, str), "architecture", architecture, "a string")
     if "input_size" in inputs:
         size = inputs["input_size"]
@@ -200,7 +204,7 @@ def _timm_claims(config: dict[str, Any]) -> Metadata:
     return Metadata(
         format="timm folder",
         name=architecture.partition(".")[0].removeprefix("tf_"),
-        classes=config.get("label_names"),
+        classes=described.get("label_names"),
         image_size=size and size[-1],
         mean=_tuple(inputs.get("mean")),
         std=_tuple(inputs.get("std")),

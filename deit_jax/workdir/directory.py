@@ -86,7 +86,7 @@ def bind_config(
     path = workdir / "config.json"
     try:
         if exists(path):
-            changed = check_unchanged(config, path, allowed)
+            changed = check_unchanged(to_json(config), path, allowed)
             if not changed:
                 return
             log.warning("going on with another config: %s", "; ".join(changed))
@@ -98,14 +98,15 @@ def bind_config(
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
 
 
-def check_unchanged(config: ConfigDict, path: Path, allowed: Iterable[str] = ()) -> list[str]:
+def check_unchanged(values: dict[str, Any], path: Path, allowed: Iterable[str] = ()) -> list[str]:
     """Raise UserError with the difference if the config saved at `path` is another run's.
 
-    Return the differences in fields whose change is `allowed`.
+    `values` are those of the config at hand, as to_json has them. Return the differences in fields
+    whose change is `allowed`.
     """
-    changed = changes(read_json(path), to_json(config))
+    changed = changes(read_json(path), values)
     for key in allowed:
-        if key not in flatten(config):
+        if key not in flatten(values):
             raise UserError(f"--allow-config-change={key}: no such field in configs/base.py")
     refused = {key: text for key, text in changed.items() if key not in allowed}
     if refused:

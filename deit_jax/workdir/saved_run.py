@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
+from deit_jax.step.state import EXTRAS
 from deit_jax.storage import exists, read_json
 from deit_jax.workdir import checksums
 
@@ -41,12 +42,18 @@ def load_run(workdir: str | Path, dtype: str = "float32") -> Run:
     if not all(isinstance(name, str) for name in classes):
         raise UserError(f"{workdir / 'classes.json'}: not a list of names; restore it from a copy")
     state = _restore_on_host(workdir / "checkpoints")
-    variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
+    variables = _models_own({k: state[k] or {} for k in ("params", "batch_stats")})
     here = config.model.copy_and_resolve_references()
     if "attention" in here:  # the kernel of the training's devices, which may not be at hand
         del here["attention"]
     model = build_model(here, len(classes), dtype)
-    return Run(config, classes, model, variables, state["ema"], int(state["step"]))
+    ema = _models_own(state["ema"]) if state["ema"] is not None else None
+    return Run(config, classes, model, variables, ema, int(state["step"]))
+
+
+def _models_own(variables: dict[str, Any]) -> dict[str, Any]:
+    """Return variables without the parameters of a kind of distillation."""
+    return variables | {"params": {k: v for k, v in variables["params"].items() if k != EXTRAS}}
 
 
 def _restore_on_host(directory: Path) -> dict[str, Any]:

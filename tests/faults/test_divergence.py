@@ -74,7 +74,7 @@ def poison(monkeypatch, bad):
         return true_normalise(images, mean, std) * spoiled
 
     monkeypatch.setattr(TrainBatches, "fill", fill)
-    monkeypatch.setattr(preprocess, "normalise", normalise)
+    monkeypatch.setattr(train_step, "normalise", normalise)
 
 
 def test_a_bad_step_keeps_all_but_the_clock():
@@ -126,9 +126,9 @@ def test_too_many_stop_the_run_and_the_first_can_be_replayed(config, tmp_path, m
         train(config, workdir)
     assert load_run(workdir).step == 6  # none was saved of the bad steps
     files = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-    prepared, dataset = experiment.prepared(config, workdir)
+    prepared, dataset = experiment.prepare(config, workdir)
     trainer = loop.Trainer(prepared, workdir, dataset, read_only=True)
-    directory = step_dump.replay(trainer, 7)
+    directory = step_dump.dump(trainer, 7)
     norms = json.loads((directory / "norms.json").read_text())
     assert norms["terms"]["loss"] == "nan"
     assert norms["parameters"]["blocks_0/attn/qkv/kernel"]["not_finite"] == 0
@@ -146,15 +146,15 @@ def test_a_replayed_step_is_the_step(config, tmp_path):
     workdir = tmp_path / "run"
     train(config, workdir)
     records = {r["step"]: r for r in read_lines(workdir / "metrics.jsonl") if "loss" in r}
-    prepared, dataset = experiment.prepared(config, workdir)
+    prepared, dataset = experiment.prepare(config, workdir)
     for number in (5, 2):
         trainer = loop.Trainer(prepared, workdir, dataset, read_only=True)
-        norms = json.loads((step_dump.replay(trainer, number) / "norms.json").read_text())
+        norms = json.loads((step_dump.dump(trainer, number) / "norms.json").read_text())
         assert norms["terms"]["loss"] == pytest.approx(records[number]["loss"], rel=1e-5)
         squares = [layer["norm"] ** 2 for layer in norms["gradients"].values()]
         assert sum(squares) ** 0.5 == pytest.approx(records[number]["grad_norm"], rel=1e-4)
     with pytest.raises(UserError, match="--replay-step=6: the run has 5 steps"):
-        step_dump.replay(trainer, 6)
+        step_dump.dump(trainer, 6)
 
 
 def test_rolling_back_takes_other_data_and_resumes_to_the_same_bits(config, tmp_path, monkeypatch):

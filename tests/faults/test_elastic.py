@@ -40,7 +40,7 @@ def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
             pass
         else:
             assert count == 2
-        prepared, dataset = experiment.prepared(config, tmp_path / "moved")
+        prepared, dataset = experiment.prepare(config, tmp_path / "moved")
         trainer = loop.Trainer(prepared, tmp_path / "moved", dataset, read_only=True)
         kernel = trainer.state.params["blocks_0"]["mlp"]["fc1"]["kernel"]
         shared.add(kernel.addressable_shards[0].data.size / kernel.size)

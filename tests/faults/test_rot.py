@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(saved, harm, which
     harm(which(saved / "checkpoints/3"))
     saver, state = Checkpointer(saved, keep=3), jax.device_put(make_state(2))
     events = []
-    saver.tell(lambda event, **facts: events.append((event, facts["step"])))
+    saver.notify_with(lambda event, **facts: events.append((event, facts["step"])))
     restored = saver.restore(abstract(state))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     names = {p.name for p in (saved / "checkpoints").iterdir()}
@@ -160,7 +160,7 @@ def test_on_a_full_disk_training_goes_on_and_saves_again_once_there_is_room(tmp_
             assert f"step {number} could not be saved" in caplog.text
             assert [p.name for p in (disk / "checkpoints").iterdir()] == ["1"]
         with pytest.raises(UserError, match=r"step 3 could not be saved, the last good .* is 1"):
-            saver.must_hold(3)
+            saver.require_saved(3)
         lines = Lines(disk / "metrics.jsonl", []) if filler.unlink() is None else None
         with contextlib.suppress(OSError), filler.open("wb") as file:
             for _ in range(3000):
@@ -174,7 +174,7 @@ def test_on_a_full_disk_training_goes_on_and_saves_again_once_there_is_room(tmp_
         records = read_lines(disk / "metrics.jsonl")
         assert [r["step"] for r in records] == list(range(2001))
         saver.save(4, jax.device_put(make_state(4)), None)
-        saver.must_hold(4)
+        saver.require_saved(4)
         saver.close()
         assert checksums.problem(disk / "checkpoints/4") is None
 

@@ -64,8 +64,8 @@ def test_a_second_signal_does_not_wait():
     """Even where the main thread is busy in code that is not Python's."""
     code = (
         "import ctypes, time\n"
-        "from deit_jax import interrupt\n"
-        "with interrupt.listening() as stop:\n"
+        "from deit_jax.parallel import signals\n"
+        "with signals.listening() as stop:\n"
         "    stop.armed = True\n"
         "    print('ready', flush=True)\n"
         "    ctypes.PyDLL(None)  # loaded before\n"

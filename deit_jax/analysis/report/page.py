@@ -11,6 +11,7 @@ from deit_jax.analysis.report.html import Element, document, element
 
 log = logging.getLogger("deit_jax")
 
+STYLE = resources.read_text("deit_jax.analysis.report", "style.css")
 # The page may load nothing, whatever is in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 NO_TRANSFORMER = "A convolutional network: no tokens, attention or positions to show."
@@ -32,9 +33,7 @@ def page(found: Analysis) -> str:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("title", f"{title}: deit report"),
-        element(
-            "style", resources.files("deit_jax.analysis.report").joinpath("style.css").read_text()
-        ),
+        element("style", STYLE),
     )
     made = "Made by deit_jax {deit_jax} on {generated}, computed on: {device}."
     made = made.format(**found.figures)
