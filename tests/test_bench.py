@@ -156,6 +156,18 @@ def test_steps_have_a_median_and_a_spread():
     assert np.percentile(times, 90) == pytest.approx(0.04, rel=0.5)
 
 
+class Nothing:
+    """Batches that another loader makes."""
+
+    blocks = 1
+
+    def empty(self):
+        return {}
+
+    def fill(self, step, block, batch):
+        pass
+
+
 @pytest.mark.parametrize(("loading", "step", "share"), [(0.08, 0.02, 0.75), (0.005, 0.05, 0.0)])
 def test_the_wait_for_input_is_what_loading_takes_longer_than_the_step(
     monkeypatch, tiny_config, loading, step, share
@@ -171,7 +183,7 @@ def test_the_wait_for_input_is_what_loading_takes_longer_than_the_step(
 
     monkeypatch.setattr(experiment, "load", batches)
     made, fed = experiment.resolve(tiny_config, 10, 100), slow(np.zeros(1), [step])
-    found, why = step_time.input_wait(made, None, fed, 0.5)
+    found, why = step_time.input_wait(made, Nothing(), fed, 0.5)
     assert found == pytest.approx(share, abs=0.15)
     assert why == ""
 
@@ -182,7 +194,8 @@ def test_images_that_cannot_be_loaded_leave_the_wait_unknown(monkeypatch, tiny_c
         yield
 
     monkeypatch.setattr(experiment, "load", batches)
-    found = step_time.input_wait(experiment.resolve(tiny_config, 10, 100), None, None, 0.1)
+    made = experiment.resolve(tiny_config, 10, 100)
+    found = step_time.input_wait(made, Nothing(), None, 0.1)
     assert found == (None, "picture.jpg: not an image")
 
 

@@ -261,7 +261,12 @@ def test_flags_may_be_written_with_dashes(capsys, tmp_path):
             f"flag --config={ROOT}/configs/deit.py:variant=smal: "
             "variant=smal: choose tiny, small or base",
         ),
-        (["--config=nowhere.py"], f"--config=nowhere.py: no such file below {Path.cwd()}"),
+        (
+            ["--config=nowhere.py"],
+            f"--config=nowhere.py: no such file below {Path.cwd()}, nor among those of deit_jax "
+            "(base.py, deit.py, deit3.py, deit_finetune384.py, deit_transfer.py, quickstart.py, "
+            "teacher.py)",
+        ),
     ],
 )
 def test_mistakes_in_a_config_are_told_without_their_traceback(capsys, tmp_path, words, line):

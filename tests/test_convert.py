@@ -12,7 +12,7 @@ from deit_jax import __main__
 from deit_jax.analysis import classify, evaluate
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
-from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.load_teacher import load_teacher, teacher_spec
 from deit_jax.weights import convert, readers
 from deit_jax.weights.exporters import huggingface
 from deit_jax.weights.exporters import timm as timm_lib
@@ -347,7 +347,7 @@ def test_predict_evaluate_and_teacher_take_any_weights(tmp_path, tiny_config):
     assert results[0] == results[1]
     assert set(results[0]) == {"examples", "cls", "fused"}
     for path in (file, workdir, tmp_path / "w.pth"):
-        found, params = load_teacher(c, str(path), first.classes)
+        found, params = load_teacher(teacher_spec(c), str(path), first.classes)
         told = path.suffix != ".pth"
         assert found.mean == ((0.1, 0.2, 0.3) if told else (0.485, 0.456, 0.406))
         assert found.model.folded
@@ -357,4 +357,4 @@ def test_predict_evaluate_and_teacher_take_any_weights(tmp_path, tiny_config):
         expected = logits(first.model, first.variables)[1]
         np.testing.assert_allclose(heads.cls, expected.cls, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="knows 10 classes"):
-        load_teacher(c, str(file), ["one"])
+        load_teacher(teacher_spec(c), str(file), ["one"])

@@ -116,7 +116,7 @@ def test_logits_match_timm_folded_or_not(name, size):
     assert logits.dist is None
     np.testing.assert_allclose(logits.cls, expected, atol=1e-4)
     folded = create_model(name, folded=True)
-    params = fold_batch_norm(variables, model.bn_epsilon)
+    params = fold_batch_norm(variables, model)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(
         lambda leaf: leaf.shape, shapes(folded)["params"]
     )

@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import gpu, gpu_jax
 from deit_jax.data.sources.registry import open_dataset
-from deit_jax.train.experiment import resolve
 from deit_jax.train.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -69,11 +68,8 @@ def test_the_step_that_is_measured_is_the_one_that_a_run_compiles(tmp_path):
     config.data.source = "digits"
     step, state, teacher_params = gpu_jax.jit_step(config, 10)
     dataset = open_dataset(config.data)
-    experiment = resolve(config, 10, len(dataset.train), devices=jax.devices()[:1])
-    config.epochs = gpu_jax.STEPS_PER_EPOCH / experiment.order.steps_per_epoch * config.epochs
-    experiment = resolve(config, 10, len(dataset.train), devices=jax.devices()[:1])
-    teacher = experiment.random_teacher()
-    run = Trainer(experiment, tmp_path, dataset, teacher)
+    experiment = gpu_jax.resolved(config, 10)
+    run = Trainer(experiment, tmp_path, dataset, experiment.random_teacher())
     run.checkpointer.close()
     batch = gpu_jax.random_batch(config, 10)
     texts = [f.lower(state, teacher_params, batch).as_text() for f in (step, run.step)]

@@ -97,15 +97,14 @@ def measure(
     teacher = experiment.random_teacher()
     seconds = seconds if missing else seconds / 2
     with _trained(experiment, dataset, teacher) as trainer:
-        batch = random_batch(experiment)
-        steps = CompiledStep(trainer, batch)
+        batch, batches = random_batch(experiment), trainer.batches()
+        steps = CompiledStep(trainer, batch)  # which takes the trainer's state away
         result = figures(experiment, step_times(steps, batch, seconds))
         result |= {"compile_s": steps.compile_s, **peak_memory(steps.compiled)}
         result |= attention_of(experiment)
         result["input_wait"] = None
         if not missing:
-            wait = input_wait(experiment, trainer.batches(), steps, seconds)
-            result["input_wait"], missing = wait
+            result["input_wait"], missing = input_wait(experiment, batches, steps, seconds)
         result["input_wait_unknown"] = missing or None
         result["profile"] = folder and write_profile(steps, batch, folder)
     if compare:

@@ -134,7 +134,7 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: S
                 model, params, stats, images, key, scales, settings.features
             )
             kinds = (settings.distill, settings.label_loss, settings.label_heads)
-            extras = params.get(EXTRAS)
+            extras = params[EXTRAS] if settings.features else None
             total, terms = objective(
                 outputs.heads, targets, teacher_target, *kinds, outputs.features, extras
             )

@@ -133,7 +133,7 @@ class Load:
                 self.model, params, stats, images, key, scales, settings.features
             )
             kinds = (settings.distill, settings.label_loss, settings.label_heads)
-            extras = params.get(EXTRAS)
+            extras = params[EXTRAS] if settings.features else None
             return objective(
                 outputs.heads, targets, teacher_target, *kinds, outputs.features, extras
             )[0]

@@ -11,7 +11,7 @@ from deit_jax.analysis.report.html import Element, document, element
 
 log = logging.getLogger("deit_jax")
 
-STYLE = resources.read_text("deit_jax.analysis.report", "style.css")
+STYLE = resources.files("deit_jax.analysis.report").joinpath("style.css").read_text()
 # The page may load nothing, whatever is in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 NO_TRANSFORMER = "A convolutional network: no tokens, attention or positions to show."
