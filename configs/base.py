@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     c.data.eval_crop_ratio = 0.875  # resize the shorter side to image_size / ratio, crop the centre
     # How training images become pixels. Decoders differ by rounding, so a run keeps the one that it
     # began with: auto is replaced by the fastest one installed, fast (pip install deit_jax[fast]),
-    # portable or pillow (the reference). See deit_jax/data/resize.py.
+    # portable or pillow (the reference). See deit_jax/data/decoders.py.
     c.data.decoder = "auto"
     c.data.skip_unreadable = False  # in training, put the next image in the place of a broken one
     c.data.threads = 0  # decoding threads per process; 0 = one per core
