@@ -132,7 +132,7 @@ def config(toys, tiny_config):
     c.data.source, c.data.eval_fraction, c.epochs = "toy:80", 0.2, 2.0
     c.distill.kind = "features"
     c.model.name, c.model.depth = "deit_tiny_patch16_224", 1
-    c.teacher.model = type(c.model)({k: None for k in c.teacher.model} | {"name": "toy"})
+    c.teacher.model = type(c.model)(dict.fromkeys(c.teacher.model) | {"name": "toy"})
     c.augment.repeats, c.mixing.prob = 1, 0.0
     return c
 
