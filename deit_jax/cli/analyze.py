@@ -20,12 +20,10 @@ keys; `deit report` draws them.
 
 def main(argv: list[str]) -> None:
     """Run `deit analyze`."""
-    from absl import flags
-
     command = Command("analyze", ANALYZE_DOC)
     add_workdir_flags(command, IMAGES)
-    flags.DEFINE_string("out", "", "write the JSON to this file", flag_values=command.flags)
-    flags.DEFINE_boolean("json", True, "what it prints in any case", flag_values=command.flags)
+    command.string("out", "", "write the JSON to this file")
+    command.boolean("json", True, "what it prints in any case")
     no_words(command.parse(argv, required=("workdir",)))
     values = command.flags
     text = json.dumps(analyze(values.workdir, values.images).figures, allow_nan=False) + "\n"

@@ -26,18 +26,15 @@ config's model needs on a device.
 
 def main(argv: list[str]) -> None:
     """Run `deit bench`."""
-    from absl import flags
-
     command = Command("bench", BENCH_DOC)
     command.add_config(argv)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_boolean("input_only", False, "measure the input pipeline instead", **own)
-    flags.DEFINE_float("seconds", 10.0, "how long to measure", 0.0, **own)
-    flags.DEFINE_string("profile", "", "write a trace of a few steps into this directory", **own)
-    flags.DEFINE_string("device", "v5e-8", "KIND-NUMBER to feed, with --input-only", **own)
-    flags.DEFINE_float("mfu", 0.0, "its assumed share of the peak; 0 = by the model", 0, 1, **own)
-    flags.DEFINE_boolean("compare", False, "time the step with each kernel of attention", **own)
-    flags.DEFINE_boolean("json", False, "print one JSON object", **own)
+    command.boolean("input_only", False, "measure the input pipeline instead")
+    command.number("seconds", 10.0, "how long to measure", 0.0)
+    command.string("profile", "", "write a trace of a few steps into this directory")
+    command.string("device", "v5e-8", "KIND-NUMBER to feed, with --input-only")
+    command.number("mfu", 0.0, "its assumed share of the peak; 0 = by the model", 0, 1)
+    command.boolean("compare", False, "time the step with each kernel of attention")
+    command.boolean("json", False, "print one JSON object")
     no_words(command.parse(argv, required=("config",)))
     config, values = command.config, command.flags
     if values.input_only and (values.profile or values.compare):

@@ -23,18 +23,15 @@ or the workdir of a run; its content tells which. DST is written as its name say
 
 def main(argv: list[str]) -> None:
     """Run `deit convert`."""
-    from absl import flags
-
     command = Command("convert", CONVERT_DOC)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("model", None, "SRC's model, where SRC does not say it", **own)
-    flags.DEFINE_enum("to", None, list(EXPORTERS), "format of DST", **own)
-    flags.DEFINE_integer("image_size", None, "resize the position embedding", **own)
-    flags.DEFINE_integer("num_classes", None, "with --head=drop: classes of DST", **own)
+    command.string("model", None, "SRC's model, where SRC does not say it")
+    command.choice("to", None, list(EXPORTERS), "format of DST")
+    command.integer("image_size", None, "resize the position embedding")
+    command.integer("num_classes", None, "with --head=drop: classes of DST")
     policies = "; ".join(f"{k} = {v}" for k, v in HEAD_POLICIES.items())
-    flags.DEFINE_enum("head", "error", list(HEAD_POLICIES), policies, **own)
-    flags.DEFINE_boolean("ema", False, "take a run's moving average of the weights", **own)
-    flags.DEFINE_boolean("force", False, "overwrite DST", **own)
+    command.choice("head", "error", list(HEAD_POLICIES), policies)
+    command.boolean("ema", False, "take a run's moving average of the weights")
+    command.boolean("force", False, "overwrite DST")
     words = command.parse(argv)
     if len(words) != 2:
         raise UsageError("give SRC and DST; see `deit convert --help`")

@@ -23,14 +23,12 @@ Hugging Face or timm folder, or hf-hub:ORG/NAME.
 
 def main(argv: list[str]) -> None:
     """Run `deit eval`."""
-    from absl import flags
-
     command = Command("eval", EVAL_DOC)
     command.add_config(argv)
-    flags.DEFINE_string("workdir", "", "evaluate the run in it", flag_values=command.flags)
-    flags.DEFINE_string("weights", "", "evaluate these weights", flag_values=command.flags)
-    flags.DEFINE_string("model", None, "name of the weights' model", flag_values=command.flags)
-    flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=command.flags)
+    command.string("workdir", "", "evaluate the run in it")
+    command.string("weights", "", "evaluate these weights")
+    command.string("model", None, "name of the weights' model")
+    command.boolean("json", False, "print one JSON object")
     no_words(command.parse(argv))
     values = command.flags
     if bool(values.workdir) == bool(values.weights):

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
@@ -30,9 +31,40 @@ class Command:
     def __init__(self, name: str, doc: str):
         self.flags = flags.FlagValues()
         self._name, self._doc = name, doc
-        flags.DEFINE_boolean(
-            "debug", False, "show the traceback of an error", flag_values=self.flags
-        )
+        self.boolean("debug", False, "show the traceback of an error")
+
+    def string(self, name: str, default: str | None, text: str) -> None:
+        """Define a flag that is a string."""
+        flags.DEFINE_string(name, default, text, flag_values=self.flags)
+
+    def boolean(self, name: str, default: bool, text: str) -> None:
+        """Define a flag that is on or off."""
+        flags.DEFINE_boolean(name, default, text, flag_values=self.flags)
+
+    def integer(
+        self, name: str, default: int | None, text: str, lower_bound: int | None = None
+    ) -> None:
+        """Define a flag that is a whole number."""
+        flags.DEFINE_integer(name, default, text, lower_bound, flag_values=self.flags)
+
+    def number(
+        self,
+        name: str,
+        default: float,
+        text: str,
+        low: float | None = None,
+        high: float | None = None,
+    ) -> None:
+        """Define a flag that is a number."""
+        flags.DEFINE_float(name, default, text, low, high, flag_values=self.flags)
+
+    def words(self, name: str, default: list[str] | None, text: str) -> None:
+        """Define a flag that is several words with commas between them."""
+        flags.DEFINE_list(name, default, text, flag_values=self.flags)
+
+    def choice(self, name: str, default: str | None, choices: Iterable[str], text: str) -> None:
+        """Define a flag that is one of some words."""
+        flags.DEFINE_enum(name, default, list(choices), text, flag_values=self.flags)
 
     def add_config(self, argv: list[str]) -> None:
         """Define --config=FILE[:ARGS] and --config.KEY=VALUE for every key of that file."""
@@ -84,19 +116,18 @@ class Command:
 
 def add_process_flags(command) -> None:
     """Define the flags that make a process one of several."""
-    own, found = {"flag_values": command.flags}, "where TPU, Slurm or Open MPI do not tell"
-    flags.DEFINE_boolean("multihost", False, "this is one of several processes of the run", **own)
-    flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0, {found}", **own)
-    flags.DEFINE_integer("num_processes", None, f"how many there are, {found}", **own)
-    flags.DEFINE_integer("process_id", None, f"which one this is, {found}", **own)
+    found = "where TPU, Slurm or Open MPI do not tell"
+    command.boolean("multihost", False, "this is one of several processes of the run")
+    command.string("coordinator", None, f"HOST:PORT of process 0, {found}")
+    command.integer("num_processes", None, f"how many there are, {found}")
+    command.integer("process_id", None, f"which one this is, {found}")
 
 
 def add_workdir_flags(command: Command, images: int) -> None:
     """Define the flags of the commands that look at runs; `images` is how many unless told."""
-    own = {"flag_values": command.flags}
-    flags.DEFINE_list("workdir", None, "a run, or several with commas between them", **own)
-    flags.DEFINE_integer(
-        "images", images, "evaluate on at most so many images, evenly spaced", lower_bound=1, **own
+    command.words("workdir", None, "a run, or several with commas between them")
+    command.integer(
+        "images", images, "evaluate on at most so many images, evenly spaced", lower_bound=1
     )
 
 

@@ -22,14 +22,11 @@ and mixed, each under its label or mixture of labels.
 
 def main(argv: list[str]) -> None:
     """Run `deit inspect`."""
-    from absl import flags
-
     command = Command("inspect", INSPECT_DOC)
     command.add_config(argv)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("out", "", "the sheet, a .png, .jpg or .pdf", **own)
-    flags.DEFINE_integer("step", 0, "a training step, counted from 0", 0, **own)
-    flags.DEFINE_boolean("json", False, "print the labels as JSON", **own)
+    command.string("out", "", "the sheet, a .png, .jpg or .pdf")
+    command.integer("step", 0, "a training step, counted from 0", 0)
+    command.boolean("json", False, "print the labels as JSON")
     no_words(command.parse(argv, required=("config", "out")))
     config, values = command.config, command.flags
     validate(config, num_devices=1)

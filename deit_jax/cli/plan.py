@@ -25,17 +25,14 @@ tpu7x (v4-64 and v5p-64 are 32 chips, 4x4x2). --config.mesh.slices=N plans N suc
 
 def main(argv: list[str]) -> None:
     """Run `deit plan`."""
-    from absl import flags
-
     command = Command("plan", PLAN_DOC)
     command.add_config(argv)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("topology", "", "KIND:SIZE of the TPU slice, as in v5e:4x4", **own)
-    flags.DEFINE_boolean("sweep", False, "plan less hungry variants of the config as well", **own)
-    flags.DEFINE_integer("classes", 0, "number of classes, where the data is not here", 0, **own)
-    flags.DEFINE_integer("images", 0, "number of training images, likewise", 0, **own)
-    flags.DEFINE_string("out", "", "write the figures to this JSON file", **own)
-    flags.DEFINE_boolean("json", False, "print one JSON object", **own)
+    command.string("topology", "", "KIND:SIZE of the TPU slice, as in v5e:4x4")
+    command.boolean("sweep", False, "plan less hungry variants of the config as well")
+    command.integer("classes", 0, "number of classes, where the data is not here", 0)
+    command.integer("images", 0, "number of training images, likewise", 0)
+    command.string("out", "", "write the figures to this JSON file")
+    command.boolean("json", False, "print one JSON object")
     no_words(command.parse(argv, required=("config", "topology")))
     values, config = command.flags, command.config
     jax.config.update("jax_platforms", "cpu")  # compiling needs no device, and must take none

@@ -17,15 +17,11 @@ Print the most probable classes of each image. W is the workdir of a `deit train
 
 def main(argv: list[str]) -> None:
     """Run `deit predict`."""
-    from absl import flags
-
     command = Command("predict", PREDICT_DOC)
-    flags.DEFINE_string(
-        "weights", "", "a run, file, folder or hf-hub: id", flag_values=command.flags
-    )
-    flags.DEFINE_string("model", None, "name of the weights' model", flag_values=command.flags)
-    flags.DEFINE_integer("topk", 5, "classes to print", lower_bound=1, flag_values=command.flags)
-    flags.DEFINE_boolean("json", False, "print one JSON object", flag_values=command.flags)
+    command.string("weights", "", "a run, file, folder or hf-hub: id")
+    command.string("model", None, "name of the weights' model")
+    command.integer("topk", 5, "classes to print", lower_bound=1)
+    command.boolean("json", False, "print one JSON object")
     paths = command.parse(argv, required=("weights",))
     if not paths:
         raise UsageError("no image given; see `deit predict --help`")

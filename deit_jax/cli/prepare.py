@@ -30,18 +30,13 @@ interruption; on a finished data set it checks every file against its checksum.
 
 def main(argv: list[str]) -> None:
     """Run `deit prepare`."""
-    from absl import flags
-
     command = Command("prepare", PREPARE_DOC)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("name", "", "the data set's name; from SRC if not given", **own)
-    flags.DEFINE_integer(
-        "max_side", 0, "scale larger images down to N pixels; changes pixels", 0, **own
-    )
-    flags.DEFINE_integer("workers", 0, "processes; 0 = one a core", 0, **own)
-    flags.DEFINE_float("eval_fraction", 0.2, "of a folder without val, held out", **own)
-    flags.DEFINE_boolean("skip_unreadable", False, "leave broken images out and list them", **own)
-    flags.DEFINE_boolean("json", False, "print one JSON object", **own)
+    command.string("name", "", "the data set's name; from SRC if not given")
+    command.integer("max_side", 0, "scale larger images down to N pixels; changes pixels", 0)
+    command.integer("workers", 0, "processes; 0 = one a core", 0)
+    command.number("eval_fraction", 0.2, "of a folder without val, held out")
+    command.boolean("skip_unreadable", False, "leave broken images out and list them")
+    command.boolean("json", False, "print one JSON object")
     words = command.parse(argv)
     if len(words) != 2:
         raise UsageError("give SRC and DST; see `deit prepare --help`")

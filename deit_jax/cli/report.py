@@ -22,13 +22,10 @@ They may be under way. The page needs no other file and no network; docs/report.
 
 def main(argv: list[str]) -> None:
     """Run `deit report`."""
-    from absl import flags
-
     command = Command("report", REPORT_DOC)
     add_workdir_flags(command, IMAGES)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("out", "", "where to write it, if not in the (first) run", **own)
-    flags.DEFINE_boolean("json", False, "print where it is as JSON", **own)
+    command.string("out", "", "where to write it, if not in the (first) run")
+    command.boolean("json", False, "print where it is as JSON")
     no_words(command.parse(argv, required=("workdir",)))
     values = command.flags
     found = analyze(values.workdir, values.images)

@@ -52,14 +52,11 @@ def main(argv: list[str]) -> None:
 
 
 def _command(argv: list[str]) -> Command:
-    from absl import flags
-
     command = Command("tape", TAPE_DOC)
     command.add_config(argv)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("workdir", "", "the run that the tape is of; it need not have begun", **own)
-    flags.DEFINE_string("tape", "", "where the tape is written, instead of WORKDIR/tape", **own)
-    flags.DEFINE_boolean("json", False, "print one JSON object", **own)
+    command.string("workdir", "", "the run that the tape is of; it need not have begun")
+    command.string("tape", "", "where the tape is written, instead of WORKDIR/tape")
+    command.boolean("json", False, "print one JSON object")
     add_process_flags(command)
     return command
 

@@ -65,19 +65,14 @@ def _train(options, command, again: bool) -> None:
 
 
 def _command(argv: list[str]) -> Command:
-    from absl import flags
-
     command = Command("train", TRAIN_DOC)
     command.add_config(argv)
-    own = {"flag_values": command.flags}
-    flags.DEFINE_string("workdir", "", "where the run is kept; a run found there goes on", **own)
-    flags.DEFINE_boolean("json", False, "print the results as JSON", **own)
-    flags.DEFINE_list(
-        "allow_config_change", [], "fields that may differ from the run's, as optim.lr,seed", **own
+    command.string("workdir", "", "where the run is kept; a run found there goes on")
+    command.boolean("json", False, "print the results as JSON")
+    command.words(
+        "allow_config_change", [], "fields that may differ from the run's, as optim.lr,seed"
     )
-    flags.DEFINE_string("reproduce", "", "train the run in this directory anew, elsewhere", **own)
-    flags.DEFINE_integer(
-        "replay_step", None, "compute only this step again and dump it", lower_bound=1, **own
-    )
+    command.string("reproduce", "", "train the run in this directory anew, elsewhere")
+    command.integer("replay_step", None, "compute only this step again and dump it", lower_bound=1)
     add_process_flags(command)
     return command
