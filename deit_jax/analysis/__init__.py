@@ -1,4 +1,4 @@
-"""What trained weights answer and look at. The functions for notebooks are those of `attention`."""
+"""Answers of trained weights, and views into them. For notebooks: the functions of `attention`."""
 
 from deit_jax.analysis.attention import (
     attention_maps,

@@ -1,4 +1,4 @@
-"""What a trained DeiT looks at and what its two tokens became: attention, features, disagreement.
+"""Attention maps, token features and their cosines, disagreement: views into a trained DeiT.
 
     model, params = deit_jax.load("runs/quickstart")
     maps = analysis.attention_maps(model, params, images)      # what each token reads, every head

@@ -1,4 +1,4 @@
-"""What a run's heads and its teacher answer on held-out images, and where they are wrong."""
+"""Answers of a run's heads and its teacher on held-out images, and their mistakes."""
 
 import contextlib
 import dataclasses

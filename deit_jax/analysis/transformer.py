@@ -1,4 +1,4 @@
-"""What a trained transformer looks at and what it learned, of one run: figures for a report."""
+"""Figures of a report on one transformer: its tokens, attention, positions and filters."""
 
 from collections.abc import Callable
 from typing import Any

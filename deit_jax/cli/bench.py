@@ -1,4 +1,4 @@
-"""How fast the training step and the input pipeline are on this machine: `deit bench`."""
+"""`deit bench`: the speed of the training step and of the input pipeline on this machine."""
 
 import json
 import sys

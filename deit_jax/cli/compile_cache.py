@@ -1,4 +1,4 @@
-"""Where compiled programs are kept from one start of a training to the next."""
+"""The folder that keeps compiled programs from one start of a training to the next."""
 
 import logging
 import os

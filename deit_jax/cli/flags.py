@@ -1,4 +1,4 @@
-"""What the commands share: flags with a config file, help, and output files."""
+"""Common parts of the commands: flags with a config file, help, and output files."""
 
 import re
 import sys

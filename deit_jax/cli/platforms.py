@@ -1,4 +1,4 @@
-"""Which of JAX's platforms a command uses, decided before JAX is loaded; a GPU that it would miss.
+"""The choice of JAX's platform, before JAX is loaded, and a word on a GPU that it would miss.
 
 JAX asks every plugin that is installed. libtpu, which `deit plan` needs on machines without a TPU,
 then writes a page of harmless errors, and can crash the profiler.

@@ -1,4 +1,4 @@
-"""The command `deit train`: start or continue a run, reproduce one, replay one of its steps."""
+"""`deit train`: start or continue a run, reproduce one, replay one of its steps."""
 
 import json
 import sys

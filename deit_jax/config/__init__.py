@@ -1,1 +1,1 @@
-"""What a config may hold, its JSON, and where its files are."""
+"""The fields that a config may hold, its JSON, and the places of its files."""

@@ -1,4 +1,4 @@
-"""Where config files are: as given, or among those that come with the package."""
+"""Config files by name: as given, or among those that come with the package."""
 
 from pathlib import Path
 
