@@ -1,4 +1,4 @@
-"""What a config may hold beyond its types: the choices, the ranges, and what a resume may change.
+"""Choices and ranges of a config's fields, and which of them a resume may change.
 
 Models check their own fields themselves; of a registry's members its own room knows.
 """

@@ -1,4 +1,4 @@
-"""Which image stands where in a run, and what is drawn there: a function of (seed, position)."""
+"""The order of a run's examples and the random numbers of each: a function of (seed, position)."""
 
 import dataclasses
 import logging

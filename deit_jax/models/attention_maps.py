@@ -1,4 +1,4 @@
-"""What a vision transformer's tokens read: its attention weights, computed again beside it."""
+"""Attention weights of a vision transformer, computed again beside it."""
 
 import jax
 import jax.numpy as jnp

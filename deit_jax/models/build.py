@@ -1,4 +1,4 @@
-"""From the fields of a config to a model: what `config.model` and `config.dtype` mean."""
+"""From a config to a model: `config.model` and `config.dtype`."""
 
 import dataclasses
 from typing import Any

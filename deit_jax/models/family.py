@@ -1,4 +1,4 @@
-"""What the rest of the software knows of an architecture: its names, sizes, inputs and tensors."""
+"""Family: all that the rest of the software knows of an architecture."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What every model returns."""
+"""Heads: the logits that every model returns."""
 
 from typing import NamedTuple
 

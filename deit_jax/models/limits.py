@@ -1,4 +1,4 @@
-"""What a model's own fields may be, wherever they come from: a config, a file that lies."""
+"""Limits of a model's own fields, wherever they come from: a config, a file that lies."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What devices tell of their memory, whichever plugin of JAX they come from.
+"""Memory of devices, as far as a plugin of JAX tells of it.
 
 A plugin need not tell: `memory_stats` may be None, raise, or lack a figure.
 """

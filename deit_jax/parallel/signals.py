@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGINT end a run at a step boundary, its state saved.
+"""Graceful stop on SIGTERM and SIGINT: a run ends at a step boundary, its state saved.
 
 The first signal lets the step finish and the state be saved, the second ends the process at once.
 So does the first while there is nothing to save yet. All processes of a run stop at the same step,

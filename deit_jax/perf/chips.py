@@ -1,4 +1,4 @@
-"""What is known of accelerator chips: peak rate, memory, clock, and JAX's names for them."""
+"""Data sheets of accelerator chips: peak rate, memory, clock, and JAX's names for them."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What an optimised HLO program says about its cost: collectives, their bytes, estimated cycles.
+"""Cost of an optimised HLO program: collectives, their bytes, estimated cycles.
 
 Reads the text of a compiled program (`compiled.as_text()`): computations, one instruction a line.
 """

@@ -1,4 +1,4 @@
-"""How fast the input pipeline is on this machine, and what a device needs: `--input-only`."""
+"""Speed of the input pipeline on this machine, and a device's need for images: `--input-only`."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a training step will need on TPUs, found by compiling it for them here: `deit plan`."""
+"""Needs of a training step on TPUs, found by compiling it for them here: `deit plan`."""
 
 import contextlib
 import importlib.util

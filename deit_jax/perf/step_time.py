@@ -1,4 +1,4 @@
-"""How fast the training step is on the devices at hand, and whether its input keeps up."""
+"""Speed of the training step on the devices at hand, and its wait for input."""
 
 import contextlib
 import itertools

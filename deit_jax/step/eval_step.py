@@ -1,4 +1,4 @@
-"""What a model answers to images, and how much of it is right."""
+"""Answers of a model to images, and the number of those that are right."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Cross-entropies and the two kinds of distillation. All are float32 means over the batch."""
+"""Cross-entropies of labels. All are float32 means over the batch."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a student minimises: the loss of the labels and, with a teacher, the distillation term."""
+"""The objective: the loss of the labels and, with a teacher, the distillation term."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a step takes and hands on: weights, optimizer, averages, and how the run goes."""
+"""The state of a training: weights, optimizer, averages, and how the run goes."""
 
 from collections.abc import Callable
 from typing import Any

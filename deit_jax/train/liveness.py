@@ -1,4 +1,4 @@
-"""How much memory a traced program takes at once, without compiling it.
+"""Peak memory of a traced program, without compiling it.
 
 A model of what XLA does: element by element operations are fused into what reads them and take no
 memory; products, convolutions and reductions write their results, and are handed operands that lie

@@ -1,4 +1,4 @@
-"""Does a step fit into a GPU's memory, and what to change where it does not.
+"""Memory of a step on a GPU: whether it fits, and what to change where it does not.
 
 The figures are estimates from the traced step (liveness.py), a quarter or so above what XLA takes
 on TPUs.

@@ -1,4 +1,4 @@
-"""In how many parts a device takes its share of a batch: for speed on TPUs, for memory on GPUs."""
+"""Parts that a device takes its share of a batch in: for speed on TPUs, for memory on GPUs."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What no single room knows: fields of a config that must be in range, and must fit together."""
+"""Checks that no single room can make: fields in range, and fit for each other."""
 
 from typing import Any
 

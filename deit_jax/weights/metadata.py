@@ -1,4 +1,4 @@
-"""What weight files and folders say about the model that they belong to.
+"""Metadata of weight files and folders: what they say about the model that they belong to.
 
 A Hugging Face or timm folder says it in config.json, a safetensors file of ours in its metadata; a
 .pth says nothing.

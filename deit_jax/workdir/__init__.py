@@ -1,1 +1,1 @@
-"""What a run keeps on disk: lock, history, metrics, checkpoints."""
+"""A run on disk: lock, history, metrics, checkpoints."""

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: a progress bar, JSON lines and TensorBoard."""
+"""Metrics of a run while it trains: a progress bar, JSON lines and TensorBoard."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What the files in a run's workdir tell of it, finished or under way: nothing is computed here."""
+"""Records of a run's workdir, finished or under way, read back: nothing is computed here."""
 
 import os
 import re

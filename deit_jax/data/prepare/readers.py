@@ -1,4 +1,4 @@
-"""What `deit prepare` reads: image folders, the official ILSVRC tars, Hugging Face's parquet.
+"""Readers for `deit prepare`: image folders, the official ILSVRC tars, Hugging Face's parquet.
 
 Each becomes a Plan: for every split a list of shards, each of which can be read by itself.
 """

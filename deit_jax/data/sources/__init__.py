@@ -1,1 +1,1 @@
-"""Where images come from: random access behind one small interface."""
+"""Sources of images: random access behind one small interface."""

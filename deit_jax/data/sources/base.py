@@ -1,4 +1,4 @@
-"""What every source of images is: random access to examples and their labels."""
+"""The interface of a source of images: random access to examples and their labels."""
 
 import dataclasses
 import functools

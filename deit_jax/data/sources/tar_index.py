@@ -1,4 +1,4 @@
-"""Where the files inside of a tar lie, so that any of them is one read away."""
+"""Offsets of the files inside of a tar, so that any of them is one read away."""
 
 import tarfile
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""What a student learns from its teacher: one file, one kind."""
+"""Kinds of distillation: one file each."""

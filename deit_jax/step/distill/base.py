@@ -1,4 +1,4 @@
-"""What a kind of distillation consists of, and what a teacher and a student hand to it."""
+"""Distillation: the parts of a kind, and what a teacher and a student hand to it."""
 
 import dataclasses
 from collections.abc import Callable

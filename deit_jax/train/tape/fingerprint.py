@@ -1,4 +1,4 @@
-"""Which run and which teacher a label tape is of: all that decides views and answers."""
+"""Fingerprint of a label tape: all that decides the views and the teacher's answers."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a training run has to do with a label tape: write one, read one, or neither."""
+"""A training run's use of a label tape: write one, read one, or neither."""
 
 import dataclasses
 import functools
