@@ -1,0 +1,159 @@
+"""What every back end of storage.py promises; the local disk is the only one so far."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deit_jax import storage
+from deit_jax.errors import UserError
+from deit_jax.storage import BACKENDS, LockedError, append_line, backend, read_lines
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def disk(request):
+    return BACKENDS[request.param]
+
+
+def test_a_file_is_written_whole_in_the_place_of_the_old_one(disk, tmp_path):
+    path = tmp_path / "deep" / "er" / "file"
+    disk.make_folder(path.parent)
+    disk.make_folder(path.parent)  # which is there
+    disk.write(path, b"old")
+    disk.write(path, b"new")
+    assert disk.read(path) == path.read_bytes() == b"new"
+    assert disk.names(path.parent) == ["file"]  # nothing is left of the writing
+    with pytest.raises(OSError, match=r"."):
+        disk.write(tmp_path / "nowhere" / "file", b"")
+    with pytest.raises(FileNotFoundError):
+        disk.read(tmp_path / "none")
+
+
+def test_a_process_that_dies_while_it_writes_leaves_the_old_file(disk, tmp_path):
+    """Killed at some moment of a loop of writes, again and again: the file is one of the whole."""
+    path = tmp_path / "file"
+    code = (
+        "import sys, pathlib\n"
+        "from deit_jax.storage import backend\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "while True:\n"
+        "    for letter in b'ab':\n"
+        "        backend(path).write(path, bytes([letter]) * 3_000_000)\n"
+    )
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        content = disk.read(path)
+        assert content in (b"a" * 3_000_000, b"b" * 3_000_000)
+
+
+def test_what_is_appended_is_there_whole_or_not_at_all(disk, tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    end = disk.append(path)
+    end.append(b"one\n")
+    real = end._file
+
+    class Full:
+        """A disk that has room for two bytes more."""
+
+        tell, truncate, close = real.tell, real.truncate, real.close
+
+        def write(self, data):
+            return real.write(data[:2])
+
+    monkeypatch.setattr(end, "_file", Full())
+    with pytest.raises(OSError, match=r".") as raised:
+        end.append(b"two\n")
+    assert raised.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"one\n"
+    monkeypatch.setattr(end, "_file", real)
+    end.append(b"three\n")
+    end.close()
+    assert path.read_bytes() == b"one\nthree\n"
+
+
+def test_lines_of_json(tmp_path):
+    path = tmp_path / "history.jsonl"
+    assert read_lines(path) == []
+    for number in range(3):
+        append_line(path, {"number": number})
+    assert read_lines(path) == [{"number": n} for n in range(3)]
+    with path.open("a") as file:
+        file.write('{"number": 3')  # cut short by a crash
+    assert read_lines(path) == [{"number": n} for n in range(3)]
+
+
+def test_folders_are_listed_renamed_and_removed(disk, tmp_path):
+    assert disk.names(tmp_path / "none") == []
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"12345")
+    (tmp_path / "a" / "z").write_bytes(b"")
+    assert disk.names(tmp_path / "a") == ["b", "z"]
+    assert disk.files(tmp_path / "a") == [("b/file", 5), ("z", 0)]
+    disk.rename(tmp_path / "a", tmp_path / "c")
+    assert disk.names(tmp_path) == ["c"]
+    assert disk.exists(tmp_path / "c")
+    assert disk.is_folder(tmp_path / "c")
+    assert not disk.is_folder(tmp_path / "c" / "z")
+    disk.remove(tmp_path / "c" / "z")
+    disk.remove(tmp_path / "c")
+    disk.remove(tmp_path / "c")  # which is gone
+    assert disk.names(tmp_path) == []
+    for name in ("7", "12", "12.tmp", "damaged-3"):
+        (tmp_path / name).mkdir()
+    assert storage.steps_in(tmp_path) == [7, 12]
+    assert storage.steps_in(tmp_path / "none") == []
+
+
+def _hold(path, held, free):
+    with backend(path).lock(path, "the other one"):
+        held.set()
+        free.wait(60)
+        os._exit(9)  # without a word: the lock ends with the process
+
+
+def test_a_lock_is_held_by_one_process_and_ends_with_it(disk, tmp_path):
+    path = tmp_path / "lock"
+    context = multiprocessing.get_context("spawn")
+    held, free = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(path, held, free))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(LockedError, match="the other one"), disk.lock(path, "this one"):
+        raise AssertionError
+    free.set()
+    other.join(60)
+    with disk.lock(path, "this one"):
+        assert path.read_text() == "this one\n"
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(("text", "part"), [("{", "not valid JSON"), ("[]", "holds no dict")])
+def test_damaged_json_is_one_line_with_the_remedy(tmp_path, text, part):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=part) as raised:
+        storage.read_json(path)
+    assert str(path) in str(raised.value)
+    assert "restore it from a copy" in str(raised.value)
+
+
+def test_text_that_utf8_cannot_hold_is_written_all_the_same(tmp_path):
+    storage.write_text(tmp_path / "x", "a\udcffb")
+    assert storage.read_text(tmp_path / "x") == "a?b"
+    storage.write_json(tmp_path / "y", {"a": 1})
+    assert json.loads((tmp_path / "y").read_text()) == {"a": 1}
