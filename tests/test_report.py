@@ -25,9 +25,11 @@ from deit_jax.analysis import predictions
 from deit_jax.analysis.report import page as page_lib
 from deit_jax.analysis.report import single_run, svg_charts
 from deit_jax.cli import analyze
+from deit_jax.cli.flags import write_output
 from deit_jax.data import decode
 from deit_jax.data.sources.base import ArraySource
 from deit_jax.data.sources.registry import open_dataset
+from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
 from deit_jax.train import run as run_lib
 from deit_jax.train.run import train
@@ -267,7 +269,7 @@ def test_page_is_whole_and_its_figures_are_the_runs(run, found):
     assert "finished at step 9 of 9 (epoch 1 of 1)" in said
     assert "all 359 images" in said
     assert ["optim.warmup_epochs", "0.5"] in page.cells
-    assert ["jax", deit_jax.analysis.jax.__version__] in page.cells
+    assert ["jax", jax.__version__] in page.cells
 
 
 def drawn(text, title):
@@ -318,7 +320,7 @@ def test_commands_write_one_file_and_agree(run, found, capsys, few_images, monke
     assert {k: v for k, v in after.items() if k != run} == {
         k: v for k, v in before.items() if k != run
     }
-    monkeypatch.setattr(figures_lib, "analyze", lambda *arguments: asked.append(arguments) or found)
+    monkeypatch.setattr(analyze, "analyze", lambda *words: asked.append(words) or found)
     asked = []
     assert program.main(["analyze", f"--workdir={run}", "--images=20"]) == 0
     assert json.loads(capsys.readouterr().out) == found.figures
@@ -534,11 +536,11 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_not_the_end(run, tmp_path, m
             raise WeightsError("array not found")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(load, "open_model", open_model)
+    monkeypatch.setattr(figures_lib, "open_model", open_model)
     assert figures_lib._open(workdir).run.step == 5
     for place in (workdir / "checkpoints").iterdir():
         place.rename(workdir / f"gone-{place.name}")
-    with pytest.raises(figures_lib.UserError, match="no checkpoint yet"):
+    with pytest.raises(UserError, match="no checkpoint yet"):
         figures_lib._open(workdir)
 
 
@@ -554,7 +556,5 @@ def test_each_mistake_is_one_line(run, tmp_path, capsys):
             error = capsys.readouterr().err.strip()
             assert part in error
             assert len(error.splitlines()) == 1
-    with pytest.raises(
-        figures_lib.UserError, match=r"--out=/nowhere/x: cannot be written \(No such"
-    ):
-        analyze.write("/nowhere/x", "")
+    with pytest.raises(UserError, match=r"--out=/nowhere/x: cannot be written \(No such"):
+        write_output("/nowhere/x", "")

@@ -1,15 +1,12 @@
 """`deit prepare`: images into a TFDS data set, without TensorFlow."""
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from deit_jax.cli.flags import Command, UsageError
 from deit_jax.data.prepare.build import CHECKSUMS, prepare
-
-log = logging.getLogger("deit_jax")
 
 PREPARE_DOC = """usage: deit prepare SRC DST [--max-side=N] [--workers=N] [--name=NAME] [--json]
 

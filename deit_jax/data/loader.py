@@ -1,6 +1,5 @@
 """Batches loaded ahead by threads, in order."""
 
-import logging
 import os
 import sys
 import threading
@@ -9,8 +8,6 @@ from collections.abc import Callable, Iterator
 import cv2
 
 from deit_jax.data.batches import Batch, Batches
-
-log = logging.getLogger("deit_jax")
 
 
 def usable_cores() -> int:

@@ -1,7 +1,6 @@
 """The order of a run's examples and the random numbers of each: a function of (seed, position)."""
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable
 
@@ -11,9 +10,6 @@ import numpy as np
 def whole_steps(epochs: float, steps_per_epoch: int) -> int:
     """Return epochs in steps, at least one."""
     return max(1, math.floor(epochs * steps_per_epoch + 0.5))
-
-
-log = logging.getLogger("deit_jax")
 
 
 @dataclasses.dataclass(frozen=True)

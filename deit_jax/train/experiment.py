@@ -7,7 +7,6 @@ Experiment, or those of its fields that they need.
 import contextlib
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,6 @@ from deit_jax.train.load_teacher import (
 )
 from deit_jax.train.memory import Load
 from deit_jax.train.validate import check_length, check_teacher, validate
-
-log = logging.getLogger("deit_jax")
 
 
 @dataclasses.dataclass(frozen=True)

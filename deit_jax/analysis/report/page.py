@@ -1,6 +1,5 @@
 """One page on one or several runs, for a browser."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -8,8 +7,6 @@ from typing import Any
 from deit_jax.analysis.figures import Analysis
 from deit_jax.analysis.report import comparison, single_run
 from deit_jax.analysis.report.html import Element, document, element
-
-log = logging.getLogger("deit_jax")
 
 STYLE = resources.files("deit_jax.analysis.report").joinpath("style.css").read_text()
 # The page may load nothing, whatever is in it.
