@@ -478,7 +478,7 @@ def test_a_loader_can_be_left_without_holding_up_the_process():
     """Were what is queued still loaded at exit, it would take half a minute."""
     script = """
         import time, numpy as np
-        from deit_jax.data import pipeline
+        from deit_jax.data.loader import load
 
         class Slow:
             blocks = 1
@@ -495,16 +495,16 @@ def test_a_loader_can_be_left_without_holding_up_the_process():
         slow = Slow()
 
         def leave():
-            for batch in pipeline.load(slow, 0, 1000, 2, 200):
+            for batch in load(slow, 0, 1000, 2, 200):
                 if batch["step"] == 1:
                     return
 
         leave()
-        loader = pipeline.load(slow, 0, 1000, 2, 200)
+        loader = load(slow, 0, 1000, 2, 200)
         next(loader)
         loader.close()
         try:
-            list(pipeline.load(slow, 0, 1000, 2, 200))
+            list(load(slow, 0, 1000, 2, 200))
         except ValueError:
             pass
         raise SystemExit(7)
@@ -525,17 +525,19 @@ def test_ctrl_c_ends_a_loader_in_the_middle_of_its_work(tmp_path):
         import signal
 
         from deit_jax.configs import base
-        from deit_jax.data import pipeline
-        from deit_jax.data.sources import open_dataset
+        from deit_jax.data.batches import TrainBatches
+        from deit_jax.data.loader import load
+        from deit_jax.data.order import EpochOrder
+        from deit_jax.data.sources.registry import open_dataset
 
         # Python leaves it ignored where it was, as in what a shell starts in the background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         c = base.get_config()
         c.data.source = "folder:{tmp_path}"
         source = open_dataset(c.data).train
-        order = pipeline.EpochOrder(len(source), 256, 3, 0)
-        batches = pipeline.TrainBatches(source, order, c.augment, 224, range(256))
-        for batch in pipeline.load(batches, 0, 10**6, 4, 8):
+        order = EpochOrder(len(source), 256, 3, 0)
+        batches = TrainBatches(source, order, c.augment, 224, range(256))
+        for batch in load(batches, 0, 10**6, 4, 8):
             print("batch", flush=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from deit_jax.models.build import build_model
+from deit_jax.models.heads import Heads
 from deit_jax.models.preprocess import normalise
 from deit_jax.parallel import sharding
 from deit_jax.step import eval_step, losses
@@ -18,7 +19,7 @@ from deit_jax.step.objective import objective
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import init_state
 from deit_jax.step.teacher import Teacher
-from deit_jax.step.train_step import model_inputs, train_step
+from deit_jax.step.train_step import model_inputs, teacher_targets, train_step
 from deit_jax.train.experiment import settings_of
 from tests.tiny import make_tiny_config
 
@@ -287,7 +288,8 @@ def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind
     teacher, params = make_teacher()
     logits = np.asarray(teacher.logits(params, images))
     expected = logits.argmax(-1) if kind == "hard" else logits
-    np.testing.assert_allclose(told["signal"], expected, atol=1e-5)
-    batch |= sharding.to_devices({"signal": np.asarray(told["signal"])}, mesh, B)
+    np.testing.assert_allclose(told["teacher_target"], expected, atol=1e-5)
+    target = {"teacher_target": np.asarray(told["teacher_target"])}
+    batch |= sharding.to_devices(target, mesh, B)
     replayed, _ = replaying(state, None, batch)
     jax.tree.map(np.testing.assert_array_equal, fused, replayed)

@@ -18,8 +18,8 @@ from deit_jax.workdir.directory import changes
 HOLD = """
 import sys, time
 from pathlib import Path
-from deit_jax import workdir
-with workdir.held(Path(sys.argv[1])):
+from deit_jax.workdir import directory
+with directory.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -64,7 +64,7 @@ class Experiment:
     dtype: Any
     num_classes: int
     teacher: TeacherSpec | None
-    mesh: jax.sharding.Mesh
+    mesh: Any
     order: EpochOrder
     total_steps: int
     schedule: Callable
