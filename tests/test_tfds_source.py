@@ -141,16 +141,17 @@ def test_tfds_needs_no_tensorflow_and_prints_nothing(tfds_dir):
         """
         import sys
         from deit_jax.configs import base
-        from deit_jax.data import decode, sources
+        from deit_jax.data import decode
+        from deit_jax.data.sources.registry import open_dataset
         from deit_jax.errors import UserError
 
         config = base.get_config().data
         config.source, config.dir = "tfds:digits", sys.argv[1]
-        dataset = sources.open_dataset(config)
+        dataset = open_dataset(config)
         decode.decode(dataset.train[0]["image"], "example")
         config.source = "tfds:mnist"
         try:
-            sources.open_dataset(config)
+            open_dataset(config)
         except UserError as error:
             assert "not prepared" in str(error), error
         else:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deit_jax.models.heads import Heads
 from deit_jax.models.registry import create_model
 from deit_jax.step import train_step as train_step_lib
+from deit_jax.step.distill.base import Outputs
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import TrainState
 from deit_jax.step.teacher import Teacher
@@ -36,8 +38,8 @@ CASES = {
 class Recorded(Teacher):
     """A teacher whose parameters are its answers."""
 
-    def logits(self, params, images):
-        return params
+    def outputs(self, params, images, features=False):
+        return Outputs(Heads(params))
 
 
 def make_config(kind, reduction):
