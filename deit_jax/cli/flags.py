@@ -50,10 +50,10 @@ class Command:
     def number(
         self,
         name: str,
-        default: float,
+        default: int | float,
         text: str,
-        low: float | None = None,
-        high: float | None = None,
+        low: int | float | None = None,
+        high: int | float | None = None,
     ) -> None:
         """Define a flag that is a number."""
         flags.DEFINE_float(name, default, text, low, high, flag_values=self.flags)
