@@ -189,7 +189,7 @@ def shear_x(image: Image, factor: float) -> Image:
         rows, (height, 4, 3 * width), (step, 3 * item, item), writeable=False
     )
     total = np.einsum("hk,hkc->hc", taps, taken)
-    sheared = cv2.add(total, _TRUNCATE, dtype=cv2.CV_8U)  # type: ignore[call-overload]  # no scalars
+    sheared = cv2.add(total, _TRUNCATE, dtype=cv2.CV_8U)  # type: ignore[call-overload]  # a scalar
     source = np.arange(width) + 0.5 + shift[:, None]
     inside = (source >= 0) & (source < width)
     return cv2.copyTo(sheared.reshape(image.shape), inside.view(np.uint8), _filled(height, width))
