@@ -34,7 +34,7 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
     def place(tree, model):
         return jax.device_put(tree, sharding.state_shardings(mesh, tree, model))
 
-    results = {"examples": len(dataset.eval)}
+    results: dict[str, Any] = {"examples": len(dataset.eval)}
     variables = place(opened.variables, opened.model)
     evaluator.held = memory.tree_bytes(variables)
     results |= evaluator.model(opened.model, variables)

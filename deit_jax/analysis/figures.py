@@ -63,12 +63,12 @@ def analyze(workdirs: Sequence[str | Path], images: int = IMAGES) -> Analysis:
     What cannot be computed, as without a checkpoint, is None, and the run's `notes` say why. Raise
     UserError if there is no run in one of the directories.
     """
-    workdirs = [Path(w) for w in workdirs]
-    names = records.names(workdirs)
-    for workdir in workdirs:
-        records.config_of(workdir)
-    _leave_accelerator(workdirs)
-    seen = [_run(w, name, images) for w, name in zip(workdirs, names, strict=True)]
+    paths = [Path(w) for w in workdirs]
+    names = records.names(paths)
+    for path in paths:
+        records.config_of(path)
+    _leave_accelerator(paths)
+    seen = [_run(path, name, images) for path, name in zip(paths, names, strict=True)]
     figures = {
         "deit_jax": __version__,
         "generated": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -92,6 +92,8 @@ def _run(workdir: Path, name: str, images: int) -> _Seen:
     seen, notes = _Seen(figures), figures["notes"]
     try:
         opened = _open(workdir)
+        if opened.run is None:
+            raise UserError(f"{workdir}: has weight files besides a run's; move them elsewhere")
         figures["checkpoint_step"] = opened.run.step
         figures |= transformer.learned(opened)
     except UserError as error:
@@ -176,18 +178,18 @@ def disagreement(seen: Sequence[_Seen]) -> dict[str, Any] | None:
 
     None unless all runs that were evaluated saw the same images of the same classes.
     """
-    runs = [s for s in seen if s.said]
-    if not runs or not all(_comparable(runs[0], other) for other in runs[1:]):
+    runs = [(s, s.said) for s in seen if s.said]
+    if not runs or not all(_comparable(runs[0][0], other) for other, _ in runs[1:]):
         return None
     classifiers, labels = [], {}
-    for run in runs:
-        single = "dist" not in run.said.labels  # whose fused prediction is the class head's
+    for run, said in runs:
+        single = "dist" not in said.labels  # whose fused prediction is the class head's
         for head in ("teacher", "cls", "dist", *(() if single else ("fused",))):
-            if head in run.said.labels:
+            if head in said.labels:
                 classifiers.append({"run": run.figures["name"], "head": head})
-                labels[str(len(labels))] = run.said.labels[head]
+                labels[str(len(labels))] = said.labels[head]
     return {
-        "images": len(runs[0].said.numbers),
+        "images": len(runs[0][1].numbers),
         "classifiers": classifiers,
         "percent": (100 * attention.disagreement(labels)).tolist(),
     }
@@ -196,10 +198,13 @@ def disagreement(seen: Sequence[_Seen]) -> dict[str, Any] | None:
 def _comparable(first: _Seen, second: _Seen) -> bool:
     """Return whether two runs answered about the same images, with labels of the same meaning."""
     fields = ("source", "eval_split", "eval_fraction")
+    said, other = first.said, second.said
+    assert said is not None  # `disagreement` asks of no others
+    assert other is not None
     return (
         first.classes == second.classes
-        and np.array_equal(first.said.numbers, second.said.numbers)
-        and np.array_equal(first.said.truth, second.said.truth)
+        and np.array_equal(said.numbers, other.numbers)
+        and np.array_equal(said.truth, other.truth)
         and all(
             first.figures["config"]["data"][k] == second.figures["config"]["data"][k]
             for k in fields

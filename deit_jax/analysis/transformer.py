@@ -26,14 +26,15 @@ def tokens(opened, images: UInt8[np.ndarray, "n H W 3"]) -> dict[str, Any] | Non
     if not isinstance(model, VisionTransformer) or not model.distilled:
         return None
     cosines = _normalising(opened, lambda params, x: _cosines(model, params, x))
-    total, params = 0.0, jax.device_put(params)
+    total: np.ndarray | float = 0.0
+    params = jax.device_put(params)
     for i in range(0, len(images), BATCH):
         part = images[i : i + BATCH]
         total = total + len(part) * np.asarray(cosines(params, part), np.float64)
     return {
         "images": len(images),
         "learned_cosine": analysis.learned_cosine(params),
-        "cosines": (total / len(images)).tolist(),
+        "cosines": np.asarray(total / len(images)).tolist(),
     }
 
 

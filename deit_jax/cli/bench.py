@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     command.boolean("compare", False, "time the step with each kernel of attention")
     command.boolean("json", False, "print one JSON object")
     no_words(command.parse(argv, required=("config",)))
-    config, values = command.config, command.flags
+    config, values = command.required_config(), command.flags
     if values.input_only and (values.profile or values.compare):
         flag = "--profile" if values.profile else "--compare"
         raise UsageError(f"{flag} is of the training step: leave out --input-only")

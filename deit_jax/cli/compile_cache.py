@@ -17,31 +17,31 @@ def enable() -> None:
     A place that cannot be written is no error: compiling takes its time again. To be called once
     the processes of a run have found each other, for it asks for their devices.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return
     # With jaxlib 0.12 a program for several CPU devices that is read back starts its collectives in
     # another order on each of them, and they wait for each other for ever.
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = jax.config.values["jax_compilation_cache_dir"]
     if chosen and "://" in chosen:
         return  # a bucket, which JAX reads and writes itself
-    folder = chosen or "~/.cache"
+    place: str | Path = chosen or "~/.cache"
     try:
-        folder = Path(chosen) if chosen else default_folder()
+        place = folder = Path(chosen) if chosen else default_folder()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         jax.config.update("jax_enable_compilation_cache", False)
         reason = getattr(error, "strerror", None) or error
-        log.warning("%s: compiled programs are not kept (%s)", folder, reason)
+        log.warning("%s: compiled programs are not kept (%s)", place, reason)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def default_folder() -> Path:
     """Return where programs are kept if nobody says otherwise; RuntimeError without a home."""
-    base = os.environ.get("XDG_CACHE_HOME")  # which counts only if it is absolute
-    base = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
+    named = os.environ.get("XDG_CACHE_HOME")  # which counts only if it is absolute
+    base = Path(named) if named and Path(named).is_absolute() else Path.home() / ".cache"
     return base / "deit_jax" / "xla"

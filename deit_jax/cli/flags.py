@@ -100,7 +100,7 @@ class Command:
             )
         for name in required:
             if getattr(self.flags, name) in (None, ""):
-                raise UsageError(f"--{name}=… is missing; see `deit {self._name} --help`")
+                raise UsageError(self._missing(name))
         return rest
 
     @staticmethod
@@ -112,6 +112,15 @@ class Command:
     def config(self) -> ConfigDict | None:
         """The config that --config names, with its changes; None if it was not given."""
         return self.flags.config
+
+    def required_config(self) -> ConfigDict:
+        """Return the config that --config names; raise UsageError if it was not given."""
+        if (config := self.config) is None:
+            raise UsageError(self._missing("config"))
+        return config
+
+    def _missing(self, name: str) -> str:
+        return f"--{name}=… is missing; see `deit {self._name} --help`"
 
 
 def add_process_flags(command) -> None:

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     command.integer("step", 0, "a training step, counted from 0", 0)
     command.boolean("json", False, "print the labels as JSON")
     no_words(command.parse(argv, required=("config", "out")))
-    config, values = command.config, command.flags
+    config, values = command.required_config(), command.flags
     validate(config, num_devices=1)
     dataset = open_dataset(config.data)
     size = (len(dataset.classes), len(dataset.train))

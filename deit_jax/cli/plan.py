@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     command.string("out", "", "write the figures to this JSON file")
     command.boolean("json", False, "print one JSON object")
     no_words(command.parse(argv, required=("config", "topology")))
-    values, config = command.flags, command.config
+    values, config = command.flags, command.required_config()
     jax.config.update("jax_platforms", "cpu")  # compiling needs no device, and must take none
     experiment = planned(config, values.topology, values.classes, values.images)
     result = plan(experiment, values.topology)

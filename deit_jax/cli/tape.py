@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     for name in ("config", "workdir"):
         if options[name].value in (None, ""):
             raise UsageError(f"--{name}=… is missing; see `deit tape --help`")
-    config = command.config
+    config = command.required_config()
     with config.unlocked():
         config.teacher.tape = "record"
         if options.tape:

@@ -39,14 +39,14 @@ def main(argv: list[str]) -> None:
         _train(options, command, again)
 
 
-def _train(options, command, again: bool) -> None:
+def _train(options, command: Command, again: bool) -> None:
     if again:
         if options["config"].value is not None:
             raise UsageError("--reproduce takes the config from the run: leave out --config")
         config = directory.recorded_config(Path(options.reproduce))
         workdir = Path(options.workdir or f"{options.reproduce.rstrip('/')}-reproduced")
     else:
-        config, workdir = command.config, Path(options.workdir)
+        config, workdir = command.required_config(), Path(options.workdir)
     if options.replay_step is not None:
         dumped = dump_step(*prepare(config, workdir), workdir, options.replay_step)
         print(f"step {options.replay_step}: {dumped}")

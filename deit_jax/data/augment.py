@@ -173,7 +173,7 @@ def parse_rand_augment(spec: str) -> RandAugment:
         raise ValueError(f"p in {spec!r} must be a probability, at most 1")
     std = math.inf if values["mstd"] > 100 else values["mstd"]
     names = INCREASING_OPS if values["inc"] else ORIGINAL_OPS
-    return RandAugment(names, values["m"], std, values["n"], values["p"])
+    return RandAugment(names, values["m"], std, int(values["n"]), values["p"])
 
 
 def make_augment(spec: str, color_jitter: float = 0.0) -> Augment:

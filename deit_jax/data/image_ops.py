@@ -87,8 +87,8 @@ def grayscale(image: Image) -> Image:
 
 def _blend_constant(image: Image, constant: int, factor: float) -> Image:
     """Move away from a constant colour; in Pillow's float32, so that the bytes are the same."""
-    constant, factor = np.float32(constant), np.float32(factor)
-    table = constant + factor * (np.arange(256, dtype=np.float32) - constant)
+    base, scale = np.float32(constant), np.float32(factor)
+    table = base + scale * (np.arange(256, dtype=np.float32) - base)
     return _lookup(image, np.clip(table, 0, 255))
 
 
@@ -189,7 +189,7 @@ def shear_x(image: Image, factor: float) -> Image:
         rows, (height, 4, 3 * width), (step, 3 * item, item), writeable=False
     )
     total = np.einsum("hk,hkc->hc", taps, taken)
-    sheared = cv2.add(total, _TRUNCATE, dtype=cv2.CV_8U)
+    sheared = cv2.add(total, _TRUNCATE, dtype=cv2.CV_8U)  # type: ignore[call-overload]  # a scalar
     source = np.arange(width) + 0.5 + shift[:, None]
     inside = (source >= 0) & (source < width)
     return cv2.copyTo(sheared.reshape(image.shape), inside.view(np.uint8), _filled(height, width))
@@ -213,9 +213,8 @@ def rotate(image: Image, degrees: float) -> Image:
     x = np.arange(width) + 0.5 - width / 2
     y = (np.arange(height) + 0.5 - height / 2)[:, None]
     # The part of a position that is the column's and the part that is the row's.
-    columns = (cos * x + (width / 2 - 0.5), sin * x + (height / 2 - 0.5))
-    rows = (-sin * y, cos * y)
-    columns, rows = np.array(columns, np.float32), np.array(rows, np.float32)
+    columns = np.array((cos * x + (width / 2 - 0.5), sin * x + (height / 2 - 0.5)), np.float32)
+    rows = np.array((-sin * y, cos * y), np.float32)
     pixels, out = image.astype(np.float32), _filled(height, width)
     for block in _blocks(height):
         map_x, map_y = columns[0] + rows[0, block], columns[1] + rows[1, block]

@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import cv2
 
@@ -40,7 +40,9 @@ class _Memory:
         return dict(self._batches[-1])
 
 
-def load(batches: Batches, start: int, stop: int, threads: int, prefetch: int) -> Iterator[Batch]:
+def load(
+    batches: Batches, start: int, stop: int, threads: int, prefetch: int
+) -> Generator[Batch, None, None]:
     """Iterate over batches start … stop - 1 in order, loaded ahead by threads.
 
     The arrays of a batch may be used for a later one once nothing refers to them.

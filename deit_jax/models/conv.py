@@ -130,7 +130,7 @@ def fold_batch_norm(variables: Mapping[str, Any], model: nn.Module) -> dict[str,
 def _fold(params: Mapping[str, Any], stats: Mapping[str, Any], model) -> dict[str, Any]:
     norms = sorted(name for name in stats if "mean" in stats[name])
     convs = _convs_before(params, norms, model.fold_orders)
-    folded = {}
+    folded: dict[str, Any] = {}
     for name, value in params.items():
         if name in convs:
             norm = convs[name]

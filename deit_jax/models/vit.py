@@ -153,7 +153,7 @@ def drop_path_scales(
 class LayerScale(nn.Module):
     """Multiply every channel by a learned factor (DeiT III)."""
 
-    init: float
+    init: float  # type: ignore[assignment]  # takes the place of Module.init, which nobody calls
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:

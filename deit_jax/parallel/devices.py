@@ -25,5 +25,5 @@ def peak_bytes(devices: Iterable) -> int | None:
 
 def bytes_limit(devices: Iterable) -> int | None:
     """Return how much JAX may use of the smallest device, None if one does not tell."""
-    limits = [memory_stats(device).get("bytes_limit") for device in devices]
+    limits = [memory_stats(device).get("bytes_limit") or 0 for device in devices]
     return min(limits, default=None) if all(limits) else None

@@ -89,6 +89,7 @@ def ending_all():
 def _end_with_others(done: threading.Event) -> None:
     """Watch for another process's failure until `done`; then say why and end this one."""
     client = jax_distributed.global_state.client
+    assert client is not None  # `joined` has connected this process
     # Asked for again and again: a call that waits could not be ended before the interpreter is.
     while not done.wait(WATCH_S):
         try:

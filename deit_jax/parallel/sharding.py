@@ -6,8 +6,9 @@ multi-slice TPU job are joined by "data" alone, whose traffic a data-center netw
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -118,7 +119,9 @@ def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> list[
     process, and processes along tensor hold the same rows.
     """
     process = jax.process_index() if process is None else process
-    places = batch_sharding(mesh).devices_indices_map((batch_size,))
+    sharding = batch_sharding(mesh)
+    # Any: jaxlib says nothing of the types of devices.
+    places: Mapping[Any, tuple[slice, ...]] = sharding.devices_indices_map((batch_size,))
     ranges = {
         index[0].indices(batch_size)[:2]
         for device, index in places.items()

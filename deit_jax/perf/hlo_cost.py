@@ -110,7 +110,9 @@ def shape_bytes(shape: str) -> int:
     for dtype, dims in _ARRAY.findall(shape):
         bits = _BITS.get(dtype)
         if bits is None:
-            bits = int(re.search(r"\d+", dtype)[0])
+            width = re.search(r"\d+", dtype)
+            assert width is not None  # _ARRAY asks for digits in it
+            bits = int(width[0])
         total += math.prod(int(n) for n in dims.split(",") if n) * bits // 8
     return total
 
@@ -151,7 +153,7 @@ def _trip_count(loop: _Instruction, around, computations) -> int | None:
     added = body.get(after.operands[position])
     steps = [_constant(body.get(n), body) for n in added.operands] if added else []
     step = next((s for s in steps if s), None)
-    if start is None or step is None or added.opcode != "add":
+    if start is None or step is None or added is None or added.opcode != "add":
         return None
     return max(0, -(-(stop - start) // step))
 

@@ -59,7 +59,9 @@ def devices_of(topology: str, slices: int) -> list:
     os.environ["TPU_SKIP_MDS_QUERY"] = os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     from jax.experimental import topologies
 
-    options = {"chip_config_name": CHIPS[kind].config} if CHIPS[kind].config != "default" else {}
+    options: dict[str, Any] = {}
+    if CHIPS[kind].config != "default":
+        options["chip_config_name"] = CHIPS[kind].config
     if slices > 1:
         options["num_slices"] = slices
     if chips == 1:
@@ -191,8 +193,10 @@ def memory(compiled, arguments, needed: int | None, chip) -> dict[str, Any]:
 
 def speed(experiment: Experiment, compiled, chip, chips: int) -> dict[str, Any]:
     """Return operations, communication and estimated times of one step and of the whole run."""
-    keys = ("flops_per_step", "collectives", "collective_counts", "estimated_cycles")
-    keys += ("estimated_step_ms", "images_per_second_per_chip", "mfu", "hours", "not_estimated")
+    keys = [
+        *("flops_per_step", "collectives", "collective_counts", "estimated_cycles"),
+        *("estimated_step_ms", "images_per_second_per_chip", "mfu", "hours", "not_estimated"),
+    ]
     batch_size, steps = experiment.batch_size, experiment.total_steps
     micro_batches = experiment.settings.micro_batches
     analytic = flops_per_image(experiment) * batch_size

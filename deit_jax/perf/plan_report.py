@@ -45,12 +45,14 @@ def memory_line(sizes: dict[str, int | None], fits: bool) -> str:
     """Return the bytes of a chip and the verdict."""
     names = (("arguments", "argument"), ("temporaries", "temp"), ("peak", "peak"))
     found = [
-        f"{name} {sizes[f'{key}_bytes'] / GIB:.2f} GiB"
+        f"{name} {size / GIB:.2f} GiB"
         for name, key in names
-        if sizes[f"{key}_bytes"] is not None
+        if (size := sizes[f"{key}_bytes"]) is not None
     ]
+    whole = sizes["hbm_bytes"]
+    assert whole is not None  # the table of chips has it
     verdict = "fits" if fits else "DOES NOT FIT"
-    return f"{', '.join(found)} of {sizes['hbm_bytes'] / GIB:.2f} GiB: {verdict}"
+    return f"{', '.join(found)} of {whole / GIB:.2f} GiB: {verdict}"
 
 
 def advice(result: dict[str, Any], alternatives: list[str]) -> str:

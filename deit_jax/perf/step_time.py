@@ -199,9 +199,10 @@ def input_wait(experiment: Experiment, batches, step, seconds: float) -> tuple[f
                 if number >= 5 and time.perf_counter() - began >= seconds:
                     return waited / (time.perf_counter() - began), ""
                 asked = time.perf_counter()
-                batch = next(loader)
+                read = next(loader)
                 waited += time.perf_counter() - asked
-                batch = experiment.on_devices(batch | stand_in(experiment, batch["label"]))
+                batch = experiment.on_devices(read | stand_in(experiment, read["label"]))
+                del read  # or its memory would not be free while the next is loaded
                 in_flight, before = step(batch), in_flight
                 jax.block_until_ready(before)
     except UserError as error:
@@ -214,7 +215,7 @@ def figures(experiment: Experiment, times: list[float]) -> dict[str, Any]:
     tenth, median, ninetieth = np.percentile(times, (10, 50, 90)).tolist()
     kind = jax.devices()[0].device_kind
     flops = flops_per_image(experiment) * experiment.batch_size
-    chip = CHIPS.get(device_of(kind))
+    chip = CHIPS.get(device_of(kind) or "")
     # JAX's devices are whole chips but for tpu7x, of which it makes two.
     peak = chip and chip.peak_tflops / chip.devices
     return {

@@ -166,8 +166,8 @@ def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
-        new = {"params": params, "batch_stats": stats}
-        ema = optax.incremental_update(new, ema, 1.0 - ema_decay)
+        averaged = {"params": params, "batch_stats": stats}
+        ema = optax.incremental_update(averaged, ema, 1.0 - ema_decay)
 
     def keep(new, old):
         if isinstance(new, optax.ScaleByScheduleState):  # the learning rate follows the step
@@ -175,7 +175,7 @@ def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
         return jnp.where(good, new, old)
 
     new, old = (params, stats, opt_state, ema), (state.params, state.batch_stats)
-    kept = jax.tree.map(
+    params, stats, opt_state, ema = jax.tree.map(
         keep,
         new,
         (*old, state.opt_state, state.ema),
@@ -183,7 +183,7 @@ def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
     )
     health, watched = update_health(state.health, metrics["loss"], good)
     metrics = {**metrics, "grad_norm": norm, **watched}
-    return TrainState(state.step + 1, *kept, health), metrics
+    return TrainState(state.step + 1, params, stats, opt_state, ema, health), metrics
 
 
 def apply_train(

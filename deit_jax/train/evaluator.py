@@ -34,7 +34,8 @@ class Evaluator:
         self._batches = EvalBatches(source, batch_size, image_size, data.eval_crop_ratio, rows)
         self.image_size, self._batch_size = image_size, batch_size
         self._data, self._mesh, self._examples = data, mesh, len(source)
-        self._stopping, self._few, self.held = stopping, None, 0
+        self._stopping, self.held = stopping, 0
+        self._few: jax.Array | None = None  # the first images, once they were met
         self._share = batch_size // (mesh.size // mesh.shape["tensor"])
 
     @functools.cached_property
@@ -99,8 +100,9 @@ class Evaluator:
             self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
         )
         with contextlib.closing(loader):
-            for batch in loader:
-                batch = sharding.to_devices(batch, self._mesh, self._batch_size)
+            for read in loader:
+                batch = sharding.to_devices(read, self._mesh, self._batch_size)
+                del read  # or its memory would not be free while the next is loaded
                 if self._few is None:
                     self._few = self._first_images(batch["image"])
                 counts = count(batch=batch)

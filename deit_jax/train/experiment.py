@@ -7,7 +7,7 @@ Experiment, or those of its fields that they need.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from deit_jax.data.batches import TrainBatches
+from deit_jax.data.batches import Batch, Batches, TrainBatches
 from deit_jax.data.decoders import choose
-from deit_jax.data.loader import Batches, load
+from deit_jax.data.loader import load
 from deit_jax.data.order import EpochOrder, whole_steps
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.registry import open_dataset
@@ -102,7 +102,7 @@ class Experiment:
             self.data.skip_unreadable,
         )
 
-    def loaded(self, batches: Batches, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    def loaded(self, batches: Batches, start: int, stop: int) -> Generator[Batch, None, None]:
         """Iterate over batches start … stop - 1, loaded ahead as the config says."""
         return load(batches, start, stop, self.data.threads, self.data.prefetch_batches)
 

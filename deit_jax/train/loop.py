@@ -18,6 +18,7 @@ from deit_jax.errors import Interrupted, UserError
 from deit_jax.parallel import processes
 from deit_jax.parallel.signals import StopRequest
 from deit_jax.step.state import EXTRAS
+from deit_jax.step.teacher import Teacher
 from deit_jax.train import divergence, memory
 from deit_jax.train.evaluator import NAMES, Evaluator
 from deit_jax.train.experiment import Experiment
@@ -93,7 +94,8 @@ class Trainer:
         if compiled and (self.teacher or not needed):
             return
         self._given = teacher
-        self.teacher, params = needed or (None, None)
+        network, params = needed or (None, None)
+        self.teacher: Teacher | None = network
         model = getattr(self.teacher, "model", None)
         self.teacher_params = self.experiment.place(params, model)
         self.evaluator.held = memory.tree_bytes((self.state, self.teacher_params))
@@ -147,9 +149,10 @@ class Trainer:
         with contextlib.closing(loader):
             for step in range(start + 1, self.total_steps + 1):
                 began = time.perf_counter()
-                batch = next(loader)
+                read = next(loader)
                 meter.waited(time.perf_counter() - began)
-                batch = self.on_devices(batch, step - 1)
+                batch = self.on_devices(read, step - 1)
+                del read  # or its memory would not be free while the next is loaded
                 self.state, values = self.step(self.state, self.teacher_params, batch)
                 stopping = self.stop.agreed(self.experiment.mesh)
                 # Step n's metrics are fetched while step n + 1 runs: the device never waits.
@@ -257,7 +260,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Return the accuracy of the weights and, if there is one, of their moving average."""
-        results = {"examples": len(self.dataset.eval)}
+        results: dict[str, Any] = {"examples": len(self.dataset.eval)}
         results |= self.evaluator.model(self.experiment.model, self.state.variables)
         if self.state.ema is not None:
             results["ema"] = self.evaluator.model(self.experiment.model, self.state.ema)

@@ -27,7 +27,7 @@ def draw(trainer, results: dict[str, Any], path: Path) -> None:
     Every process of the run must call this, since all of them compute the answers; one writes.
     """
     figure = plt.figure(figsize=(16, 7.5), layout="constrained")
-    curves, grid = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    curves, grid = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.6))[0]
     _draw_curves(curves.subplots(2, 1, sharex=True), trainer.workdir, results)
     _draw_grid(grid, trainer)
     figure.suptitle(f"{trainer.experiment.name} on {trainer.experiment.data.source}")

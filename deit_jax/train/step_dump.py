@@ -54,8 +54,8 @@ def dump(trainer: Trainer, number: int) -> Path:
     before = trainer.go_back(number - 1)
     batches = trainer.batches()
     for step in range(before, number - 1):
-        batch = trainer.on_devices(batches(step), step)
-        trainer.state, _ = trainer.step(trainer.state, trainer.teacher_params, batch)
+        placed = trainer.on_devices(batches(step), step)
+        trainer.state, _ = trainer.step(trainer.state, trainer.teacher_params, placed)
     batch = batches(number - 1)
     placed = trainer.on_devices(batch, number - 1)
     inputs, norms = jax.device_get(_look(trainer, placed))

@@ -65,6 +65,8 @@ def load(
     if weights is not None:
         opened = load_variables(weights, name, num_classes, image_size, head)
         return folded(opened.model, opened.variables)
+    if name is None:
+        raise WeightsError("neither a model's name nor weights; give one")
     model = registry.create_model(name, 1000 if num_classes is None else num_classes)
     if image_size is not None and hasattr(model, "image_size"):
         model = model.clone(image_size=image_size)
@@ -221,8 +223,8 @@ def _identify(flat, metadata: Metadata, model, default) -> tuple[str, dict[str, 
             raise ValueError(f"may be {' or '.join(names)}; say which with --model")
         name, overrides = (names[0], {}) if names else _described(default)
     if name is None:
-        fields = ", ".join(f"{k}={v}" for k, v in torch_names.transformer_fields(flat).items())
-        raise ValueError(f"no registered model has these shapes ({fields}); name one with --model")
+        told = ", ".join(f"{k}={v}" for k, v in torch_names.transformer_fields(flat).items())
+        raise ValueError(f"no registered model has these shapes ({told}); name one with --model")
     if name == metadata.name:
         overrides = dict(metadata.overrides)
     if "grid" in (fields := torch_names.transformer_fields(flat)):

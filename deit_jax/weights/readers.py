@@ -12,6 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -239,7 +240,7 @@ _GLOBALS = {
 class _Unpickler(pickle._Unpickler):
     """Build a tree of dicts, lists, scalars and unread tensors; call nothing else."""
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, stream):
         super().__init__(stream, encoding="utf-8")

@@ -128,5 +128,5 @@ class Meter:
         """Return the rates since the last reading and begin anew."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         rates = {"images_per_second": self._images / elapsed, "input_wait": self._wait / elapsed}
-        self.__init__()
+        self._start, self._images, self._wait = time.perf_counter(), 0, 0.0
         return rates

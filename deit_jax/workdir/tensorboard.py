@@ -15,7 +15,8 @@ class Board:
     """Write TensorBoard's files, without the threads of its own writer, and never stop for them."""
 
     def __init__(self, directory: Path, purge_step: int):
-        self._directory, self._writer = directory, None
+        self._directory = directory
+        self._writer: EventsWriter | None = None
         self._add(Event(step=purge_step, file_version="brain.Event:2", wall_time=time.time()))
         # Tells TensorBoard to drop what an earlier attempt wrote from this step on.
         start = SessionLog(status=SessionLog.START)

@@ -62,9 +62,11 @@ def _contents(sections: Sequence[Element]) -> Element:
         heading = section[0]
         link = element("a", heading.text, href=f"#{section.get('id')}")
         if heading.tag == "h3":
-            if items[-1].find("ul") is None:
-                items[-1].append(element("ul"))
-            items[-1].find("ul").append(element("li", link))
+            below = items[-1].find("ul")
+            if below is None:
+                below = element("ul")
+                items[-1].append(below)
+            below.append(element("li", link))
         else:
             items.append(element("li", link))
     return element("nav", element("ul", items), aria_label="contents")

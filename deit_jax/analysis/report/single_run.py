@@ -112,7 +112,7 @@ def _photograph(pixels: np.ndarray, text: str) -> Element:
     return element("img", src=html.photograph(pixels), alt=text, class_=small)
 
 
-def tokens(run: Run) -> list[Element]:
+def tokens(run: Run) -> list[Element | None]:
     """Return the cosine of the two tokens, layer by layer."""
     found = run["tokens"]
     cosines = found["cosines"]

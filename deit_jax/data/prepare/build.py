@@ -140,20 +140,21 @@ def _results(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any
             yield job, write_shard(job)
         return
     context = multiprocessing.get_context("spawn")  # forking a process with threads may hang
-    waiting, failed = iter(jobs), None
+    waiting = iter(jobs)
+    failed: BaseException | None = None
     with ProcessPoolExecutor(workers, context) as pool:
         in_hand: dict[Future, Job] = {}
         while True:
             with _no_interrupts():  # inherited by the processes that this starts
-                while failed is None and len(in_hand) < workers and (job := next(waiting, None)):
-                    in_hand[pool.submit(write_shard, job)] = job
+                while failed is None and len(in_hand) < workers and (new := next(waiting, None)):
+                    in_hand[pool.submit(write_shard, new)] = new
             if not in_hand:
                 break
             try:
                 done, _ = wait(in_hand, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt as error:
+            except KeyboardInterrupt as interrupt:
                 log.info("finishing the %d shards in hand", len(in_hand))
-                failed = failed or error
+                failed = failed or interrupt
                 continue
             for future in done:
                 job = in_hand.pop(future)

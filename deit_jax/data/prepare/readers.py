@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ class Plan:
     name: str
     version: str
     classes: list[str]
-    splits: dict[str, list[FileShard] | list[ParquetShard]]
+    splits: Mapping[str, Sequence[FileShard | ParquetShard]]
 
 
 def make_plan(root: Path, eval_fraction: float) -> Plan:
@@ -199,18 +199,18 @@ def _plan_ilsvrc(root: Path) -> Plan:
 def _validation_wnids(root: Path) -> list[str]:
     """Return the classes of ILSVRC2012_val_00000001, …: the devkit's, or else TFDS's copy."""
     files = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
-    opened = [_devkit_file(root, name) for name in files]
-    if not all(opened):
+    numbers, meta = (_devkit_file(root, name) for name in files)
+    if not (numbers and meta):
         return imagenet_list("validation_labels")
     import io
 
     import scipy.io
 
     try:
-        synsets = scipy.io.loadmat(io.BytesIO(opened[1]), squeeze_me=True)["synsets"]
+        synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         # Leaves are the classes; ILSVRC2012_ID is the number that the ground truth uses.
         wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if not s["num_children"]}
-        truth = [wnids[int(line)] for line in opened[0].split()]
+        truth = [wnids[int(line)] for line in numbers.split()]
     except (KeyError, ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"{root / DEVKIT}: not as published ({_line(error)})") from error
     unknown = set(truth) - set(imagenet_list("labels"))
@@ -227,7 +227,10 @@ def _devkit_file(root: Path, name: str) -> bytes | None:
             return extracted.read_bytes()
         if archive.exists():
             with tarfile.open(archive) as tar:
-                return tar.extractfile(f"{DEVKIT}/data/{name}").read()
+                file = tar.extractfile(f"{DEVKIT}/data/{name}")
+                if file is None:
+                    raise KeyError(f"{name} is no file")
+                return file.read()
     except (OSError, EOFError, KeyError, tarfile.TarError) as error:
         raise UserError(f"{archive}: cannot be read ({_line(error)})") from error
     return None

@@ -116,7 +116,8 @@ def fit(data: bytes, max_side: int) -> bytes:
     Smaller ones are JPEG of quality 95, scaled bicubically with antialias. Raise OSError,
     ValueError or SyntaxError if the image's header cannot be read.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as file:
+        image: Image.Image = file
         if not max_side or max(image.size) <= max_side or image.mode in DEEP_MODES:
             return data
         kept = {k: image.info[k] for k in ("exif", "icc_profile") if image.info.get(k)}
@@ -126,8 +127,8 @@ def fit(data: bytes, max_side: int) -> bytes:
             image = image.convert("RGBA") if image.mode == "P" else image
             image = image.convert("RGB")
         scale = max_side / max(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
         small = io.BytesIO()
-        resized = image.resize(size, Image.Resampling.BICUBIC)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
         resized.save(small, "jpeg", quality=95, optimize=True, **kept)
         return small.getvalue()

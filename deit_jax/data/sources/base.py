@@ -62,7 +62,7 @@ class ArraySource:
         return f"{self._name} example {index}"
 
 
-class PackedStrings(Sequence):
+class PackedStrings(Sequence[str]):
     """Many strings in one block of bytes, each up to one of `ends`: little memory, no copies."""
 
     def __init__(self, strings: Iterable[str] = ()):
@@ -82,7 +82,7 @@ class PackedStrings(Sequence):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # nobody takes a slice
         index = range(len(self))[index]
         start = int(self.ends[index - 1]) if index else 0
         return os.fsdecode(self.block[start : int(self.ends[index])])
@@ -96,6 +96,8 @@ class Subset:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
+        if not isinstance(self._source, Labelled):
+            raise AttributeError("labels")  # as that source would
         return self._source.labels[self._indices]
 
     def __len__(self) -> int:

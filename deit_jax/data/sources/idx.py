@@ -51,7 +51,8 @@ def open_idx(name: str, folder: str) -> Dataset:
         if labels.max() >= len(classes):
             raise UserError(f"{path}: label {labels.max()}; {name} has {len(classes)} classes")
         parts.append(ArraySource(f"{name} {part}", images, labels.astype(np.int32)))
-    return Dataset(*parts, list(classes))
+    train, held = parts
+    return Dataset(train, held, list(classes))
 
 
 def _find(name: str, root: Path, file: str) -> Path:

@@ -35,7 +35,8 @@ def _members(file: BinaryIO, start: int, stop: int) -> Iterator[Member]:
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # it would keep every header in memory
+            # It would keep every header in memory.
+            tar.members.clear()  # type: ignore[attr-defined]  # which typeshed leaves out
             if info.offset_data >= stop:
                 return
             if info.offset_data + info.size > stop:

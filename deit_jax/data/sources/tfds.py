@@ -82,7 +82,8 @@ def open_tfds(name: str, data) -> Dataset:
             ) from error
         splits.append(TfdsSource(f"tfds:{name}", split, data_source, keys))
     allow_open_files(sum(info.num_shards for info in builder.info.splits.values()))
-    return Dataset(*splits, list(features[keys[1]].names))
+    train, held = splits
+    return Dataset(train, held, list(features[keys[1]].names))
 
 
 def allow_open_files(count: int) -> None:

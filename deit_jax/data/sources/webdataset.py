@@ -71,8 +71,8 @@ def open_wds(root: Path, eval_fraction: float) -> Dataset:
     if not held:
         return Dataset(*hold_out(source, eval_fraction), classes)
     is_train = index.rows["tar"] < len(train)
-    parts = (Subset(source, np.flatnonzero(mask)) for mask in (is_train, ~is_train))
-    return Dataset(*parts, classes)
+    kept, others = (Subset(source, np.flatnonzero(mask)) for mask in (is_train, ~is_train))
+    return Dataset(kept, others, classes)
 
 
 def split_by_name(paths: list[Path], root: Path) -> tuple[list[Path], list[Path]]:

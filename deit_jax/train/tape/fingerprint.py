@@ -22,9 +22,11 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     `teacher` is what load_teacher returns, None without one: its fields are then None.
     """
     flat = flatten(to_json(experiment.config))
-    names = ("seed", "batch_size", "distill.kind", "data.source", "data.train_split")
-    names += ("data.decoder", "data.mean", "data.std")
-    names += tuple(k for k in flat if k.startswith(("augment.", "mixing.")))
+    names = [
+        *("seed", "batch_size", "distill.kind", "data.source", "data.train_split"),
+        *("data.decoder", "data.mean", "data.std"),
+        *(k for k in flat if k.startswith(("augment.", "mixing."))),
+    ]
     labels = getattr(dataset.train, "labels", None)  # TFDS's are not known without reading all
     found = {name: flat[name] for name in names} | {
         "views": VIEWS,

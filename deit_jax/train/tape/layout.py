@@ -46,5 +46,5 @@ def checksum(parts: dict[str, np.ndarray]) -> int:
     """Return the CRC-32 of one step's arrays, in the order of their names."""
     crc = 0
     for name in sorted(parts):
-        crc = zlib.crc32(np.ascontiguousarray(parts[name]), crc)
+        crc = zlib.crc32(parts[name].tobytes(), crc)
     return crc

@@ -70,6 +70,7 @@ class TapeRecorder(NoTape):
     def holes(self, start: int, stop: int) -> np.ndarray:
         """Return the steps start … stop - 1 that are not recorded; all processes know of them."""
         if jax.process_count() == 1:
+            assert self._tape is not None  # the only process writes
             return self._tape.holes(start, stop, self._rollbacks)
         missing = np.zeros(stop - start, bool)
         if self._tape is not None:
@@ -94,6 +95,7 @@ class TapeRecorder(NoTape):
         steps = sorted(self._buffer)
         if not steps:
             return
+        assert self._tape is not None  # or `record` would have kept nothing
         for run in np.split(steps, np.flatnonzero(np.diff(steps) != 1) + 1):
             rows = [self._buffer[int(step)] for step in run]
             parts = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

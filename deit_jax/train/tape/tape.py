@@ -64,10 +64,11 @@ class Tape:
             raise UserError(f"{file}: not a label tape of format {FORMAT}; {REMEDY}")
         numbers = (given.get("batch_size"), given.get("data.num_classes"), content.get("top_k"))
         fine = all(type(n) is int and n > 0 for n in numbers)
-        kind = DISTILLATIONS.get(given.get("distill.kind"))
+        kind = DISTILLATIONS.get(given.get("distill.kind", ""))
         if not fine or kind is None or kind.tape is None:
             raise UserError(f"{file}: says no kind, batch, classes or top_k; {REMEDY}")
-        return cls(path, Layout(given["distill.kind"], *numbers), given)
+        size = given["batch_size"], given["data.num_classes"], content["top_k"]
+        return cls(path, Layout(given["distill.kind"], *size), given)
 
     @classmethod
     def create(cls, path: Path, layout: Layout, given: dict[str, Any], steps: int) -> "Tape":

@@ -19,9 +19,10 @@ def write_run(opened: LoadedWeights, workdir: Path) -> None:
     backend(workdir).make_folder(workdir)
     write_json(workdir / "classes.json", opened.classes)
     write_json(workdir / "config.json", to_json(config))
-    params, stats = opened.variables["params"], opened.variables["batch_stats"]
+    variables = opened.variables
+    params, stats = jax.device_get((variables["params"], variables["batch_stats"]))
     saver = Checkpointer(workdir, keep=1)
-    saver.save(0, TrainState(np.int32(0), *jax.device_get((params, stats)), (), None), None)
+    saver.save(0, TrainState(np.int32(0), params, stats, (), None), None)
     saver.close()
 
 
