@@ -1,5 +1,8 @@
 # make quickstart   train a teacher and a distilled DeiT on real images, and look at the result
-# make test         lint and test everything
+# make check        lint, types and the tests of single functions: what to run at every change
+# make test         lint, types and all tests but the dear ones
+# make test-slow    those: whole runs that are killed, several processes, TPU compilations
+# make test-all     both
 # Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses the interpreter;
 # TEST_TORCH=0 leaves out PyTorch, timm and transformers, the references of the parity tests;
 # TEST_TPU=0 the tests that compile for TPUs.
@@ -16,13 +19,33 @@ TORCH = torch==2.13.0
 # torchvision and timm name torch as a dependency; --no-deps keeps them from replacing it.
 TORCH_PEERS = torchvision==0.28.0 timm==1.0.31
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart check test test-slow test-all lint types clean
 
 quickstart: .venv/installed
 	$(BIN)/deit train --config=configs/quickstart.py --workdir="$(WORKDIR)"
 
-test: .venv/installed-test .venv/installed-torch-$(TEST_TORCH) lint
-	TEST_TORCH=$(TEST_TORCH) $(BIN)/python -m pytest -n 2
+# Whole files go to one process, as their tests share runs and compiled programs.
+PYTEST = TEST_TORCH=$(TEST_TORCH) $(BIN)/python -m pytest
+INSTALLED = .venv/installed-test .venv/installed-torch-$(TEST_TORCH)
+
+# What has a test of its own for every function, and trains nothing.
+QUICK = $(patsubst %,tests/test_%.py,attention augment config_files distributed hlo idx_source losses \
+	mixing noise optim originals pixels pos_embed sources storage style trajectory wds_source \
+	workdir)
+
+check: $(INSTALLED) lint types
+	$(PYTEST) $(QUICK)
+
+test: $(INSTALLED) lint types
+	$(PYTEST) -n 2 --dist loadfile
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -n 2 --dist loadfile -m "slow and not long"
+
+test-all: test test-slow
+
+types: .venv/installed-test
+	$(BIN)/mypy
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

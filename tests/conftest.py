@@ -22,7 +22,17 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import pytest
 
+from tests import programs
 from tests.tiny import make_tiny_config
+
+if os.environ.get("TEST_GPU") != "1":
+    programs.compile_once()
+
+
+@pytest.fixture(autouse=True)
+def _bounded_memory():
+    yield
+    programs.bound_memory()
 
 
 @pytest.fixture

@@ -124,6 +124,7 @@ def trained(before, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(trained, facts):
     exact = same_machine(facts)
     assert_same_course(trained / "run/metrics.jsonl", trained / "metrics.jsonl", exact)
@@ -136,6 +137,7 @@ def test_a_run_that_was_killed_goes_on(trained, facts):
     assert results["examples"] == facts["results"]["examples"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_student_trains_from_a_tape_as_it_did(trained, facts, kind):
     """From labels that is the course of the run with its teacher; from logits one of its own."""

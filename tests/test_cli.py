@@ -165,9 +165,13 @@ def tiny_words(workdir, source):
         "--config.batch_size=32",
         "--config.model.depth=1",
         "--config.model.width=12",
+        "--config.teacher.model.widths=(8, 16)",
+        "--config.teacher.model.depths=(1, 1)",
+        "--config.teacher.model.stem_width=8",
     ]
 
 
+@pytest.mark.slow
 def test_quickstart_trains_on_a_folder_of_photographs(capsys, tmp_path):
     """Real photographs in, teacher and student trained, evaluated, asked about one of them."""
     from skimage import data
@@ -223,6 +227,7 @@ def test_an_unreadable_image_stops_with_its_name(capsys, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_training_imports_no_tensorflow(tmp_path):
     """A fresh process has trained without it. (tensorboardX imports torch where it finds one.)"""
     root = folder(tmp_path / "images", images=4)
@@ -233,7 +238,8 @@ def test_training_imports_no_tensorflow(tmp_path):
         "assert 'tensorflow' not in sys.modules\n"
         "sys.exit(code)"
     )
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    flags = "--xla_backend_optimization_level=0"  # one device, quick to compile for
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
     )

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import jax
+import pytest
 
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.train import loop
@@ -34,7 +35,7 @@ def compiled_in(config, workdir: Path, total=STEPS, change=lambda x: x) -> set[t
 
     `change` is what becomes of the state from one step to the next.
     """
-    config.epochs = total / 5
+    config.epochs, config.model.depth = total / 5, 1
     config.train.eval_every_epochs, config.train.save_every_epochs = EVALUATE / 5, SAVE / 5
     dataset = open_dataset(config.data)
     experiment = resolved(config, dataset)
@@ -62,6 +63,7 @@ def test_only_the_first_step_log_evaluation_and_save_compile(tiny_config, tmp_pa
     assert found <= {("in", 1), ("after", 1), ("after", 2), ("after", EVALUATE), ("after", SAVE)}
 
 
+@pytest.mark.slow
 def test_a_python_number_in_the_state_would_be_noticed(tiny_config, tmp_path):
     """Its type is weak: that is another program than the first step's."""
     tiny_config.distill.kind, tiny_config.optim.ema_decay = "none", 0.0

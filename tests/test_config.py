@@ -38,7 +38,13 @@ def load(name, text):
     return module.get_config() if text is None else module.get_config(text)
 
 
-@pytest.mark.parametrize(("name", "text"), CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        case if case in CONFIGS[:5] else pytest.param(*case, marks=pytest.mark.slow)
+        for case in CONFIGS
+    ],
+)
 def test_config_is_valid_and_its_step_traces_at_full_size(name, text):
     config = load(name, text)
     build_model(config.model, 1000)

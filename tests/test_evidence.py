@@ -54,6 +54,7 @@ def toy(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_subset_has_as_many_images_of_every_class(toy):
     dataset = open_idx("fashion_mnist", str(toy / "runs" / "toy" / "data"))
     assert np.bincount(dataset.train.labels).tolist() == [20] * 10
@@ -65,6 +66,7 @@ def test_a_subset_has_as_many_images_of_every_class(toy):
         assert known[dataset.train[i]["image"].tobytes()] == dataset.train[i]["label"]
 
 
+@pytest.mark.slow
 def test_the_disagreement_with_the_labels_is_the_error(toy):
     arms = json.loads((toy / "table4-toy.json").read_text())["arms"]
     token, none = arms["token"]["seeds"]["0"], arms["none"]["seeds"]["0"]
@@ -75,6 +77,7 @@ def test_the_disagreement_with_the_labels_is_the_error(toy):
     np.testing.assert_array_equal(shares, shares.T)
 
 
+@pytest.mark.slow
 def test_predictions_are_those_that_a_run_was_judged_by(toy, evidence):
     said = evidence("measures").predictions(toy / "runs" / "toy" / "token-0")
     results = json.loads((toy / "runs" / "toy" / "token-0" / "results.json").read_text())
@@ -84,6 +87,7 @@ def test_predictions_are_those_that_a_run_was_judged_by(toy, evidence):
         )
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_trained_again(toy):
     before = (toy / "table4-toy.json").read_text()
     history = (toy / "runs" / "toy" / "token-0" / "history.jsonl").read_text()

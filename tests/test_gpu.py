@@ -1,6 +1,7 @@
 """What happens on a GPU, as far as stand-ins for JAX's plugin can show it."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from deit_jax.train.validate import validate
 from deit_jax.weights.load import folded
 from deit_jax.workdir.saved_run import load_run
 from tests.test_convert import opened
-from tests.tiny import measured, resolved
+from tests.tiny import make_tiny_config, measured, resolved
 
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
     "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9126805504 bytes.\nBufferAssignment"
@@ -88,7 +89,7 @@ def test_a_run_that_insists_on_cudnn_is_counted_and_timed(gpu, monkeypatch, tiny
     monkeypatch.setattr(memory, "limit", lambda mesh: 10**10)
     tiny_config.distill.kind, tiny_config.dtype = "none", "bfloat16"
     tiny_config.data.source = "folder:/nowhere"
-    tiny_config.model.attention = "cudnn"
+    tiny_config.model.attention, tiny_config.model.depth = "cudnn", 1
     result = measured(tiny_config, compare=True)
     assert result["attention"] == "cudnn"
     assert set(result["attention_ms"]) == {"cudnn", "xla"}
@@ -176,7 +177,7 @@ def test_it_is_one_line_of_the_command_too(monkeypatch, tmp_path, capsys):
 
 
 def test_an_evaluation_out_of_memory_has_its_own_field(monkeypatch, tiny_config, tmp_path):
-    tiny_config.distill.kind = "none"
+    tiny_config.distill.kind, tiny_config.epochs, tiny_config.model.depth = "none", 0.2, 1
     monkeypatch.setattr(evaluator.eval_step, "eval_step", raises)
     with pytest.raises(UserError, match=r"evaluation: .* try --config.train.eval_batch_size=128"):
         run.train(tiny_config, tmp_path / "run")
@@ -189,20 +190,26 @@ def test_other_errors_of_the_device_stay_what_they_are():
         raise other
 
 
-def test_an_evaluation_in_parts_counts_what_a_whole_one_does(monkeypatch, tiny_config, tmp_path):
-    tiny_config.distill.kind, tiny_config.epochs = "none", 0.2
-    whole = run.train(tiny_config, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a run of one step, and its results."""
+    config, folder = make_tiny_config(), tmp_path_factory.mktemp("trained") / "run"
+    config.distill.kind, config.epochs, config.model.depth = "none", 0.2, 1
+    return folder, run.train(config, folder)
+
+
+def test_an_evaluation_in_parts_counts_what_a_whole_one_does(monkeypatch, trained):
+    folder, whole = trained
     monkeypatch.setattr(evaluator.parts, "forward_parts", lambda *_: 4)
-    config = from_json(json.loads((tmp_path / "whole/config.json").read_text()))
-    again = evaluate.evaluate_run(config, str(tmp_path / "whole"))
+    config = from_json(json.loads((folder / "config.json").read_text()))
+    again = evaluate.evaluate_run(config, str(folder))
     assert {k: again[k] for k in ("examples", "cls", "dist")} == {
         k: whole[k] for k in ("examples", "cls", "dist")
     }
 
 
-def test_a_run_trained_with_cudnn_opens_where_there_is_none(tiny_config, tmp_path):
-    tiny_config.distill.kind, tiny_config.epochs = "none", 0.2
-    run.train(tiny_config, tmp_path / "run")
+def test_a_run_trained_with_cudnn_opens_where_there_is_none(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
     path = tmp_path / "run/config.json"
     saved = json.loads(path.read_text())
     saved["model"]["attention"] = "cudnn"
@@ -215,7 +222,7 @@ def test_a_bench_on_a_backend_that_tells_nothing(monkeypatch, tiny_config):
         def memory_analysis(self):
             return None
 
-    tiny_config.distill.kind = "none"
+    tiny_config.distill.kind, tiny_config.model.depth = "none", 1
     nothing = step_time.peak_memory(Compiled())
     assert nothing == {"peak_bytes": None, "peak_bytes_by": None}
     monkeypatch.setattr(step_time, "peak_memory", lambda _: nothing)

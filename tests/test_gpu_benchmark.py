@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = gpu.rows(list(gpu.PEERS), [], turns=1, toy=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ROWS)
 def test_every_row_is_measured(request, key):
     if ROWS[key]["peer"] not in gpu.JAXS:
@@ -98,12 +99,13 @@ def test_the_package_is_imported_without_what_only_commands_need():
 def start(out: Path, *words) -> str:
     command = [sys.executable, "-m", "benchmarks.gpu", "--toy", f"--out={out}", "--seconds=0"]
     command += ["--part=plain", "--peers=flax", *words]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_ended(tmp_path):
     out, key = tmp_path / "gpu.json", "plain/tiny/32/8/flax/1"
     assert "the time is up" in start(out, "--minutes=0")

@@ -1,6 +1,7 @@
 """Check `deit inspect`: the sheet shows the very tensors that the training step is given."""
 
 import builtins
+import functools
 import json
 
 import jax
@@ -50,7 +51,8 @@ def what_the_step_sees(config, dataset, number):
     settings = settings_of(config, 3)
     batch = {"image": jax.numpy.asarray(batch["image"]), "label": batch["label"] % 3}
     batch["label"] = jax.numpy.asarray(batch["label"])
-    train_step(state, None, batch, model=spy, teacher=None, tx=tx, settings=settings)
+    step = functools.partial(train_step, model=spy, teacher=None, tx=tx, settings=settings)
+    jax.jit(step)(state, None, batch)
     jax.effects_barrier()
     images = np.asarray(spy.seen[0]) * np.array(settings.std) + np.array(settings.mean)
     return np.clip(255 * images, 0, 255)

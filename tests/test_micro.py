@@ -22,6 +22,7 @@ def step_over(config, parts):
     return jitted, state, teacher_params, sharding.to_devices(make_batch(), mesh, B)
 
 
+@pytest.mark.slow
 def test_parts_that_devices_sum_for_themselves_give_the_whole_batchs_step(tiny_config):
     tiny_config.model.drop_path = 0.3
     tiny_config.optim.eps = 1e-4  # AdamW's first steps are signs of gradients: tame rounding at 0
@@ -38,7 +39,7 @@ def test_parts_that_devices_sum_for_themselves_give_the_whole_batchs_step(tiny_c
 def test_the_gradient_crosses_devices_once_however_many_parts(tiny_config):
     # Groups of 8 among 4 images a device would mix across devices.
     tiny_config.mixing.prob, tiny_config.augment.erase_prob = 0.0, 0.0
-    tiny_config.distill.kind = "none"
+    tiny_config.distill.kind, tiny_config.model.depth = "none", 1
     moved = []
     for parts in (1, 4):
         jitted, *arguments = step_over(tiny_config, parts)

@@ -82,6 +82,7 @@ def wait_for(ready, *processes):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_killed_on_four_processes_ends_on_two_as_on_one(words, tmp_path):
     """Four record their teacher's answers as one did, from whose label tape two then go on."""
     one, many = tmp_path / "one", tmp_path / "many"

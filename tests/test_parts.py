@@ -237,8 +237,8 @@ def test_what_lives_at_once_by_hand():
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        {"model.remat": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"model.remat": True}, marks=pytest.mark.slow),
         pytest.param({"dtype": "float32"}, marks=pytest.mark.long),
         pytest.param({"model.image_size": 384}, marks=pytest.mark.long),
     ],

@@ -97,6 +97,7 @@ def test_the_warning_is_one_line_before_a_command_that_computes(monkeypatch, cap
         assert err.count("pip install it\n") == lines, err
 
 
+@pytest.mark.slow
 def test_no_command_shows_what_libtpu_has_to_say(tmp_path):
     pytest.importorskip("libtpu")
     environment = {k: v for k, v in platforms.os.environ.items() if not k.startswith("JAX_")}

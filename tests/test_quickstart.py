@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_quickstart_student_reads_97_percent_of_the_digits(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": ""}  # one device, as on a stranger's machine
     command = [sys.executable, "-m", "deit_jax", "train", "--config=configs/quickstart.py"]

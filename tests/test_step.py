@@ -93,7 +93,12 @@ def run_on_one(kind):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize(
-    ("sizes", "kind"), [((8, 1, 1), "hard"), ((2, 4, 1), "soft"), ((2, 2, 2), "hard")]
+    ("sizes", "kind"),
+    [
+        ((2, 2, 2), "hard"),
+        pytest.param((8, 1, 1), "hard", marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), "soft", marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_take_the_step_of_one(sizes, kind, monkeypatch):
     one, metrics_one = run_on_one(kind)
@@ -142,18 +147,26 @@ def test_micro_batches_move_no_image_between_devices(tiny_config):
         assert collective not in hlo, collective
 
 
-def test_step_is_the_gradient_of_the_written_out_objective(tiny_config):
-    """Rebuild one step from its formula: no augmentation, hard distillation, plain SGD."""
-    c = tiny_config
+@functools.cache
+def sgd_step():
+    """Return (config, state, teacher's params, new state, metrics) of a step of plain SGD."""
+    c = make_tiny_config()
     c.model.drop_path = 0.0
     c.mixing.prob, c.augment.erase_prob, c.loss.smoothing = 0.0, 0.0, 0.0
     c.optim.name, c.optim.b1, c.optim.weight_decay, c.optim.warmup_epochs = "sgd", 0.0, 0.0, 0.0
     jitted, state, teacher_params, mesh = build(c)
-    new, _ = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh, B))
+    new, metrics = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh, B))
+    return c, state, teacher_params, new, metrics
+
+
+def test_step_is_the_gradient_of_the_written_out_objective():
+    """Rebuild one step from its formula: no augmentation, hard distillation, plain SGD."""
+    c, state, teacher_params, new, _ = sgd_step()
     batch = make_batch()
     images = (batch["image"] / 255.0 - np.array(MEAN)) / np.array(STD)
     teacher, _ = make_teacher()
-    said = teacher.model.apply({"params": teacher_params}, jnp.float32(images)).cls.argmax(-1)
+    apply = jax.jit(teacher.model.apply)
+    said = apply({"params": teacher_params}, jnp.float32(images)).cls.argmax(-1)
     assert len(np.unique(said)) > 1
     model = build_model(c.model, K)
 
@@ -164,7 +177,7 @@ def test_step_is_the_gradient_of_the_written_out_objective(tiny_config):
         taught = -jax.nn.log_softmax(heads.dist)[rows, said].mean()
         return (own + taught) / 2
 
-    gradient = jax.grad(objective)(state.params)
+    gradient = jax.jit(jax.grad(objective))(state.params)
     expected = jax.tree.map(lambda p, g: p - c.optim.lr * g, state.params, gradient)
     assert_close(jax.device_get(new.params), jax.device_get(expected), 1e-6)
 
@@ -188,7 +201,7 @@ def test_teacher_has_no_state_and_gets_no_gradient(tiny_config):
 
     for kind in ("hard", "soft"):
         config.distill.kind = kind
-        grads = jax.grad(loss)(teacher_params)
+        grads = jax.jit(jax.grad(loss))(teacher_params)
         assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
@@ -221,11 +234,9 @@ def test_teacher_sees_its_own_resolution():
     np.testing.assert_allclose(at_32.logits(params, images), expected, atol=1e-4)
 
 
-def test_ema_averages_parameters(tiny_config):
-    jitted, state, teacher_params, mesh = build(tiny_config)
-    batch = sharding.to_devices(make_batch(), mesh, B)
-    new, _ = jitted(state, teacher_params, batch)
-    d = tiny_config.optim.ema_decay
+def test_ema_averages_parameters():
+    config, state, _, new, _ = sgd_step()
+    d = config.optim.ema_decay
     expected = jax.tree.map(lambda e, p: d * e + (1 - d) * p, state.ema["params"], new.params)
     assert_close(new.ema["params"], expected, 1e-7)
     assert int(new.step) == 1
@@ -241,13 +252,10 @@ def test_batch_norm_statistics_move_only_in_training(tiny_config):
     assert all(jax.tree.leaves(moved))
 
 
-def test_gradient_norm_is_of_the_gradient(tiny_config):
-    tiny_config.optim.name, tiny_config.optim.b1, tiny_config.optim.weight_decay = "sgd", 0.0, 0.0
-    tiny_config.optim.warmup_epochs = 0.0
-    jitted, state, teacher_params, mesh = build(tiny_config)
-    new, metrics = jitted(state, teacher_params, sharding.to_devices(make_batch(), mesh, B))
+def test_gradient_norm_is_of_the_gradient():
+    config, state, _, new, metrics = sgd_step()
     change = optax.tree.norm(jax.tree.map(lambda a, b: a - b, new.params, state.params))
-    np.testing.assert_allclose(metrics["grad_norm"], change / tiny_config.optim.lr, rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], change / config.optim.lr, rtol=1e-4)
 
 
 def test_counts_are_numpys_ranks_and_padding_is_not_counted():
@@ -269,7 +277,7 @@ def test_nan_logits_are_never_right():
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("kind", ["hard", pytest.param("soft", marks=pytest.mark.slow)])
 def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind):
     """What a step recorded, in the order of the batch, makes the same step without a teacher."""
     tiny_config.model.drop_path, tiny_config.optim.accum_steps = 0.2, 2
@@ -284,9 +292,10 @@ def test_a_recorded_signal_takes_the_teachers_place_to_the_bit(tiny_config, kind
     replaying = jax.jit(functools.partial(train_step, **parts), **places)
     batch = sharding.to_devices(make_batch(), mesh, B)
     fused, told = recording(state, teacher_params, batch)
-    images, *_ = model_inputs(state.step, batch, parts["settings"])
+    inputs = jax.jit(functools.partial(model_inputs, settings=parts["settings"]))
+    images, *_ = inputs(state.step, batch)
     teacher, params = make_teacher()
-    logits = np.asarray(teacher.logits(params, images))
+    logits = np.asarray(jax.jit(teacher.logits)(params, images))
     expected = logits.argmax(-1) if kind == "hard" else logits
     np.testing.assert_allclose(told["teacher_target"], expected, atol=1e-5)
     target = {"teacher_target": np.asarray(told["teacher_target"])}

@@ -15,8 +15,10 @@ import tensorstore as ts
 from deit_jax.cli import tape as tape_lib
 from deit_jax.config.serialize import to_json
 from deit_jax.errors import UserError
+from deit_jax.parallel import sharding
 from deit_jax.step.train_step import model_inputs
 from deit_jax.train import record_tape
+from deit_jax.train import run as run_lib
 from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher, teacher_config
 from deit_jax.train.run import train
@@ -75,6 +77,19 @@ def cut_back(source, target, last):
         shutil.rmtree(target / "checkpoints" / str(number))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Train on one device and draw no picture at the end, which takes half the time.
+
+    Tapes of several devices are in test_step.py, of several processes in test_multihost.py.
+    """
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda n, **_: make_mesh(n, jax.devices()[:1]))
+        patch.setattr(run_lib, "_draw", lambda trainer, results: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Train the same student with the live teacher, without a tape and recording one."""
@@ -91,6 +106,7 @@ def runs(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_recording_changes_no_bit_and_labels_are_the_teachers(runs):
     assert_same_bits(runs.root / "fused", runs.root / "recorded")
     labels, recorded = array(runs.tape, "labels"), array(runs.tape, "recorded")
@@ -108,6 +124,7 @@ def test_recording_changes_no_bit_and_labels_are_the_teachers(runs):
         np.testing.assert_array_equal(labels[number], logits.argmax(-1))
 
 
+@pytest.mark.slow
 def test_a_tape_recorded_without_a_student_is_the_same(runs, tmp_path):
     config = runs.recording.copy_and_resolve_references()
     config.teacher.tape_path = str(tmp_path / "alone")
@@ -122,6 +139,7 @@ def test_a_tape_recorded_without_a_student_is_the_same(runs, tmp_path):
     assert_same_tape(tmp_path / "alone", runs.tape)
 
 
+@pytest.mark.slow
 def test_a_replayed_run_has_the_bits_of_the_fused_one_also_resumed(runs, tmp_path, caplog):
     config = replaying(runs.config, runs.tape)
     with caplog.at_level(logging.INFO, "deit_jax"):
@@ -134,6 +152,7 @@ def test_a_replayed_run_has_the_bits_of_the_fused_one_also_resumed(runs, tmp_pat
     assert_same_bits(runs.root / "fused", tmp_path / "resumed")
 
 
+@pytest.mark.slow
 def test_a_recording_run_that_was_killed_ends_with_the_same_tape(runs, tmp_path):
     """Killed after checkpoint 4, with two more steps claimed on the tape, and four not."""
     cut_back(runs.root / "recorded", tmp_path / "run", 4)
@@ -145,6 +164,7 @@ def test_a_recording_run_that_was_killed_ends_with_the_same_tape(runs, tmp_path)
     assert_same_tape(tmp_path / "run" / "tape", runs.tape)
 
 
+@pytest.mark.slow
 def test_the_teacher_answers_where_the_tape_is_silent(runs, tmp_path, caplog):
     """A tape with holes and its teacher's weights: same bits; without weights: refused."""
     shutil.copytree(runs.tape, tmp_path / "tape")
@@ -161,6 +181,7 @@ def test_the_teacher_answers_where_the_tape_is_silent(runs, tmp_path, caplog):
     assert_same_bits(runs.root / "fused", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_difference(
     runs, tmp_path, monkeypatch
 ):
@@ -192,6 +213,7 @@ def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_differen
         session.open_tape(student, tmp_path, dataset, (network, params))
 
 
+@pytest.mark.slow
 def test_epochs_beyond_the_tape_are_counted(runs, tmp_path):
     config = replaying(runs.config, runs.tape)
     config.epochs = 3.0

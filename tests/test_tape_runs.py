@@ -32,6 +32,7 @@ def config(tmp_path_factory):
         yield c
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_is_recorded_and_replayed_as_it_went_on(config, tmp_path, monkeypatch):
     """Data of the first seed is bad from step 7 on; a replay then goes back just so."""
     poison(monkeypatch, lambda number, seed: number >= 6 and seed == 0)
@@ -49,6 +50,7 @@ def test_a_run_that_went_back_is_recorded_and_replayed_as_it_went_on(config, tmp
         assert [(r["to"], r["step"]) for r in history if r["event"] == "rollback"] == [(4, 8)]
 
 
+@pytest.mark.slow
 def test_soft_distillation_from_all_classes_ends_close_to_the_live_one(config, tmp_path):
     """Not at the same bits: the tape rounds to half precision, 11 bits of a log-probability."""
     config = config.copy_and_resolve_references()

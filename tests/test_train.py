@@ -15,6 +15,7 @@ from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.storage import read_lines
 from deit_jax.train import experiment, loop
+from deit_jax.train import run as run_lib
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.run import train
 from deit_jax.workdir import checkpoints
@@ -69,8 +70,9 @@ def test_checkpoint_holds_nothing_of_the_teacher(finished):
     assert student < 20_000
 
 
-@pytest.mark.parametrize("stop", [1, 4, 9])
-def test_stopped_and_resumed_run_ends_with_the_same_bits(finished, tmp_path, stop):
+@pytest.mark.parametrize("stop", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 9))])
+def test_stopped_and_resumed_run_ends_with_the_same_bits(finished, tmp_path, stop, monkeypatch):
+    monkeypatch.setattr(run_lib, "_draw", lambda trainer, results: None)
     config, whole, _ = finished
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed)
@@ -177,10 +179,11 @@ def test_the_latest_checkpoints_and_the_best_are_kept(tiny_config, tmp_path):
     assert kept == {2, 5, 6}
 
 
+@pytest.mark.slow
 def test_plain_training_of_a_convnet_and_class_token_distillation(tiny_config, tmp_path):
     """Table 3's single-token rows: no distillation token, the class token takes the teacher."""
     c = tiny_config
-    c.epochs, c.model.name = 1.0, "deit_tiny_patch16_224"
+    c.epochs, c.model.name, c.model.depth = 1.0, "deit_tiny_patch16_224", 1
     for kind in ("soft", "hard"):
         c.distill.kind = kind
         results = train(c, tmp_path / kind)
@@ -194,10 +197,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypa
     monkeypatch.setattr(experiment, "validate", lambda config, devices: None)
     tiny_config.optim.lr, tiny_config.optim.warmup_epochs = 1e30, 0.0
     tiny_config.distill.kind, tiny_config.train.max_bad_steps = "none", 2
+    tiny_config.model.depth = 1
     with pytest.raises(UserError, match=r"is (nan|inf) at step"):
         train(tiny_config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_distilled_fine_tuning_at_another_resolution(finished, tmp_path, caplog, torch):
     """What the reference refuses: the student resized, the teacher at the target resolution."""
     interpolate = torch.nn.functional.interpolate
@@ -229,6 +234,7 @@ def test_a_config_that_fine_tunes_asks_for_weights(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_skipped_and_counted(tiny_config, tmp_path, caplog):
     """One of 24 files is no image: the metrics count it, and the log names it once."""
     rng = np.random.default_rng(0)
@@ -242,6 +248,7 @@ def test_unreadable_images_are_skipped_and_counted(tiny_config, tmp_path, caplog
     c.data.source, c.data.skip_unreadable = f"folder:{tmp_path / 'images'}", True
     c.data.train_split, c.data.eval_split = "train", "val"
     c.distill.kind, c.epochs, c.batch_size, c.train.eval_batch_size = "none", 4.0, 24, 8
+    c.model.depth = 1
     with caplog.at_level(logging.WARNING, logger="deit_jax"):
         train(c, tmp_path / "run")
     rates = read_lines(tmp_path / "run" / "timing.jsonl")

@@ -157,6 +157,7 @@ def test_a_replayed_step_is_the_step(config, tmp_path):
         step_dump.dump(trainer, 6)
 
 
+@pytest.mark.slow
 def test_rolling_back_takes_other_data_and_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
     """Data of the first seed is bad from step 7 on. Stopping on the way changes nothing."""
     poison(monkeypatch, lambda number, seed: number >= 6 and seed == 0)

@@ -16,6 +16,7 @@ def losses(workdir):
     return [r["loss"] for r in read_lines(workdir / "metrics.jsonl") if "loss" in r]
 
 
+@pytest.mark.slow
 def test_devices_may_change_at_every_start(tmp_path, monkeypatch):
     """Eight devices, four to a copy of the weights; then two; against one all along."""
     make_mesh, devices = sharding.make_mesh, jax.devices()

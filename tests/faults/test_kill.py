@@ -9,6 +9,7 @@ import pytest
 from tests.faults import driver
 
 
+@pytest.mark.slow
 def test_a_run_killed_five_times_ends_with_the_same_bits(folder):
     hits = driver.torment(folder / "killed", folder / "cache", 40, kills=5, seed=1)
     assert any("saving" in hit["hit"] for hit in hits), hits
@@ -18,6 +19,7 @@ def test_a_run_killed_five_times_ends_with_the_same_bits(folder):
     assert starts[-1] > 0  # it went on, rather than anew
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_one_flipped_bit(folder, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
@@ -32,6 +34,7 @@ def test_the_comparison_sees_one_flipped_bit(folder, tmp_path, monkeypatch):
     assert driver.differences(folder / "whole", other) == [key]
 
 
+@pytest.mark.slow
 def test_a_run_is_reproduced_from_what_it_recorded(folder):
     whole, again = folder / "whole", folder / "again"
     command = [sys.executable, "-m", "deit_jax", "train"]

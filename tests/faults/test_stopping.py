@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from deit_jax.errors import EXIT_CODE
 from tests.faults import driver
 
@@ -24,6 +26,7 @@ def steps(workdir):
     return sum("loss" in r for r in driver.records(workdir))
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_next_start_goes_on(folder):
     workdir, cache = folder / "stopped", folder / "cache"
     for number, reached in ((signal.SIGTERM, 5), (signal.SIGINT, 13)):
@@ -49,6 +52,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(folder):
     assert stops == ["SIGTERM", "SIGINT", "SIGTERM"]
 
 
+@pytest.mark.slow
 def test_signals_while_there_is_nothing_to_save_end_at_once(folder):
     workdir = folder / "early"
     process = driver.start(workdir, folder / "cache", 40)
@@ -86,6 +90,7 @@ def test_a_second_signal_does_not_wait():
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -95,7 +100,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
     words += ["--config.mixing.prob=0.0", "--config.augment.erase_prob=0.0"]  # compiles faster
     words += ["--multihost", f"--coordinator=localhost:{port}", "--num_processes=2"]
     command = [sys.executable, "-m", "deit_jax", "train", *words, f"--workdir={tmp_path / 'run'}"]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     both = [
         subprocess.Popen(
             [*command, f"--process_id={i}"],
