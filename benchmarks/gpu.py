@@ -329,11 +329,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure what is missing, as far as the time goes, and print the table."""
     options = parse()
-    for how in (signal.SIGINT, signal.SIGTERM):  # so that `finally` stops what it started
-        signal.signal(how, lambda *_: sys.exit("stopped; the same command goes on from here"))
-    if options.row:
+    if options.row:  # it leaves signals as they are: Python would see them only after compiling
         print(json.dumps(measured_or_why_not(json.loads(options.row), options.seconds)))
         return
+    for how in (signal.SIGINT, signal.SIGTERM):  # so that `finally` stops what it started
+        signal.signal(how, lambda *_: sys.exit("stopped; the same command goes on from here"))
     results, end = Results(options.out), time.monotonic() + 60 * options.minutes
     batches = [int(n) for n in options.batches.split(",") if n]
     planned = rows(options.parts, batches, options.turns, options.toy)

@@ -56,6 +56,7 @@ def compiled_in(config, workdir: Path, total=STEPS, change=lambda x: x) -> set[t
     return set(found) - {None}
 
 
+@pytest.mark.slow
 def test_only_the_first_step_log_evaluation_and_save_compile(tiny_config, tmp_path):
     found = compiled_in(tiny_config, tmp_path)
     assert ("in", 1) in found  # or nobody listens

@@ -106,7 +106,11 @@ def nhwc(images):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("regnety_002", 224), ("regnety_160", 64), ("efficientnet_lite0", 224)],
+    [
+        ("regnety_002", 224),
+        pytest.param("regnety_160", 64, marks=pytest.mark.slow),
+        ("efficientnet_lite0", 224),
+    ],
 )
 def test_logits_match_timm_folded_or_not(name, size):
     torch = import_torch()

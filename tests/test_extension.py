@@ -130,7 +130,7 @@ def toys(tmp_path, monkeypatch):
 def config(toys, tiny_config):
     """A transformer that learns a toy teacher's features on toy images."""
     c = tiny_config
-    c.data.source, c.data.eval_fraction, c.epochs = "toy:80", 0.2, 2.0
+    c.data.source, c.data.eval_fraction, c.epochs = "toy:80", 0.2, 1.0
     c.distill.kind = "features"
     c.model.name, c.model.depth = "deit_tiny_patch16_224", 1
     c.teacher.model = type(c.model)(dict.fromkeys(c.teacher.model) | {"name": "toy"})

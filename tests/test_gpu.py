@@ -82,6 +82,7 @@ def test_cudnn_is_checked_before_anything_is_written(gpu, tiny_config, part, fie
         validate(tiny_config, 8)
 
 
+@pytest.mark.slow
 def test_a_run_that_insists_on_cudnn_is_counted_and_timed(gpu, monkeypatch, tiny_config):
     """Parameters and operations are counted on models in float32, which cuDNN does not take."""
     gpu(9.0)

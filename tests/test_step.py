@@ -127,6 +127,7 @@ def test_fsdp_splits_weights_moments_and_average(tiny_config, monkeypatch):
         assert leaf.addressable_shards[0].data.size == leaf.size // 4
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_give_the_whole_batchs_gradient(tiny_config):
     tiny_config.model.drop_path = 0.3  # drawn for the whole batch, however it is cut
     whole, metrics_whole = run(tiny_config)

@@ -118,6 +118,7 @@ def test_two_bad_batches_are_skipped_and_counted(config, tmp_path, monkeypatch, 
         assert 0 < lowest <= record["attention_entropy/mean"] <= np.log(17)
 
 
+@pytest.mark.slow
 def test_too_many_stop_the_run_and_the_first_can_be_replayed(config, tmp_path, monkeypatch):
     poison(monkeypatch, lambda number, seed: number >= 6)
     config.train.max_bad_steps = 2
@@ -140,6 +141,7 @@ def test_too_many_stop_the_run_and_the_first_can_be_replayed(config, tmp_path, m
     assert files == {p: p.stat().st_mtime_ns for p in files}
 
 
+@pytest.mark.slow
 def test_a_replayed_step_is_the_step(config, tmp_path):
     """A step between checkpoints, and one before the first: the loss that the run recorded."""
     config.train.save_every_epochs, config.epochs = 0.8, 1.0
