@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +35,18 @@ class LocalDisk:
 
     def write(self, path: Path, data: bytes) -> None:
         """Write a file whole or not at all, in the place of one that is there."""
+        path = path.resolve() if path.is_symlink() else path  # a link is to stay one
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)  # a pipe or a device, not to be replaced
+            return
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):  # it takes the room that is lacking
+                temporary.unlink()
+            raise
 
     def append(self, path: Path) -> "LocalAppender":
         """Open a file, which need not be there, to add to its end."""
@@ -142,8 +152,8 @@ BACKENDS = {"": LocalDisk()}  # by the scheme of a path
 
 def backend(path: Path) -> LocalDisk:
     """Return what keeps the files of a path."""
-    scheme, separator, _ = str(path).partition("://")
-    return BACKENDS[scheme if separator else ""]
+    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", str(path))  # a Path makes one slash of two
+    return BACKENDS.get(scheme[1] if scheme else "", BACKENDS[""])
 
 
 def read_text(path: Path) -> str:

@@ -233,6 +233,8 @@ def test_each_mistake_is_one_line(capsys):
         ([config, "--input-only", "--device=abacus"], 1, "--device=abacus"),
         ([config, "--input-only", "--config.data.source=folder:/nowhere"], 1, "no such folder"),
         ([config, "--config.batch_size=100"], 1, "batch_size=100"),
+        ([config, "--config.batch_size=-1"], 1, "batch_size"),
+        ([config, "--config.batch_size=0", "--input-only"], 1, "batch_size"),
         ([config, "--seconds=-1"], 2, "seconds"),
         ([config, "--profile=/dev/null/x"], 1, "--profile=/dev/null/x: cannot be written"),
         ([config, "--profile=x", "--input-only"], 2, "leave out --input-only"),

@@ -19,7 +19,7 @@ from deit_jax.models.build import build_model, image_size
 from deit_jax.parallel import sharding
 from deit_jax.step.optimizer import make_optimizer
 from deit_jax.step.state import init_state
-from deit_jax.train import loop
+from deit_jax.train import loop, picture
 from deit_jax.train.validate import validate
 from tests.test_step import make_teacher
 from tests.tiny import make_tiny_config, resolved
@@ -146,6 +146,14 @@ def test_no_device_holds_more_than_its_share(tmp_path, monkeypatch):
         assert split >= least
     fc1 = trainer.state.params["blocks_0"]["mlp"]["fc1"]["kernel"]
     assert fc1.addressable_shards[0].data.shape == (16, 64)
+
+    # The last picture's answers: of split heads, yet whole where each process reads them.
+    seen, get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: seen.append(tree) or get(tree))
+    size = trainer.evaluator.image_size
+    answers = picture.answer(trainer, np.zeros((8, size, size, 3), np.uint8))
+    assert set(answers) == {"teacher", "student"}
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(seen))
 
 
 def test_the_batch_checks_count_what_splits_the_batch(tiny_config):

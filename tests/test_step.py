@@ -44,7 +44,7 @@ def make_teacher():
 
 
 def build(config, devices=None):
-    """Return (jitted step, state, teacher's params, mesh) as train.py builds them."""
+    """Return (jitted step, state, teacher's params, mesh) as train/experiment.py builds them."""
     mesh = sharding.make_mesh(config.mesh, devices)
     model = build_model(config.model, K, "float32")
     tx = make_optimizer(config.optim, make_schedule(config.optim, config.epochs, 5))

@@ -38,6 +38,50 @@ def test_a_file_is_written_whole_in_the_place_of_the_old_one(disk, tmp_path):
         disk.read(tmp_path / "none")
 
 
+def test_a_write_that_fails_takes_no_room(disk, tmp_path, monkeypatch):
+    """The disk is full when half of the file is written."""
+    path = tmp_path / "file"
+    disk.write(path, b"old")
+    write = Path.write_bytes
+
+    def full(path, data):
+        write(path, data[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        disk.write(path, b"new")
+    assert disk.names(tmp_path) == ["file"]
+    assert disk.read(path) == b"old"
+
+
+def test_links_and_pipes_are_written_through(tmp_path):
+    """As the shell's > does: `--out=/dev/stdout`, a link to a larger disk."""
+    disk = BACKENDS[""]
+    (tmp_path / "far").mkdir()
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "far" / "file")
+    for data in (b"new", b"newer"):
+        disk.write(link, data)
+        assert link.is_symlink()
+        assert (tmp_path / "far" / "file").read_bytes() == data
+    assert disk.names(tmp_path / "far") == ["file"]
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    disk.write(pipe, b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_the_scheme_of_a_path_chooses_the_back_end(monkeypatch):
+    other = storage.LocalDisk()
+    monkeypatch.setitem(BACKENDS, "toy", other)
+    assert backend(Path("toy://bucket/run")) is other
+    for local in ("run", "/run", "toy/run", "C:/run", "unknown://run"):
+        assert backend(Path(local)) is BACKENDS[""]
+
+
 def test_a_process_that_dies_while_it_writes_leaves_the_old_file(disk, tmp_path):
     """Killed at some moment of a loop of writes, again and again: the file is one of the whole."""
     path = tmp_path / "file"

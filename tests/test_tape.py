@@ -392,7 +392,16 @@ def test_damage_is_told_of_in_one_line(tmp_path, layout, damage):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [[], {}, {"format": 1}, {"format": 1, "fingerprint": {}}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {},
+        {"format": 1},
+        {"format": 1, "fingerprint": {}},
+        {"format": 1, "fingerprint": {"distill.kind": ["hard"]}},
+    ],
+)
 def test_json_that_says_nothing_is_refused(tmp_path, content):
     (tmp_path / "tape.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"tape.json: "):

@@ -41,6 +41,13 @@ def test_a_directory_takes_one_run_at_a_time_and_a_killed_one_leaves_it_free(tmp
         pass
 
 
+def test_a_lock_that_names_nobody_is_told_of_as_such(tmp_path, monkeypatch):
+    with directory.locked(tmp_path):
+        (tmp_path / "lock").write_text("")  # as a run leaves it that has just begun
+        with pytest.raises(UserError, match=r"another run is in it \(unknown\); stop"):
+            directory.locked(tmp_path).__enter__()
+
+
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*file/run: cannot be written \(Not a dir"):

@@ -36,5 +36,5 @@ def measured(config, seconds=0.1, **options):
     from deit_jax.train.experiment import sketch
 
     dataset, missing = step_time.data_or_random(config.data, config.batch_size)
-    experiment = sketch(config, len(dataset.classes), len(dataset.train))
+    experiment = sketch(config, lambda: (len(dataset.classes), len(dataset.train)))
     return step_time.measure(experiment, dataset, missing, seconds, **options)

@@ -1,5 +1,6 @@
 """`deit bench`: the speed of the training step and of the input pipeline on this machine."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -42,13 +43,14 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"{flag} is of the training step: leave out --input-only")
     if values.input_only:
         input_rate.parse_device(values.device)  # a mistake in it is told before anything is read
-        dataset = open_dataset(config.data)
-        experiment = sketch(config, *_size(dataset), devices=jax.devices()[:1])
-        result = input_rate.measure(experiment, dataset, values.seconds, values.device, values.mfu)
+        opened = functools.cache(lambda: open_dataset(config.data))
+        experiment = sketch(config, lambda: _size(opened()), devices=jax.devices()[:1], whole=True)
+        result = input_rate.measure(experiment, opened(), values.seconds, values.device, values.mfu)
         report = input_rate.report
     else:
-        dataset, missing = step_time.data_or_random(config.data, config.batch_size)
-        experiment = sketch(config, *_size(dataset))
+        data = functools.cache(lambda: step_time.data_or_random(config.data, config.batch_size))
+        experiment = sketch(config, lambda: _size(data()[0]))
+        dataset, missing = data()
         profile = Path(values.profile) if values.profile else None
         result = step_time.measure(
             experiment, dataset, missing, values.seconds, profile, values.compare

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     validate(config, num_devices=1)
     dataset = open_dataset(config.data)
     size = (len(dataset.classes), len(dataset.train))
-    experiment = resolve(config, *size, devices=jax.devices()[:1])
+    experiment = resolve(config, *size, devices=jax.devices()[:1], whole=True)
     images, targets = model_inputs(experiment, dataset, values.step, ROWS * COLUMNS)
     titles = [label_text(target, dataset.classes) for target in targets]
     heading = f"{config.data.source}: the model's input at step {values.step}"

@@ -1,6 +1,6 @@
 """Augment uint8 RGB images on the host: RandAugment, 3-Augment and colour jitter.
 
-What is drawn and in which order; what happens to the pixels is in pixels.py. Every function is
+What is drawn and in which order; what happens to the pixels is in image_ops.py. Every function is
 pure: an image and random numbers in, a new image (or the same, where there is nothing to do) out.
 Shapes: H W pixels.
 """

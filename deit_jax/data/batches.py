@@ -4,7 +4,7 @@ Position p of a run's endless stream of examples decides everything about the ex
 image, which copy of it, and the random numbers of its augmentation. Batch s is the positions
 [s B, (s + 1) B); a process reads the rows that its devices hold, its threads blocks of that. So a
 run can start at any step, with any number of threads and processes, and meet the same bytes.
-The pixels are those of a decoder (resize.py); another one's differ by rounding, hence a run keeps
+The pixels are those of a decoder (decoders.py); another one's differ by rounding, hence a run keeps
 the one that it began with.
 """
 

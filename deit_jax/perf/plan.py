@@ -133,7 +133,7 @@ def planned(config, topology: str, classes: int = 0, images: int = 0) -> Experim
     config = config.copy_and_resolve_references()
     devices = devices_of(topology, config.mesh.slices)
     config.dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    return sketch(config, *data_size(config.data, classes, images), devices)
+    return sketch(config, lambda: data_size(config.data, classes, images), devices)
 
 
 def plan(experiment: Experiment, topology: str) -> dict[str, Any]:

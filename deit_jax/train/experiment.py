@@ -174,7 +174,7 @@ class Experiment:
         config = self.config.copy_and_resolve_references()
         config.update_from_flattened_dict(fields)
         size = (self.num_classes, self.order.num_images)
-        return sketch(config, *size, devices=list(self.mesh.devices.flat))
+        return sketch(config, lambda: size, devices=list(self.mesh.devices.flat))
 
     def explained(self) -> contextlib.AbstractContextManager:
         """Return a context that turns "out of memory" into one line with the fields to change."""
@@ -184,12 +184,16 @@ class Experiment:
 
 
 def resolve(
-    config: ConfigDict, classes: int, images: int, devices: Sequence | None = None
+    config: ConfigDict,
+    classes: int,
+    images: int,
+    devices: Sequence | None = None,
+    whole: bool = False,
 ) -> Experiment:
     """Return what a validated config means for data of so many classes and images.
 
     `devices` need not be there (`deit plan`); None are those at hand. Raise UserError where nothing
-    fits into their memory.
+    fits into their memory. `whole` is for who compiles no step: nothing is asked of memory.
     """
     config = config.copy_and_resolve_references()
     mesh = sharding.make_mesh(config.mesh, devices=devices)
@@ -211,13 +215,15 @@ def resolve(
         ema=bool(config.optim.ema_decay),
         settings=settings,
         teacher=teacher,
+        teacher_size=spec.image_size if spec else None,
         target=functools.partial(target_shape, teacher, settings, size),
         extras=jax.eval_shape(
             functools.partial(init_extras, model, size, settings, spec), jax.random.key(0)
         ),
     )
-    counts = parts.choose(load, config.optim.accum_steps, config.train.micro_batch)
-    settings = dataclasses.replace(settings, micro_batches=counts[0], teacher_parts=counts[1])
+    if not whole:
+        counts = parts.choose(load, config.optim.accum_steps, config.train.micro_batch)
+        settings = dataclasses.replace(settings, micro_batches=counts[0], teacher_parts=counts[1])
     return Experiment(
         config=config,
         data=config.data,
@@ -266,15 +272,22 @@ def prepare(
 
 
 def sketch(
-    config: ConfigDict, classes: int, images: int, devices: Sequence | None = None
+    config: ConfigDict,
+    size: Callable[[], tuple[int, int]],
+    devices: Sequence | None = None,
+    whole: bool = False,
 ) -> Experiment:
-    """Check a config but for its weights, and return what it means: to plan and to measure it."""
+    """Check a config but for its weights, and return what it means: to plan and to measure it.
+
+    `size` returns the numbers of classes and images; it is asked after the check, as it may open
+    data. See resolve for the rest.
+    """
     checked = config.copy_and_resolve_references()
     if checked.distill.kind != "none" and not checked.teacher.weights:
         checked.teacher.epochs = 1.0  # stands for the weights that are not needed
     checked.init.required = False
     validate(checked, jax.device_count() if devices is None else len(devices))
-    return resolve(config, classes, images, devices)
+    return resolve(config, *size(), devices, whole)
 
 
 def resolved_decoder(name: str, workdir: Path | None) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from deit_jax.errors import UserError
-from deit_jax.models.build import build_model, compute_dtype, image_size
+from deit_jax.models.build import build_model, compute_dtype, for_counting, image_size
 from deit_jax.step.teacher import Teacher
 from deit_jax.weights.load import folded, open_model
 
@@ -134,7 +134,8 @@ def abstract_teacher(spec: TeacherSpec | None, num_classes: int) -> tuple[Teache
         return None
     model, size = spec.build(num_classes), spec.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    # Shapes are asked for without its own attention, which might try cuDNN.
+    variables = jax.eval_shape(for_counting(model).init, jax.random.key(0), images)
     dtype = compute_dtype(spec.dtype)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), variables["params"])
     return spec.as_student_sees(model), params

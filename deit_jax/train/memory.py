@@ -71,8 +71,9 @@ class Takes:
 class Load:
     """What a step has on its devices, in however many parts they take their share of a batch.
 
-    `teacher` is what abstract_teacher returns, None where none is asked; `target` gives the shape
-    of what distillation makes of its answers to so many images, `extras` those of its parameters.
+    `teacher` is what abstract_teacher returns, None where none is asked; `teacher_size` is the side
+    of the images for it, or for the one behind a tape. `target` gives the shape of what
+    distillation makes of its answers to so many images, `extras` those of its parameters.
     """
 
     name: str  # of the model
@@ -85,6 +86,7 @@ class Load:
     ema: bool
     settings: StepConfig
     teacher: tuple[Teacher, Any] | None
+    teacher_size: int | None
     target: Callable[[int], Any]
     extras: dict[str, Any]
 

@@ -51,9 +51,10 @@ def choose(load: Load, accum_steps: int, micro_batch: int | None) -> tuple[int, 
 
 
 def _of_teacher(load: Load, parts: int) -> int:
-    if parts == 1 or load.teacher is None:
+    # Also behind a tape, which may have holes: as who recorded it took its answers.
+    if parts == 1 or load.teacher_size is None:
         return parts
-    most = max(1, TEACHER_PIXELS // (load.teacher[0].image_size or load.image_size) ** 2)
+    most = max(1, TEACHER_PIXELS // load.teacher_size**2)
     return min(parts, _fewest(load.share, lambda images: images <= most) or load.share)
 
 

@@ -1,5 +1,6 @@
 """The picture that a run ends with: its curves, and test images with the answers to them."""
 
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib import pyplot as plt
 
 from deit_jax.data import decode
 from deit_jax.parallel.sharding import replicated
-from deit_jax.step.eval_step import jit_logits
+from deit_jax.step.eval_step import all_logits
 from deit_jax.storage import backend, read_lines
 from deit_jax.train.evaluator import NAMES
 
@@ -91,17 +92,23 @@ def _draw_grid(figure, trainer) -> None:
 
 def answer(trainer, images: np.ndarray) -> dict[str, np.ndarray]:
     """Return the labels that teacher (if there is one) and student give to uint8 images."""
-    experiment = trainer.experiment
-    images = jax.device_put(images, replicated(experiment.mesh))
-    logits = jit_logits(
-        trainer.state.variables,
-        trainer.teacher_params,
-        images,
-        model=experiment.model,
-        teacher=trainer.teacher,
-        mean=experiment.settings.mean,
-        std=experiment.settings.std,
-    )
-    labels = {name: x.argmax(-1) for name, x in jax.device_get(logits).items()}
-    teacher = {"teacher": labels["teacher"]} if "teacher" in labels else {}
-    return {**teacher, "student": labels["fused"]}
+    experiment, everywhere = trainer.experiment, replicated(trainer.experiment.mesh)
+
+    # Labels that every process has whole: logits would be split as the heads' weights are.
+    @functools.partial(jax.jit, out_shardings=everywhere)
+    def labels(variables, teacher_params, images):
+        logits = all_logits(
+            variables,
+            teacher_params,
+            images,
+            model=experiment.model,
+            teacher=trainer.teacher,
+            mean=experiment.settings.mean,
+            std=experiment.settings.std,
+        )
+        return {name: x.argmax(-1) for name, x in logits.items()}
+
+    placed = jax.device_put(images, everywhere)
+    found = jax.device_get(labels(trainer.state.variables, trainer.teacher_params, placed))
+    teacher = {"teacher": found["teacher"]} if "teacher" in found else {}
+    return {**teacher, "student": found["fused"]}

@@ -142,7 +142,7 @@ def to_torch(variables: Mapping[str, Any], dialect: str = "timm") -> Flat:
 
 
 def _num_classes(flat: Flat, model) -> int | None:
-    names = [f"{head.replace('/', '.')}.weight" for head in family_of(model).heads]
+    names = [f"{head.replace('/', '.')}.weight" for head in family_of(model).heads[:1]]
     return next((flat[name].shape[0] for name in names if name in flat), None)
 
 

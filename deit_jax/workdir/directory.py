@@ -63,8 +63,8 @@ def locked(workdir: Path) -> Iterator[None]:
             stack.enter_context(backend(workdir).lock(workdir / "lock", holder))
         except LockedError as error:
             raise UserError(
-                f"--workdir={workdir}: another run is in it ({error or 'unknown'}); stop that one, "
-                "or choose another --workdir"
+                f"--workdir={workdir}: another run is in it ({str(error) or 'unknown'}); stop that "
+                "one, or choose another --workdir"
             ) from None
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error

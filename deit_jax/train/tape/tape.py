@@ -64,7 +64,8 @@ class Tape:
             raise UserError(f"{file}: not a label tape of format {FORMAT}; {REMEDY}")
         numbers = (given.get("batch_size"), given.get("data.num_classes"), content.get("top_k"))
         fine = all(type(n) is int and n > 0 for n in numbers)
-        kind = DISTILLATIONS.get(given.get("distill.kind", ""))
+        name = given.get("distill.kind")
+        kind = DISTILLATIONS.get(name) if isinstance(name, str) else None
         if not fine or kind is None or kind.tape is None:
             raise UserError(f"{file}: says no kind, batch, classes or top_k; {REMEDY}")
         size = given["batch_size"], given["data.num_classes"], content["top_k"]
