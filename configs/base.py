@@ -54,9 +54,20 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "tfds:imagenet2012"  # or folder:PATH, wds:PATH, fashion_mnist, mnist, digits
     c.data.dir = ""  # where TFDS keeps its data sets; "" = TFDS's default
+    # Parts of the data by their names; others for the same do: training, val, Valid, dev, test.
+    # `validation` is the test split where there is no other; `.` in train_split all of a folder.
     c.data.train_split = "train"
     c.data.eval_split = "validation"
     c.data.eval_fraction = 0.2  # held out where the source has no split for evaluation
+    c.data.labels = ""  # csv, tsv, json or text files of path and label; "" = folders are classes
+    c.data.classes = ""  # file with the classes in order, or `imagenet` for its ids; "" = sorted
+    c.data.image_column = ""  # of a table; "" = found by its name or type
+    c.data.label_column = ""
+    c.data.nested = "auto"  # folders in folders: the class is leaf, top, path = joined; or ask
+    c.data.min_images = 0  # leave out classes with fewer training images; 0 = none may be empty
+    # How folders are read and parts held out. None = the newest, or those a run began with; 1 is
+    # what was done until 2026. See deit_jax/data/sources/assemble.py.
+    c.data.rules = placeholder(int)
     c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     c.data.std = (0.229, 0.224, 0.225)
     c.data.eval_crop_ratio = 0.875  # resize the shorter side to image_size / ratio, crop the centre

@@ -21,6 +21,7 @@ else:
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import pytest
+from PIL import Image
 
 from tests import programs
 from tests.tiny import make_tiny_config
@@ -59,3 +60,16 @@ def _reference(name):
     from tests import timm_reference
 
     return getattr(timm_reference, f"import_{name}")()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a function that writes small PNG files, each with pixels of its own."""
+
+    def write(*paths):
+        for number, path in enumerate(paths):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / path, format="png")
+        return tmp_path
+
+    return write

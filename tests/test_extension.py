@@ -58,7 +58,8 @@ SOURCE = '''
 
 import numpy as np
 
-from deit_jax.data.sources.base import ArraySource, Dataset, hold_out
+from deit_jax.data.sources.assemble import assemble
+from deit_jax.data.sources.base import ArraySource
 
 
 def open_source(rest, data):
@@ -66,7 +67,7 @@ def open_source(rest, data):
     noise = np.random.default_rng(0).integers(0, 128, (len(labels), 16, 16, 3), np.uint8)
     images = noise + 100 * labels[:, None, None, None].astype(np.uint8)
     source = ArraySource("toy", images, labels)
-    return Dataset(*hold_out(source, data.eval_fraction), ["dark", "bright"])
+    return assemble(source, None, ["dark", "bright"], data)
 '''
 DISTILLATION = '''
 """The student's features, projected, shall be the teacher's (FitNets, arXiv 1412.6550)."""

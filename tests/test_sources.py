@@ -36,19 +36,6 @@ def names(source, root):
     return [str(Path(source.describe(i)).relative_to(root)) for i in range(len(source))]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Return a function that writes small PNG files, each with pixels of its own."""
-
-    def write(*paths):
-        for number, path in enumerate(paths):
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / path, format="png")
-        return tmp_path
-
-    return write
-
-
 def pixels(source):
     return [np.asarray(decode(source[i]["image"], source.describe(i))) for i in range(len(source))]
 
@@ -114,7 +101,7 @@ def test_a_folder_with_splits(folder, val):
         f"{val}/b/2.png",
     )
     dataset = open_data(f"folder:{root}")
-    assert dataset.classes == ["10", "9", "B", "a", "b"]  # as Python and torchvision sort names
+    assert dataset.classes == ["9", "10", "a", "B", "b"]  # as timm sorts names
     assert names(dataset.train, root / "train") == [
         "10/4.png",
         "9/5.png",
@@ -122,10 +109,10 @@ def test_a_folder_with_splits(folder, val):
         "a/2.png",
         "b/1.png",
     ]
-    assert [dataset.train[i]["label"] for i in range(5)] == [0, 1, 2, 3, 4]
+    assert [dataset.train[i]["label"] for i in range(5)] == [1, 0, 3, 2, 4]
     # A class without images to evaluate keeps its number.
     assert names(dataset.eval, root / val) == ["a/1.png", "b/2.png"]
-    assert [dataset.eval[i]["label"] for i in range(2)] == [3, 4]
+    assert [dataset.eval[i]["label"] for i in range(2)] == [2, 4]
     assert [x[0, 0, 0] for x in pixels(dataset.train)] == [3, 4, 2, 1, 0]
 
 
@@ -141,7 +128,7 @@ def test_folder_labels_are_torchvisions(folder, timm):
         "val/a/1.png",
     )
     reference = ImageFolder(str(root / "train"))
-    dataset = open_data(f"folder:{root}")
+    dataset = open_data(f"folder:{root}", nested="top")
     assert dataset.classes == reference.classes
     ours = {(dataset.train.describe(i), dataset.train[i]["label"]) for i in range(4)}
     assert ours == set(reference.samples)
@@ -163,7 +150,7 @@ def test_nested_folders_belong_to_their_class_and_hidden_ones_to_none(folder, tm
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     Image.new("RGB", (4, 4)).save(elsewhere / "linked.png")
     (root / "b" / "link").symlink_to(elsewhere)
-    dataset = open_data(f"folder:{root}", eval_fraction=0.5)
+    dataset = open_data(f"folder:{root}", eval_fraction=0.5, nested="top")
     assert dataset.classes == ["a", "b"]
     found = names(dataset.train, root) + names(dataset.eval, root)
     assert sorted(found) == [
@@ -180,19 +167,26 @@ def test_a_lone_train_folder_is_a_split_not_a_class(folder):
     root = folder("train/a/1.png", "train/a/2.png", "train/b/1.png", "train/b/2.png")
     dataset = open_data(f"folder:{root}")
     assert (dataset.classes, len(dataset.train), len(dataset.eval)) == (["a", "b"], 2, 2)
-    folder("train/3.png", "train/4.png", "car/1.png", "car/2.png")
-    assert open_data(f"folder:{root}").classes == ["car", "train"]
+    folder("car/1.png", "car/2.png")
+    line = error_of(f"folder:{root}")
+    assert "is train/ the images to train on, or a class beside car?" in line
+    dataset = open_data(f"folder:{root}", train_split=".", nested="top")
+    assert dataset.classes == ["car", "train"]
 
 
 def test_each_mistake_in_a_folder_is_one_line_that_names_it(folder, tmp_path):
     assert f"{tmp_path}/none: no such folder" in error_of(f"folder:{tmp_path}/none")
     assert f"{tmp_path}: no class folders" in error_of(f"folder:{tmp_path}")
     (tmp_path / "dog").mkdir()
-    assert f"{tmp_path}/dog: no images" in error_of(f"folder:{tmp_path}")
+    assert f"{tmp_path}: no class folders with images" in error_of(f"folder:{tmp_path}")
     folder("cat/1.png", "cat/2.png")
-    assert f"{tmp_path}/dog: no images" in error_of(f"folder:{tmp_path}")
+    line = error_of(f"folder:{tmp_path}")
+    assert "no training images of class 'dog'" in line
+    assert "--config.data.min_images=1" in line
     folder("dog/only.png")
-    assert "dog/only.png: the only image of its class" in error_of(f"folder:{tmp_path}")
+    line = error_of(f"folder:{tmp_path}")
+    assert "dog/only.png: the only image of its class" in line
+    assert "--config.data.min_images=2" in line
     folder("splits/train/cat/1.png", "splits/val/cat/1.png", "splits/val/dgo/1.png")
     root = tmp_path / "splits"
     assert error_of(f"folder:{root}") == f"{root}/val/dgo: no class of this name in {root}/train"

@@ -25,7 +25,7 @@ NARROW = {
     "models": {"errors"},
     "parallel": {"errors"},
     "step": {"models", "parallel"},
-    "data": {"errors", "storage"},
+    "data": {"errors", "storage", "configs"},
     "config": {"errors", "storage", "configs"},
 }
 REACH = 15  # files that a reader of train_step may come to

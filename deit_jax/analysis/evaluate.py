@@ -1,33 +1,39 @@
 """The accuracy of trained weights on a config's data."""
 
+import logging
 from typing import Any
 
 import jax
 
 from deit_jax.data.sources.registry import open_dataset
-from deit_jax.errors import UserError
 from deit_jax.parallel import sharding
 from deit_jax.train import memory
 from deit_jax.train.evaluator import Evaluator
 from deit_jax.train.load_teacher import load_teacher, teacher_spec
+from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import open_model
+from deit_jax.workdir import held_out
+
+log = logging.getLogger("deit_jax")
 
 
 def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any]:
     """Evaluate the newest checkpoint in a workdir, or other weights, on the data of `config`.
 
     The model and the normalisation of its input are the weights' own; batch size, data and crop
-    come from `config`. Raise UserError if they know another number of classes than the data has.
+    come from `config`. Heads get the order of the data's classes, by name; raise UserError where
+    the names do not go together. What else differs from the data of the run is said.
     """
     mesh = sharding.make_mesh(config.mesh)
-    dataset = open_dataset(config.data)
     opened = open_model(source, model, dtype=config.dtype)
-    if len(opened.classes) != len(dataset.classes):
-        raise UserError(
-            f"{source}: the model knows {len(opened.classes)} classes, {config.data.source} has "
-            f"{len(dataset.classes)}; give the --config.data options that it was trained with"
-        )
     data, batch_size = config.data.copy_and_resolve_references(), config.train.eval_batch_size
+    if opened.run is not None and data.rules is None:
+        data.rules = opened.run.config.data.rules
+    dataset = open_dataset(data)
+    opened, note = in_order(opened, dataset.classes, f"{source}: the model", data.source)
+    lines = [note, *(held_out.changes(source, dataset) if opened.run else ())]
+    for line in filter(None, lines):
+        log.warning(line)
     data.mean, data.std = opened.mean, opened.std
     evaluator = Evaluator(dataset.eval, data, batch_size, opened.image_size, mesh)
 

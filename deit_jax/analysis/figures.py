@@ -23,7 +23,7 @@ from deit_jax.errors import UserError
 from deit_jax.storage import exists, steps_in
 from deit_jax.train.experiment import length_of
 from deit_jax.train.load_teacher import load_teacher, teacher_spec
-from deit_jax.weights.fit import LoadedWeights
+from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import open_model
 from deit_jax.workdir import records
 
@@ -136,12 +136,11 @@ def _add_length(figures: dict[str, Any], dataset: Dataset) -> None:
 
 def _look(seen: _Seen, opened, dataset: Dataset, workdir: Path, images: int) -> None:
     """Add to a run's figures what needs its weights and its images."""
-    if len(opened.classes) != len(dataset.classes):
-        raise UserError(
-            f"{opened.run.config.data.source}: has {len(dataset.classes)} classes now, the run was "
-            f"trained with {len(opened.classes)}"
-        )
     source, figures = dataset.eval, seen.figures
+    where = opened.run.config.data.source
+    opened, note = in_order(opened, dataset.classes, f"{workdir}: the run", where)
+    if note:
+        figures["notes"]["classes"] = note
     numbers = predictions.spaced(len(source), images)
     teacher = _teacher(opened, workdir, figures["notes"])
     said = predictions.predict(opened, teacher, source, numbers, figures["name"])

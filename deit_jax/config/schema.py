@@ -30,6 +30,7 @@ MAY_CHANGE = (
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "augment.crop": ("random_resized", "simple"),
+    "data.nested": ("auto", "leaf", "top", "path"),
     "init.head": ("error", "drop", "cls"),
     "loss.heads": ("cls", "both"),
     "distill.reduction": ("batchmean", "numel"),
@@ -94,6 +95,8 @@ RANGES = {
     "epochs": _EPOCHS,
     "batch_size": _BATCH,
     "data.eval_fraction": _FRACTION,
+    "data.min_images": Range(0, INT32),
+    "data.rules": Range(1, 2),
     "data.mean": Range(0, 1, length=3),
     "data.std": Range(0.001, 1, length=3),
     "data.eval_crop_ratio": Range(0.1, 1),  # below, a photograph is enlarged to gigabytes
@@ -144,6 +147,7 @@ RANGES = {
     "train.max_rollbacks": Range(0, INT32),
 }
 OPTIONAL = (
+    "data.rules",
     "model.image_size",
     "teacher.image_size",
     "teacher.model.image_size",

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from deit_jax.config.serialize import BEFORE, from_json
 from deit_jax.data.batches import Batch, Batches, TrainBatches
 from deit_jax.data.decoders import choose
 from deit_jax.data.loader import load
 from deit_jax.data.order import EpochOrder, whole_steps
+from deit_jax.data.sources.assemble import NEWEST_RULES
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
@@ -259,6 +261,7 @@ def prepare(
     check_teacher(config, count)
     config = config.copy_and_resolve_references()
     config.data.decoder = resolved_decoder(config.data.decoder, workdir)
+    config.data.rules = resolved_rules(config.data.rules, workdir, config.teacher)
     dataset = open_dataset(config.data)
     if len(dataset.classes) < 2:
         raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
@@ -297,6 +300,19 @@ def resolved_decoder(name: str, workdir: Path | None) -> str:
         with contextlib.suppress(UserError, KeyError, TypeError):  # which are told of later
             name = read_json(began)["data"]["decoder"]
     return choose(name).name
+
+
+def resolved_rules(given: int | None, workdir: Path | None, teacher: ConfigDict) -> int:
+    """Return what `data.rules` means: None are the run's own, its tape's, or else the newest."""
+    if given is not None:
+        return given
+    with contextlib.suppress(UserError, KeyError, TypeError, OSError):  # are told of later
+        if workdir and exists(workdir / "config.json"):
+            return from_json(read_json(workdir / "config.json")).data.rules
+        if teacher.tape == "replay":
+            recorded = read_json(Path(teacher.tape_path) / "tape.json")["fingerprint"]
+            return recorded.get("data.rules", BEFORE["data.rules"])
+    return NEWEST_RULES
 
 
 def length_of(config: ConfigDict, images: int) -> tuple[EpochOrder, int]:

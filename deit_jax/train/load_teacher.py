@@ -1,6 +1,7 @@
 """The teacher that a config names: what is known of it without its weights, and with them."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from ml_collections import ConfigDict
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model, compute_dtype, for_counting, image_size
 from deit_jax.step.teacher import Teacher
+from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import folded, open_model
+
+log = logging.getLogger("deit_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +92,9 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
 def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[Teacher, Any]:
     """Return the teacher in any kind of weights and its parameters, batch norm folded into them.
 
-    `spec.model_config` is its model if the weights do not say it. Raise UserError unless it knows
-    the same number of classes and takes the student's images.
+    `spec.model_config` is its model if the weights do not say it. Its classes are put in the
+    order of `classes` by their names. Raise UserError unless they are the same and it takes the
+    student's images.
     """
     try:
         opened = open_model(weights, default=spec.model_config, dtype=spec.dtype)
@@ -97,11 +102,10 @@ def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[T
         if weights != spec.weights:
             raise
         raise UserError(f"config.teacher.weights={weights}: {error}") from error
-    if len(opened.classes) != len(classes):
-        raise UserError(
-            f"config.teacher.weights={weights}: the teacher knows {len(opened.classes)} classes, "
-            f"{spec.source} has {len(classes)}; train a teacher on this data set"
-        )
+    whose = f"config.teacher.weights={weights}: the teacher"
+    opened, note = in_order(opened, classes, whose, spec.source)
+    if note:
+        log.info(note)
     if getattr(opened.model, "image_size", spec.image_size) != spec.image_size:
         raise UserError(
             f"config.teacher.weights={weights}: the teacher takes {opened.image_size} px images, "

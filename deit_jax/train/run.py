@@ -17,8 +17,9 @@ from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.load_teacher import load_teacher, teacher_config
 from deit_jax.train.loop import Trainer
 from deit_jax.train.tape.session import open_tape
+from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import load_variables
-from deit_jax.workdir import directory
+from deit_jax.workdir import directory, held_out
 
 log = logging.getLogger("deit_jax")
 
@@ -40,13 +41,15 @@ def train(
     weights = spec.weights_path(workdir) if spec else ""
     if spec and spec.weights:
         teacher = load_teacher(spec, weights, dataset.classes)
-    start = starting_weights(experiment, workdir)
+    start = starting_weights(experiment, workdir, dataset.classes)
     tape = None
     if spec and not spec.answers:  # that it does not fit is told before anything is written
         tape = open_tape(experiment, workdir, dataset, teacher)
         teacher = None  # the tape keeps it on hand
     with directory.locked(workdir):
         directory.bind_config(workdir, config, dataset.classes, allowed)
+        for line in held_out.note(workdir, dataset):
+            log.warning(line)
         if spec and weights and not spec.weights:
             train(teacher_config(config), weights, stop, allowed)
             teacher = load_teacher(spec, weights, dataset.classes)
@@ -59,8 +62,11 @@ def train(
         return _run_to_the_end(trainer)
 
 
-def starting_weights(experiment: Experiment, workdir: Path):
-    """Load what `config.init` names and say how it was fitted; None for a run that goes on."""
+def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):
+    """Load what `config.init` names and say how it was fitted; None for a run that goes on.
+
+    Heads that are kept get the order of `classes`.
+    """
     init = experiment.config.init
     if not init.weights or steps_in(workdir / "checkpoints"):
         return None
@@ -75,8 +81,11 @@ def starting_weights(experiment: Experiment, workdir: Path):
         )
     except UserError as error:
         raise UserError(f"config.init.weights={init.weights}: {error}") from error
-    for note in [f"starting from {init.weights} ({opened.format})", *opened.notes]:
-        log.info(note)
+    whose = f"config.init.weights={init.weights}: the model"
+    opened, note = in_order(opened, classes, whose, experiment.data.source)
+    notes = [f"starting from {init.weights} ({opened.format})", *opened.notes, note]
+    for line in filter(None, notes):
+        log.info(line)
     return opened.variables
 
 

@@ -34,7 +34,7 @@ def dump_step(experiment: Experiment, dataset, workdir: Path, number: int) -> Pa
     spec, teacher, tape = experiment.teacher, None, None
     if spec and (weights := spec.weights_path(workdir)):
         teacher = load_teacher(spec, weights, dataset.classes)
-    start = starting_weights(experiment, workdir)
+    start = starting_weights(experiment, workdir, dataset.classes)
     if spec and not spec.answers:  # nor is a step that is looked at recorded
         tape = open_tape(experiment, workdir, dataset, teacher)
     trainer = Trainer(experiment, workdir, dataset, teacher, start, read_only=True, tape=tape)

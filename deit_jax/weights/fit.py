@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deit_jax.data.classes import align
 from deit_jax.models import registry
 from deit_jax.models.build import build_model
 from deit_jax.models.pos_embed import resize_pos_embed
@@ -127,6 +128,38 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
     return dataclasses.replace(
         found, model=model, variables=variables, classes=classes, notes=tuple(notes)
     )
+
+
+def in_order(
+    found: LoadedWeights, classes: list[str], whose: str, where: str
+) -> tuple[LoadedWeights, str]:
+    """Return weights whose heads have the classes of a data set in its order, and a note on it.
+
+    Raise UserError where the two lists of names do not go together; see data/classes.py.
+    """
+    order, note = align(found.classes, classes, whose, where)
+    if order is None:
+        return found, note
+    run = found.run
+    if run is not None and run.ema is not None:
+        run = dataclasses.replace(run, ema=_reordered(run.ema, found.model, order))
+    variables = _reordered(found.variables, found.model, order)
+    return dataclasses.replace(found, variables=variables, classes=list(classes), run=run), note
+
+
+def _reordered(variables: dict[str, Any], model, order: np.ndarray) -> dict[str, Any]:
+    params = dict(variables["params"])
+    for path in registry.family_of(model).heads:
+        top, _, rest = path.partition("/")
+        if top in params:
+            params[top] = _columns(params[top], rest.split("/") if rest else [], order)
+    return {**variables, "params": params}
+
+
+def _columns(layer: dict[str, Any], path: list[str], order: np.ndarray) -> dict[str, Any]:
+    if path:
+        return {**layer, path[0]: _columns(layer[path[0]], path[1:], order)}
+    return {name: np.asarray(array)[..., order] for name, array in layer.items()}
 
 
 def _fit_positions(params: dict[str, Any], old, model) -> list[str]:

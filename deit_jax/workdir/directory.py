@@ -23,8 +23,10 @@ import jax
 from ml_collections import ConfigDict
 
 from deit_jax.config.schema import MAY_CHANGE
-from deit_jax.config.serialize import default_fields, flatten, from_json, to_json
+from deit_jax.config.serialize import flatten, from_json, meanings, to_json
+from deit_jax.data.classes import align
 from deit_jax.data.sources.registry import SOURCES
+from deit_jax.data.sources.splits import listed
 from deit_jax.errors import UserError
 from deit_jax.step.objective import DISTILLATIONS
 from deit_jax.storage import (
@@ -87,6 +89,7 @@ def bind_config(
     try:
         if exists(path):
             changed = check_unchanged(to_json(config), path, allowed)
+            _check_classes(workdir, classes, config.data.source)
             if not changed:
                 return
             log.warning("going on with another config: %s", "; ".join(changed))
@@ -96,6 +99,20 @@ def bind_config(
             write_json(path, to_json(config))
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+
+
+def _check_classes(workdir: Path, classes: list[str], source: str) -> None:
+    """Raise UserError where the data has other classes, or another order, than the run."""
+    path = workdir / "classes.json"
+    if not exists(path):
+        return
+    order, _ = align(read_json(path, list), classes, f"{workdir}: the run", source)
+    if order is not None:
+        orders = f"{listed(classes)} instead of {listed(read_json(path, list))}"
+        raise UserError(
+            f"{source} has the classes in another order than the run in {workdir}, {orders}; give "
+            f"its order with --config.data.classes={path}"
+        )
 
 
 def check_unchanged(values: dict[str, Any], path: Path, allowed: Iterable[str] = ()) -> list[str]:
@@ -121,9 +138,10 @@ def check_unchanged(values: dict[str, Any], path: Path, allowed: Iterable[str] =
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """Return {key: "key: old -> new"} for each field that matters and differs.
 
-    A field that `old` is too old to have is no difference where it has its default value.
+    A field that `old` is too old to have is no difference where it has its default value, or what
+    it meant before it was there.
     """
-    old, new, defaults = flatten(old), flatten(new), default_fields()
+    old, new, defaults = flatten(old), flatten(new), meanings()
     changed = {}
     for key in sorted(old.keys() | new.keys()):
         before = old.get(key, defaults.get(key, "(no such field)"))

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from deit_jax.data.classes import imagenet_list
 from deit_jax.data.prepare import readers
 from deit_jax.data.prepare.writer import Job, make_features, write_shard
 from deit_jax.errors import UserError
@@ -74,7 +75,7 @@ def _check_name(plan: readers.Plan) -> None:
     with contextlib.suppress(tfds.core.DatasetNotFoundError):
         # TFDS would open such a folder with the features of its own data set.
         own = tfds.builder_cls(plan.name) and plan.name != readers.IMAGENET
-        if own or plan.classes != readers.imagenet_list("labels"):
+        if own or plan.classes != imagenet_list("labels"):
             raise UserError(f"{plan.name} is another data set of TFDS's own; give --name=NAME")
 
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from deit_jax.configs import base
+from deit_jax.data.classes import imagenet_list
 from deit_jax.data.sources import folder, tar_index
 from deit_jax.data.sources.webdataset import split_by_name
 from deit_jax.errors import UserError
@@ -139,7 +141,9 @@ def _plan(name: str, classes: list[str], splits: dict[str, list[Entry]]) -> Plan
 
 
 def _plan_folder(root: Path, eval_fraction: float) -> Plan:
-    dataset = folder.open_folder(root, eval_fraction)
+    data = base.get_config().data
+    data.source, data.eval_fraction = f"folder:{root}", eval_fraction
+    dataset = folder.open_folder(root, data)
 
     def entries(source) -> list[Entry]:
         found = []
@@ -155,14 +159,6 @@ def _plan_folder(root: Path, eval_fraction: float) -> Plan:
     name = IMAGENET if dataset.classes == imagenet_list("labels") else _name(root)
     splits = {"train": entries(dataset.train), "validation": entries(dataset.eval)}
     return _plan(name, dataset.classes, splits)
-
-
-def imagenet_list(name: str) -> list[str]:
-    """Return one of the two lists of WordNet ids that TFDS carries: labels, validation_labels."""
-    import tensorflow_datasets as tfds
-
-    path = tfds.core.tfds_path(f"datasets/imagenet2012/{name}.txt")
-    return path.read_text().split()
 
 
 def _plan_ilsvrc(root: Path) -> Plan:

@@ -9,8 +9,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from deit_jax.errors import UserError
-
 
 @runtime_checkable
 class Source(Protocol):
@@ -37,12 +35,27 @@ class Labelled(Source, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Reading:
+    """What was understood of a data set on opening it, for people to read.
+
+    `left_out` counts what was met and not taken, by reason; `notes` say what else to know.
+    """
+
+    train: str = ""  # what is trained on: "train/"
+    eval: str = ""  # what is evaluated: "valid/", "20 % of each class, held out"
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    held_out: bool = False  # by us: the source itself has no part for evaluation
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Examples to train on, examples held out for evaluation, and the classes' names by label."""
 
     train: Source
     eval: Source
     classes: list[str]
+    reading: Reading = Reading()
 
 
 class ArraySource:
@@ -89,44 +102,38 @@ class PackedStrings(Sequence[str]):
 
 
 class Subset:
-    """Some examples of another source; it knows their labels if that does."""
+    """Some examples of another source; it knows their labels if that does.
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        self._source, self._indices = source, indices
+    `relabel` gives the new label of each old one.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, relabel: np.ndarray | None = None):
+        self._source, self._indices, self._relabel = source, indices, relabel
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
         if not isinstance(self._source, Labelled):
             raise AttributeError("labels")  # as that source would
-        return self._source.labels[self._indices]
+        labels = self._source.labels[self._indices]
+        return labels if self._relabel is None else self._relabel[labels]
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> dict:
-        return self._source[int(self._indices[index])]
+        example = self._source[int(self._indices[index])]
+        if self._relabel is None:
+            return example
+        return {**example, "label": int(self._relabel[example["label"]])}
 
     def describe(self, index: int) -> str:
         return self._source.describe(int(self._indices[index]))
 
+    def key(self, index: int) -> str:
+        return key_of(self._source, int(self._indices[index]))
 
-def hold_out(source: Labelled, fraction: float) -> tuple[Subset, Subset]:
-    """Split off `fraction` of each class (at least one example) for evaluation, always the same.
 
-    Raise UserError if a class has a single example or the fraction leaves nothing on a side.
-    """
-    if not 0 < fraction < 1:
-        raise UserError(f"config.data.eval_fraction={fraction}: must be between 0 and 1, exclusive")
-    order = np.random.default_rng(0).permutation(len(source))
-    by_class = order[np.argsort(source.labels[order], kind="stable")]
-    held = []
-    for members in np.split(by_class, np.flatnonzero(np.diff(source.labels[by_class])) + 1):
-        if len(members) < 2:
-            raise UserError(
-                f"{source.describe(int(members[0]))}: the only image of its class; add a second, "
-                "since one of each class is held out for evaluation"
-            )
-        held.append(members[: min(len(members) - 1, max(1, round(fraction * len(members))))])
-    mask = np.zeros(len(source), bool)
-    mask[np.concatenate(held)] = True
-    return Subset(source, np.flatnonzero(~mask)), Subset(source, np.flatnonzero(mask))
+def key_of(source: Source, index: int) -> str:
+    """Return the name of an example that stays the same wherever the data set is put."""
+    key = getattr(source, "key", source.describe)
+    return key(index)

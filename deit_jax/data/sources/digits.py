@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from deit_jax.data.sources.base import ArraySource, Dataset, hold_out
+from deit_jax.data.sources.assemble import assemble
+from deit_jax.data.sources.base import ArraySource, Dataset
 
 
 def open_source(rest: str, data) -> Dataset:
@@ -11,5 +12,5 @@ def open_source(rest: str, data) -> Dataset:
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 1797 of 8 x 8, values 0..16
-    train, held = hold_out(ArraySource("digits", images, digits.target), data.eval_fraction)
-    return Dataset(train, held, [str(name) for name in digits.target_names])
+    classes = [str(name) for name in digits.target_names]
+    return assemble(ArraySource("digits", images, digits.target), None, classes, data)

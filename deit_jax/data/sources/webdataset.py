@@ -11,12 +11,17 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from deit_jax.data.classes import read_classes
+from deit_jax.data.formats import image_suffixes
 from deit_jax.data.sources import tar_index
-from deit_jax.data.sources.base import Dataset, PackedStrings, Subset, hold_out
-from deit_jax.data.sources.folder import EVAL_FOLDERS, IMAGE_SUFFIXES
+from deit_jax.data.sources.assemble import assemble, rules_of
+from deit_jax.data.sources.base import Dataset, PackedStrings, Reading, Subset
+from deit_jax.data.sources.splits import choose_split, kinds_in, listed
 from deit_jax.errors import UserError
 
 INDEX_NAME = ".deit_index.npz"
+CLASSES = "classes.txt"
+EVAL_WORDS = ("val", "validation", "test")
 
 ROW = np.dtype([("tar", np.int32), ("offset", np.int64), ("size", np.int64), ("label", np.int32)])
 
@@ -45,13 +50,16 @@ class WdsSource:
     def describe(self, index: int) -> str:
         return f"{self._paths[self._index.rows['tar'][index]]}:{self._index.names[index]}"
 
+    def key(self, index: int) -> str:
+        return self._index.names[index]  # whichever tar it is in
+
 
 def open_source(rest: str, data) -> Dataset:
     """Open the tars in the folder that `rest` names."""
-    return open_wds(Path(rest).expanduser(), data.eval_fraction)
+    return open_wds(Path(rest).expanduser(), data)
 
 
-def open_wds(root: Path, eval_fraction: float) -> Dataset:
+def open_wds(root: Path, data) -> Dataset:
     """Open the *.tar files below a folder, train and evaluation told apart by their names.
 
     Without any for evaluation, hold out a part. The first opening reads every tar's headers and
@@ -60,19 +68,59 @@ def open_wds(root: Path, eval_fraction: float) -> Dataset:
     paths = sorted(root.rglob("*.tar"))
     if not paths:
         raise UserError(f"config.data.source=wds:{root}: no *.tar files in it")
-    train, held = split_by_name(paths, root)
+    if rules_of(data) == 1:
+        train, held = split_by_name(paths, root)
+    else:
+        train, held = _chosen(paths, root, data)
+    reading = Reading(
+        f"{len(train)} tars",
+        f"{len(held)} tars" if held else "",
+        notes=_aside(len(paths) - len(train) - len(held)),
+    )
     paths = [*train, *held]
     index = load_index(root, paths)
     labels = index.rows["label"]
     if not len(labels):
         raise UserError(f"config.data.source=wds:{root}: no images in its tars")
     source = WdsSource([str(p) for p in paths], index)
-    classes = _class_names(root, int(labels.max()) + 1)
+    classes = _class_names(root, int(labels.max()) + 1, data.classes)
+    may_lack = rules_of(data) == 1 or bool(data.classes) or (root / CLASSES).exists()
     if not held:
-        return Dataset(*hold_out(source, eval_fraction), classes)
+        return assemble(source, None, classes, data, reading, may_lack)
     is_train = index.rows["tar"] < len(train)
     kept, others = (Subset(source, np.flatnonzero(mask)) for mask in (is_train, ~is_train))
-    return Dataset(kept, others, classes)
+    return assemble(kept, others, classes, data, reading, may_lack)
+
+
+def _aside(count: int) -> tuple[str, ...]:
+    return (f"{count} tars of other splits are left aside",) if count else ()
+
+
+def _chosen(paths: list[Path], root: Path, data) -> tuple[list[Path], list[Path]]:
+    """Return the tars of the two splits that are asked for; raise UserError if one is not there.
+
+    A tar is of the split that its name, or the folder's, says; without any such names all are to
+    be trained on.
+    """
+    named: dict[str, list[Path]] = {}
+    for path in paths:
+        kinds = [kinds_in(part) for part in path.relative_to(root).with_suffix("").parts]
+        found = next((k for k in reversed(kinds) if len(k) == 1), {""})
+        named.setdefault(next(iter(found)), []).append(path)
+    if set(named) == {""} and data.train_split == "train":
+        return paths, []
+    there = sorted(k for k in named if k)
+    train, held = (choose_split(data[f], there) for f in ("train_split", "eval_split"))
+    if train is None and data.train_split == "train" and held and "" in named:
+        train = ""  # all that are not for evaluation
+    wanted = {"train_split": train, "eval_split": held}
+    for field, got in wanted.items():
+        if got is None and not (field == "eval_split" and data.eval_split == "validation"):
+            raise UserError(
+                f"config.data.{field}={data[field]}: no tars of this name in {root}; there are "
+                f"{listed(there) or 'none with a split in their names'}"
+            )
+    return named[train or ""], named[held] if held else []
 
 
 def split_by_name(paths: list[Path], root: Path) -> tuple[list[Path], list[Path]]:
@@ -82,14 +130,21 @@ def split_by_name(paths: list[Path], root: Path) -> tuple[list[Path], list[Path]
         return [p for p in paths if word in str(p.relative_to(root)).lower()]
 
     train = named("train")
-    held = next((found for word in EVAL_FOLDERS if (found := named(word))), [])
+    held = next((found for word in EVAL_WORDS if (found := named(word))), [])
     if not train:
         return [p for p in paths if p not in held] or paths, held
     return train, [p for p in held if p not in train]
 
 
-def _class_names(root: Path, count: int) -> list[str]:
-    path = root / "classes.txt"
+def _class_names(root: Path, count: int, file: str) -> list[str]:
+    path = root / CLASSES
+    if file:
+        names = read_classes(file)
+        if len(names) < count:
+            raise UserError(
+                f"config.data.classes={file}: {len(names)} names, but labels up to {count - 1}"
+            )
+        return names
     if not path.exists():
         return [str(i) for i in range(count)]
     names = path.read_text().splitlines()
@@ -150,7 +205,7 @@ def images_of(path: Path) -> Iterator[tuple[tar_index.Member, int]]:
         stem, _, extension = base.partition(".")  # WebDataset: a key ends at the first dot
         key, extension = f"{folder}/{stem}", extension.lower()
         sample = samples.get(key, _Sample())
-        if f".{extension}" in IMAGE_SUFFIXES:
+        if f".{extension}" in image_suffixes():
             sample = sample._replace(image=member)
         elif extension in ("cls", "json") and sample.label is None:
             sample = sample._replace(label=_label(path, member, extension))
