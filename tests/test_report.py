@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from sklearn.datasets import load_digits
 
 import deit_jax
 from deit_jax import __main__ as program
@@ -238,6 +239,7 @@ def test_page_is_whole_and_its_figures_are_the_runs(run, found):
         "attention",
         "positions",
         "filters",
+        "data",
         "config",
         "versions",
     )
@@ -256,6 +258,13 @@ def test_page_is_whole_and_its_figures_are_the_runs(run, found):
     ):
         assert [row, f"{figures['top1']:.2f}", f"{figures['top5']:.2f}", "9"] in page.cells
     said = " ".join(page.texts)
+    counts = np.bincount(load_digits().target)
+    fraction = json.loads((run / "config.json").read_text())["data"]["eval_fraction"]
+    held = np.round(fraction * counts).astype(int)
+    smallest = int(np.argmin(counts - held))
+    cells = [str(smallest), str((counts - held)[smallest]), str(held[smallest])]
+    assert cells in page.cells
+    assert f"digits: {sum(counts - held)} images to train on (all of it), {sum(held)} to" in said
     for label in (
         "nats",
         "top-1, %",
@@ -412,7 +421,7 @@ def test_a_run_without_checkpoints_or_data(run, tmp_path, capsys):
     assert program.main(["report", f"--workdir={moved}", f"--out={tmp_path}/x.html"]) == 0
     assert "no such folder" in capsys.readouterr().err
     page = no_requests((tmp_path / "x.html").read_text())
-    parts = ("positions", "filters", "config", "versions")
+    parts = ("positions", "filters", "data", "config", "versions")
     assert page.ids[2:] == ["run-1", *(f"run-1-{p}" for p in parts)]
     assert "No figures on images" in " ".join(page.texts)
     assert "folder:/nowhere: no such folder" in " ".join(page.texts)

@@ -90,6 +90,7 @@ def _leave_accelerator(workdirs: Sequence[Path]) -> None:
 def _run(workdir: Path, name: str, images: int) -> _Seen:
     figures = {"name": name, **records.read(workdir), **dict.fromkeys(_COMPUTED), "notes": {}}
     seen, notes = _Seen(figures), figures["notes"]
+    figures["data_card"] = records.data_card(workdir)
     try:
         opened = _open(workdir)
         if opened.run is None:

@@ -1,4 +1,4 @@
-"""`deit inspect`: draw training images as the model is given them."""
+"""`deit inspect`: what a config's data is, and how the model is given it."""
 
 import json
 import sys
@@ -7,38 +7,76 @@ from pathlib import Path
 import jax
 
 from deit_jax.analysis.input_sheet import COLUMNS, ROWS, draw, label_text, model_inputs
-from deit_jax.cli.flags import Command, no_words
+from deit_jax.cli.flags import Command, UsageError, no_words
+from deit_jax.config.serialize import from_json
+from deit_jax.data import card
 from deit_jax.data.sources.registry import open_dataset
+from deit_jax.errors import UserError
+from deit_jax.storage import write_json
 from deit_jax.train.experiment import resolve
 from deit_jax.train.validate import validate
+from deit_jax.workdir import records
 
-INSPECT_DOC = """usage: deit inspect --config=FILE[:ARGS] --out=SHEET.png [--step=0]
+INSPECT_DOC = """usage: deit inspect --config=FILE[:ARGS] [--check] [--out=SHEET.png [--step=0]]
+       deit inspect --workdir=DIR [--check] [--out=SHEET.png [--step=0]]
 
-Draw the first 64 images of a training step as the model is given them: cropped, augmented, erased
-and mixed, each under its label or mixture of labels.
+Say what is understood of a data set: images by class and part, sizes, formats, what is left out,
+and which images are there twice, above all those that are both trained and evaluated on. --check
+reads every image of a large data set too. --card writes it all as JSON; with --workdir it goes into
+the run's report. --out draws the first 64 images of a training step as the model is given them:
+cropped, augmented, erased and mixed, each under its label or mixture of labels.
 
-  deit inspect --config=configs/quickstart.py --out=sheet.png"""
+  deit inspect --config=configs/quickstart.py --out=sheet.png
+  deit inspect --config=configs/quickstart.py --config.data.source=folder:images --check"""
 
 
 def main(argv: list[str]) -> None:
     """Run `deit inspect`."""
     command = Command("inspect", INSPECT_DOC)
     command.add_config(argv)
+    command.string("workdir", "", "inspect the data of the run in it")
+    command.boolean("check", False, "read every image, however many there are")
+    command.string("card", "", "write what was found into this file, as JSON")
     command.string("out", "", "the sheet, a .png, .jpg or .pdf")
     command.integer("step", 0, "a training step, counted from 0", 0)
-    command.boolean("json", False, "print the labels as JSON")
-    no_words(command.parse(argv, required=("config", "out")))
-    config, values = command.required_config(), command.flags
+    command.boolean("json", False, "print one JSON object")
+    no_words(command.parse(argv))
+    values, config = command.flags, command.config
+    if (config is None) == (not values.workdir):
+        raise UsageError("give either --config=FILE or --workdir=DIR")
+    if config is None:
+        config = from_json(records.config_of(Path(values.workdir)))
     validate(config, num_devices=1)
     dataset = open_dataset(config.data)
-    size = (len(dataset.classes), len(dataset.train))
-    experiment = resolve(config, *size, devices=jax.devices()[:1], whole=True)
-    images, targets = model_inputs(experiment, dataset, values.step, ROWS * COLUMNS)
-    titles = [label_text(target, dataset.classes) for target in targets]
-    heading = f"{config.data.source}: the model's input at step {values.step}"
-    draw(images, titles, heading, Path(values.out))
+    found = card.make(dataset, config.data.source, values.check)
+    path = values.card or (values.workdir and Path(values.workdir) / records.DATA_CARD)
+    if path:
+        _write(found, Path(path))
+    if values.out:
+        size = (len(dataset.classes), len(dataset.train))
+        experiment = resolve(config, *size, devices=jax.devices()[:1], whole=True)
+        found |= {"out": values.out, "step": values.step}
+        found["labels"] = _draw(experiment, dataset, values.step, values.out)
     if values.json:
-        json.dump({"out": values.out, "step": values.step, "labels": titles}, sys.stdout)
+        json.dump(found, sys.stdout)
         print()
-    else:
-        print(f"{len(images)} training images of step {values.step}: {values.out}")
+        return
+    for line in card.lines(found):
+        print(line)
+    if values.out:
+        print(f"{len(found['labels'])} training images of step {values.step}: {values.out}")
+
+
+def _write(found, path: Path) -> None:
+    try:
+        write_json(path, found)
+    except OSError as error:
+        raise UserError(f"--card={path}: cannot be written ({error.strerror})") from error
+
+
+def _draw(experiment, dataset, step: int, out: str) -> list[str]:
+    """Draw a sheet of a step's images; return their titles."""
+    images, targets = model_inputs(experiment, dataset, step, ROWS * COLUMNS)
+    titles = [label_text(target, dataset.classes) for target in targets]
+    draw(images, titles, f"{experiment.data.source}: the model's input at step {step}", Path(out))
+    return titles

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from deit_jax.data import card
 from deit_jax.data.decoders import choose
+from deit_jax.data.sources.base import Dataset
 from deit_jax.errors import UserError
 from deit_jax.parallel.signals import StopRequest
 from deit_jax.storage import steps_in, write_json
@@ -19,7 +21,7 @@ from deit_jax.train.loop import Trainer
 from deit_jax.train.tape.session import open_tape
 from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import load_variables
-from deit_jax.workdir import directory, held_out
+from deit_jax.workdir import directory, held_out, records
 
 log = logging.getLogger("deit_jax")
 
@@ -29,10 +31,12 @@ def train(
     workdir: str | Path,
     stop: StopRequest | None = None,
     allowed: Sequence[str] = (),
+    announce: bool = True,
 ) -> dict[str, Any]:
     """Train what `config` describes, or continue it, in `workdir`; return and save the results.
 
-    The fields in `allowed` may differ from the config that the run began with. Raise UserError
+    The fields in `allowed` may differ from the config that the run began with. `announce` says what
+    was understood of the data, which a teacher has in common with its student. Raise UserError
     before anything is written if the config cannot be trained, Interrupted if `stop` asks for it.
     """
     workdir = Path(workdir)
@@ -50,8 +54,10 @@ def train(
         directory.bind_config(workdir, config, dataset.classes, allowed)
         for line in held_out.note(workdir, dataset):
             log.warning(line)
+        if announce:
+            _announce(dataset, config.data.source, workdir)
         if spec and weights and not spec.weights:
-            train(teacher_config(config), weights, stop, allowed)
+            train(teacher_config(config), weights, stop, allowed, announce=False)
             teacher = load_teacher(spec, weights, dataset.classes)
         tape = tape or open_tape(experiment, workdir, dataset, teacher)
         with experiment.explained():
@@ -60,6 +66,18 @@ def train(
             log.info("%s: already finished", workdir)
             return results
         return _run_to_the_end(trainer)
+
+
+def _announce(dataset: Dataset, source: str, workdir: Path) -> None:
+    """Say what was understood of the data; keep it, for the report, where nothing better is."""
+    if jax.process_index() != 0:
+        return
+    known = records.data_card(workdir)
+    made = known or card.quick(dataset, source)
+    for line in card.lines(made):
+        log.info(line)
+    if known is None:
+        write_json(workdir / records.DATA_CARD, made)
 
 
 def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):

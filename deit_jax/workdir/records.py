@@ -10,6 +10,7 @@ from typing import Any
 from deit_jax.errors import UserError
 from deit_jax.storage import exists, read_json, read_lines, read_text
 
+DATA_CARD = "data_card.json"
 TABLE = re.compile(r"eval/((?:ema\.)?)(cls|dist|fused)\.(top[15])")
 
 
@@ -38,6 +39,12 @@ def config_of(workdir: Path) -> dict[str, Any]:
             "`deit train`"
         )
     return read_json(workdir / "config.json")
+
+
+def data_card(workdir: Path) -> dict[str, Any] | None:
+    """Return what is known of a run's data (data/card.py); None for a run of before."""
+    path = workdir / DATA_CARD
+    return read_json(path) if exists(path) else None
 
 
 def read(workdir: Path) -> dict[str, Any]:

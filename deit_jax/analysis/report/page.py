@@ -5,7 +5,7 @@ from importlib import resources
 from typing import Any
 
 from deit_jax.analysis.figures import Analysis
-from deit_jax.analysis.report import comparison, single_run
+from deit_jax.analysis.report import comparison, data_section, single_run
 from deit_jax.analysis.report.html import Element, document, element
 
 STYLE = resources.files("deit_jax.analysis.report").joinpath("style.css").read_text()
@@ -140,6 +140,7 @@ def _of_run(run: Mapping[str, Any], pictures, name: str) -> list[Element]:
             lambda: single_run.positions(run),
         ),
         ("filters", "Patch embedding", run["patch_filters"], lambda: single_run.filters(run)),
+        ("data", "Data", run["data_card"], lambda: data_section.content(run["data_card"])),
         ("config", "Config", run["config"], lambda: single_run.config(run)),
         ("versions", "Versions", True, lambda: single_run.versions(run)),
     ):
@@ -163,6 +164,7 @@ def _introduction(run: Mapping[str, Any], name: str) -> Element:
     missing = {
         "checkpoint": "Nothing is saved yet to look at, or it cannot be read",
         "data": "No figures on images: the data cannot be opened",
+        "classes": "The data has another order of classes than the run",
         "teacher": "The teacher's opinion is missing: its weights cannot be opened",
     }
     notes = [
