@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -567,3 +568,23 @@ def test_each_mistake_is_one_line(run, tmp_path, capsys):
             assert len(error.splitlines()) == 1
     with pytest.raises(UserError, match=r"--out=/nowhere/x: cannot be written \(No such"):
         write_output("/nowhere/x", "")
+
+
+def test_33_000_classes_take_no_matrix_of_them():
+    """K x K numbers are 8.7 GB; what is counted here is of the pairs that occur."""
+    rng, count = np.random.default_rng(0), 33_000
+    truth, labels = rng.integers(0, count, (2, 5000))
+    labels[:50] = (truth[:50] + 1) % count
+    truth[50:60], labels[50:60] = 7, 9  # ten times the same mistake
+    said = predictions.Predictions(
+        np.arange(5000), truth, {"fused": labels}, {"fused": rng.random(5000)}
+    )
+    source = ArraySource("noise", np.zeros((5000, 2, 2), np.uint8), truth)
+    tracemalloc.start()
+    errors = predictions.errors(said, source, [str(i) for i in range(count)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
+    first = errors["confused"][0]
+    assert (first["class"], first["predicted"], first["examples"]) == ("7", "9", 10)
+    assert sum(c["examples"] for c in errors["classes"]) == 5000

@@ -122,21 +122,32 @@ def confusion(truth: np.ndarray, labels: np.ndarray, classes: int) -> Int[np.nda
     return counts
 
 
+def confused(truth: np.ndarray, labels: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return (class, label given, examples) of the pairs that are confused most.
+
+    Of pairs that occur alone: K x K numbers of 33 000 classes are gigabytes.
+    """
+    wrong = (labels >= 0) & (labels != truth)
+    pairs, counts = np.unique(np.stack([truth[wrong], labels[wrong]]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:PAIRS]
+    return [(int(pairs[0, i]), int(pairs[1, i]), int(counts[i])) for i in order]
+
+
 def errors(answers: Predictions, source: Source, classes: Sequence[str]) -> dict[str, Any]:
     """Return the confusion of the fused prediction and its most confident mistakes."""
-    counts = confusion(answers.truth, answers.labels["fused"], len(classes))
-    wrong = counts * (1 - np.eye(len(classes), dtype=np.int64))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
-    pairs = [(*divmod(int(i), len(classes)), int(wrong.flat[i])) for i in order if wrong.flat[i]]
-    examples = np.bincount(answers.truth, minlength=len(classes))
+    count, said = len(classes), answers.labels["fused"]
+    examples = np.bincount(answers.truth, minlength=count)
+    right = np.bincount(answers.truth[said == answers.truth], minlength=count)
+    matrix = confusion(answers.truth, said, count).tolist() if count <= MATRIX else None
     return {
         "classes": [
-            {"class": name, "examples": int(n), "right": int(right)}
-            for name, n, right in zip(classes, examples, np.diag(counts), strict=True)
+            {"class": name, "examples": int(n), "right": int(good)}
+            for name, n, good in zip(classes, examples, right, strict=True)
         ],
-        "confusion": counts.tolist() if len(classes) <= MATRIX else None,
+        "confusion": matrix,
         "confused": [
-            {"class": classes[i], "predicted": classes[j], "examples": n} for i, j, n in pairs
+            {"class": classes[i], "predicted": classes[j], "examples": n}
+            for i, j, n in confused(answers.truth, said)
         ],
         "unanswered": int(np.sum(answers.labels["fused"] < 0)),
         "mistakes": _mistakes(answers, source, classes),
