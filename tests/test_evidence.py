@@ -56,10 +56,10 @@ def toy(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_subset_has_as_many_images_of_every_class(toy):
-    dataset = open_idx("fashion_mnist", str(toy / "runs" / "toy" / "data"))
+    dataset = open_data("fashion_mnist", dir=str(toy / "runs" / "toy" / "data"))
     assert np.bincount(dataset.train.labels).tolist() == [20] * 10
     assert len(dataset.eval) == 500
-    everything = open_idx("fashion_mnist", str(toy / "idx"))
+    everything = open_data("fashion_mnist", dir=str(toy / "idx"))
     every = (everything.train[i] for i in range(1000))
     known = {example["image"].tobytes(): example["label"] for example in every}
     for i in range(200):

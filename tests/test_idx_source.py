@@ -70,3 +70,12 @@ def test_the_real_fashion_mnist_where_debian_has_put_it():
     assert (len(dataset.train), len(dataset.eval)) == (60_000, 10_000)
     assert np.bincount(dataset.train.labels).tolist() == [6000] * 10
     assert dataset.classes[dataset.train[0]["label"]] == "Ankle boot"
+
+
+def test_the_split_to_evaluate_on_is_chosen(idx):
+    root, arrays = idx
+    dataset = open_data("mnist", dir=str(root), train_split="test", eval_split="training")
+    assert dataset.train.labels.tolist() == arrays["t10k"][1].tolist()
+    assert dataset.eval.labels.tolist() == arrays["train"][1].tolist()
+    line = error_of("mnist", dir=str(root), eval_split="extra")
+    assert line == "config.data.eval_split=extra: mnist has no such split; there are train, test"

@@ -61,6 +61,14 @@ def test_digits_are_all_there_and_stratified():
     assert np.array_equal(per_class, np.round(0.2 * np.bincount(digits.target)))
 
 
+def test_a_part_that_is_not_there_is_no_held_out_one(folder):
+    root = folder(*(f"{c}/{i}.png" for c in "ab" for i in range(4)))
+    for source in ("digits", f"folder:{root}"):
+        line = error_of(source, eval_split="test")
+        assert "config.data.eval_split=test: config.data.source=" in line
+        assert " has no parts; leave it out" in line
+
+
 def test_the_same_examples_are_held_out_every_time():
     def described(source):
         return [source.describe(i) for i in range(len(source))]

@@ -50,6 +50,11 @@ def assemble(
     reading = dataclasses.replace(reading, left_out=left_out)
     if held is not None:
         return Dataset(train, held, classes, reading)
+    if rules_of(data) > 1 and data.eval_split != "validation":
+        raise UserError(
+            f"config.data.eval_split={data.eval_split}: config.data.source={data.source} has no "
+            "parts; leave it out, and a part of each class is held out"
+        )
     parts = hold_out(train, classes, data)
     if not reading.eval:
         text = f"{data.eval_fraction:.0%} of the images of each class, held out"

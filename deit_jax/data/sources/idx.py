@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_jax.data.sources.base import ArraySource, Dataset
+from deit_jax.data.sources.base import ArraySource, Dataset, Reading
+from deit_jax.data.sources.splits import choose_split
 from deit_jax.errors import UserError
 
 CLASSES = {
@@ -25,6 +26,7 @@ CLASSES = {
         "Ankle boot",
     ],
 }
+PARTS = {"train": "train", "test": "t10k"}
 # Where Debian's packages of the same names put them.
 DEFAULT_DIRS = {
     "mnist": "/usr/share/datasets/mnist",
@@ -34,14 +36,14 @@ DEFAULT_DIRS = {
 
 def open_source(rest: str, data) -> Dataset:
     """Open the data set that config.data.source names, in config.data.dir."""
-    return open_idx(data.source, data.dir)
+    return open_idx(data.source, data)
 
 
-def open_idx(name: str, folder: str) -> Dataset:
+def open_idx(name: str, data) -> Dataset:
     """Open {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz] in a folder; raise UserError."""
-    root = Path(folder or DEFAULT_DIRS[name]).expanduser()
-    parts = []
-    for part in ("train", "t10k"):
+    root = Path(data.dir or DEFAULT_DIRS[name]).expanduser()
+    parts, chosen = [], [_split(name, data, field) for field in ("train_split", "eval_split")]
+    for part in chosen:
         images = read_idx(_find(name, root, f"{part}-images-idx3-ubyte"), dimensions=3)
         path = _find(name, root, f"{part}-labels-idx1-ubyte")
         labels = read_idx(path, dimensions=1)
@@ -52,7 +54,18 @@ def open_idx(name: str, folder: str) -> Dataset:
             raise UserError(f"{path}: label {labels.max()}; {name} has {len(classes)} classes")
         parts.append(ArraySource(f"{name} {part}", images, labels.astype(np.int32)))
     train, held = parts
-    return Dataset(train, held, list(classes))
+    return Dataset(train, held, list(classes), Reading(*chosen))
+
+
+def _split(name: str, data, field: str) -> str:
+    """Return the prefix of the files of a split."""
+    found = choose_split(data[field], list(PARTS))
+    if found is None:
+        raise UserError(
+            f"config.data.{field}={data[field]}: {name} has no such split; there are "
+            f"{', '.join(PARTS)}"
+        )
+    return PARTS[found]
 
 
 def _find(name: str, root: Path, file: str) -> Path:

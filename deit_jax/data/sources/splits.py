@@ -25,6 +25,8 @@ def kinds_in(name: str) -> set[str]:
 
 
 def _words(name: str) -> list[str]:
+    if "[" in name or "+" in name:  # train[:80%], which is no name but a part of a split
+        return []
     return [w for w in re.findall(r"[^\W\d_]+", name.lower()) if w not in FILLERS]
 
 
