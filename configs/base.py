@@ -52,10 +52,13 @@ def get_config() -> ConfigDict:
     c.init.required = False  # whether this config makes sense without weights to start from
 
     c.data = ConfigDict()
-    c.data.source = "tfds:imagenet2012"  # or folder:PATH, wds:PATH, fashion_mnist, mnist, digits
+    # tfds:NAME, folder:PATH, wds:PATH, hf:PATH, hf:ORG/NAME, fashion_mnist, mnist or digits.
+    c.data.source = "tfds:imagenet2012"
     c.data.dir = ""  # where TFDS keeps its data sets; "" = TFDS's default
     c.data.train_split = "train"
     c.data.eval_split = "validation"
+    c.data.image_column = ""  # of hf:; "" = the one of such a type
+    c.data.label_column = ""
     c.data.eval_fraction = 0.2  # held out where the source has no split for evaluation
     c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     c.data.std = (0.229, 0.224, 0.225)

@@ -25,6 +25,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     names = [
         *("seed", "batch_size", "distill.kind", "data.source", "data.train_split"),
         *("data.decoder", "data.mean", "data.std"),
+        *(k for k in ("data.image_column",) if flat.get(k)),  # older tapes do not have it
         *(k for k in flat if k.startswith(("augment.", "mixing."))),
     ]
     labels = getattr(dataset.train, "labels", None)  # TFDS's are not known without reading all
