@@ -36,12 +36,14 @@ def prepare(
     workers: int = 0,
     skip_unreadable: bool = False,
     eval_fraction: float = 0.2,
+    columns: tuple[str, str] = ("", ""),
 ) -> dict[str, Any]:
     """Write, finish or check a data set; return where it is, what is in it and its checksum.
 
-    Any number of `workers` (processes; 0 = one a core) writes the same bytes. Raise UserError.
+    Any number of `workers` (processes; 0 = one a core) writes the same bytes. `columns` are those
+    of a table's images and labels, "" = by their types. Raise UserError.
     """
-    plan = readers.make_plan(source, eval_fraction)
+    plan = readers.make_plan(source, eval_fraction, columns)
     plan = dataclasses.replace(plan, name=name or plan.name)
     if plan.name == readers.IMAGENET:
         plan = dataclasses.replace(plan, version="5.1.0")
