@@ -63,8 +63,8 @@ def open_tfds(name: str, data) -> Dataset:
     if not prepared:
         raise UserError(
             f"config.data.source=tfds:{name}: not prepared in {data.dir or builder.data_dir}; set "
-            "--config.data.dir, or prepare it with `deit prepare`, or where TensorFlow is installed "
-            "with tfds.builder(NAME, file_format='array_record').download_and_prepare()"
+            "--config.data.dir, or prepare it with `deit prepare`, or where TensorFlow is with "
+            "tfds.builder(NAME, file_format='array_record').download_and_prepare()"
         )
     if builder.info.file_format.value != "array_record":
         raise UserError(
