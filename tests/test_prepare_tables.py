@@ -1,11 +1,16 @@
-"""Check `deit prepare` on tables: columns by type or by name, parquet and save_to_disk."""
+"""Check `deit prepare` on tables, by type or by name of columns, and on TFDS's TFRecords."""
 
+import io
+import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from deit_jax import __main__ as program
 from deit_jax.configs import base
@@ -29,7 +34,7 @@ def contents(source):
 
 def error_of(source, tmp_path, **options):
     with pytest.raises(UserError) as error:
-        build.prepare(source, tmp_path / "error", workers=1, **options)
+        build.prepare(source, Path(tempfile.mkdtemp(dir=tmp_path)), workers=1, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -145,3 +150,64 @@ def test_a_data_set_prepared_before_columns_could_be_chosen_goes_on(tmp_path):
     (shard,) = found["train"]
     assert shard.facts() == [["train.parquet", (0,), 6, shard.bytes]]
     shutil.rmtree(tmp_path / "set")
+
+
+RECORDS = Path(__file__).parent / "golden" / "tfrecord"  # which TensorFlow 2.21 wrote, by TFDS
+VERSION = RECORDS / "many" / "light" / "1.0.0"
+
+
+def test_tfds_in_tfrecord_is_converted_as_the_error_says(tmp_path):
+    data = base.get_config().data
+    data.source, data.dir = "tfds:many/light", str(RECORDS)
+    with pytest.raises(UserError) as error:
+        open_dataset(data)
+    command = str(error.value).partition("`deit ")[2].removesuffix("`").split()
+    assert command == ["prepare", str(VERSION), "DST"]
+    assert program.main([*command[:-1], str(tmp_path), "--workers=1"]) == 0
+    data.source, data.dir = "tfds:many_light", str(tmp_path)
+    dataset = open_dataset(data)
+    assert dataset.classes == [str(i) for i in range(10)]
+    for source, numbers in ((dataset.train, range(17)), (dataset.eval, range(17, 24))):
+        # Image i was made 3 pixels large, its red i and no other colour, its label i % 10.
+        found = []
+        for encoded, label in contents(source):
+            image = Image.open(io.BytesIO(encoded))
+            assert (image.size, image.getpixel((1, 1))[1:]) == ((3, 3), (0, 0))
+            found.append((image.getpixel((1, 1))[0], label))
+        assert sorted(found) == [(i, i % 10) for i in numbers]
+
+
+def test_damaged_tfrecords_are_one_line(tmp_path):
+    root = tmp_path / "many" / "1.0.0"
+    shutil.copytree(VERSION, root)
+    record = root / "many-train.tfrecord-00000-of-00001"
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-9])
+    assert f"{record}: damaged or cut short" in error_of(root, tmp_path)
+    record.write_bytes(whole[: -(106 + 16)])  # the last one's bytes, its length and checksums
+    assert f"{record}: 16 examples, where its data set notes 17" in error_of(root, tmp_path)
+    record.write_bytes(whole[:12] + b"no example" * 5 + whole[62:])
+    assert f"{record}:0: no example of TFDS" in error_of(root, tmp_path)
+    record.unlink()
+    assert f"{record}: cannot be read" in error_of(root, tmp_path)
+    info = json.loads((root / "dataset_info.json").read_text())
+    (root / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "array_record"}))
+    assert "in array_record; only tfrecord is converted; train on it as it is" in error_of(
+        root, tmp_path
+    )
+    (root / "features.json").write_text("{}")
+    assert f"{root}: not as TFDS writes it" in error_of(root, tmp_path)
+
+
+def test_a_data_set_of_tfdss_own_gets_another_name(tmp_path):
+    """TFDS would open mnist with the features of its own builder."""
+    root = tmp_path / "mnist" / "1.0.0"
+    shutil.copytree(VERSION, root)
+    info = json.loads((root / "dataset_info.json").read_text())
+    info = {k: v for k, v in info.items() if k not in ("configName", "configDescription")}
+    (root / "dataset_info.json").write_text(json.dumps({**info, "name": "mnist"}))
+    for file in root.glob("many-*"):
+        file.rename(root / file.name.replace("many", "mnist"))
+    result = build.prepare(root, tmp_path / "out", workers=1)
+    assert result["name"] == "mnist_array_record"
+    assert len(opened(result).train) == 17

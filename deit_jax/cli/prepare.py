@@ -18,6 +18,7 @@ Write the images below SRC as a TFDS data set to DST/NAME, for training and for 
                          the devkit; becomes imagenet2012
   parquet files          as Hugging Face has them; columns are found by their types, or named
   a save_to_disk folder  of Hugging Face's datasets; columns as above
+  TFDS in tfrecord       NAME/VERSION or NAME/CONFIG/VERSION of what TFDS prepared
 
 Files are stored byte for byte. --max-side=N changes pixels: larger images are scaled down and
 encoded anew, which costs some accuracy and makes reading faster. The same command goes on after an

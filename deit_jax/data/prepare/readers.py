@@ -1,8 +1,9 @@
-"""Readers for `deit prepare`: image folders, the official ILSVRC tars, tables (tables.py).
+"""Readers for `deit prepare`: image folders, the official ILSVRC tars, tables, TFRecords.
 
 Each becomes a Plan: for every split a list of shards, each of which can be read by itself.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -14,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from deit_jax.data.prepare import tables
+from deit_jax.data.prepare import records, tables
+from deit_jax.data.prepare.records import RecordShard
 from deit_jax.data.prepare.tables import Example, TableShard
 from deit_jax.data.sources import folder, tar_index
 from deit_jax.errors import UserError
@@ -66,7 +68,7 @@ class Plan:
     name: str
     version: str
     classes: list[str]
-    splits: Mapping[str, Sequence[FileShard | TableShard]]
+    splits: Mapping[str, Sequence[FileShard | TableShard | RecordShard]]
 
 
 def make_plan(root: Path, eval_fraction: float, columns: tuple[str, str] = ("", "")) -> Plan:
@@ -78,6 +80,8 @@ def make_plan(root: Path, eval_fraction: float, columns: tuple[str, str] = ("", 
         raise UserError(f"{root}: no such folder")
     if (root / TRAIN_TAR).exists() or (root / VAL_TAR).exists():
         return _plan_ilsvrc(root)
+    if records.is_tfds(root):
+        return _plan_records(root)
     if tables.is_saved(root) or any(root.rglob("*.parquet")):
         classes, splits = tables.plan(root, SHARD_BYTES, *columns)
         return Plan(_name(root), "1.0.0", classes, splits)
@@ -157,6 +161,16 @@ def _plan_ilsvrc(root: Path) -> Plan:
         if not entries:
             raise UserError(f"{root / name}: no images in it")
     return _plan(IMAGENET, classes, {"train": train, "validation": held})
+
+
+def _plan_records(root: Path) -> Plan:
+    import tensorflow_datasets as tfds
+
+    name, classes, splits = records.plan(root)
+    with contextlib.suppress(tfds.core.DatasetNotFoundError):
+        if name != IMAGENET and tfds.builder_cls(name):
+            name += "_array_record"  # TFDS would open its own name with its own features
+    return Plan(name, "1.0.0", classes, splits)
 
 
 def _validation_wnids(root: Path) -> list[str]:

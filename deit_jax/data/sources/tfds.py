@@ -69,22 +69,28 @@ def open_tfds(name: str, data) -> Dataset:
     if builder.info.file_format.value != "array_record":
         raise UserError(
             f"{builder.data_path}: TFDS files in {builder.info.file_format.value}, which has no "
-            "random access; convert where TensorFlow is installed, which this needs, with `tfds "
-            f"convert_format --dataset_dir={builder.data_path} --out_file_format=array_record"
-            " --out_path=DIR`"
+            f"random access; convert them with `deit prepare {builder.data_path} DST`"
         )
-    keys = (builder.info.supervised_keys or ("image", "label"))[:2]
-    features = builder.info.features
-    kinds = zip(keys, (tfds.features.Image, tfds.features.ClassLabel), strict=True)
-    if not all(key in features and isinstance(features[key], kind) for key, kind in kinds):
-        raise UserError(
-            f"config.data.source=tfds:{name}: not image classification; it takes an Image and a "
-            f"ClassLabel, its {keys[0]!r} and {keys[1]!r} are others"
-        )
+    keys = image_and_label(builder.info, f"config.data.source=tfds:{name}")
     splits = [_split(builder, f"tfds:{name}", field, data, keys) for field in FIELDS]
     allow_open_files(sum(info.num_shards for info in builder.info.splits.values()))
     train, held = splits
-    return Dataset(train, held, list(features[keys[1]].names))
+    return Dataset(train, held, list(builder.info.features[keys[1]].names))
+
+
+def image_and_label(info, where: str) -> tuple[str, str]:
+    """Return the names of the features to train on; raise UserError if they are of other kinds."""
+    import tensorflow_datasets as tfds
+
+    keys = (info.supervised_keys or ("image", "label"))[:2]
+    features = info.features
+    kinds = zip(keys, (tfds.features.Image, tfds.features.ClassLabel), strict=True)
+    if not all(key in features and isinstance(features[key], kind) for key, kind in kinds):
+        raise UserError(
+            f"{where}: not image classification; it takes an Image and a ClassLabel, its "
+            f"{keys[0]!r} and {keys[1]!r} are others"
+        )
+    return keys
 
 
 def _split(builder, name: str, field: str, data, keys: tuple[str, str]) -> TfdsSource:
