@@ -139,6 +139,31 @@ def test_parquet_that_changed_is_read_anew(tmp_path):
         assert content(source) == rows(make(6, start))
 
 
+@pytest.mark.parametrize(
+    "part", ["train[:80%]", "train[80%:]", "train[-3:]", "train[:4]+validation", "train[:33%]"]
+)
+def test_parts_of_splits_are_the_librarys(tmp_path, part):
+    for name, one in (("train", make(17)), ("validation", make(5, 90))):
+        one.to_parquet(str(tmp_path / "set" / f"{name}.parquet"), batch_size=4)
+    dataset = open_data(f"hf:{tmp_path}/set", train_split=part, eval_split=part)
+    expected = datasets.load_dataset(str(tmp_path / "set"), split=part)
+    assert content(dataset.train) == content(dataset.eval) == rows(expected)
+    assert dataset.train.describe(0) == f"hf:{tmp_path}/set {part}[0]"
+    for wrong in ("train[:x]", "nope[:3]", "train[9:9]", "train+nope", "train[20:]"):
+        line = error_of(f"hf:{tmp_path}/set", train_split=wrong)
+        assert line.startswith(f"config.data.train_split={wrong}: ")
+        assert line.endswith("it has train, validation)")
+
+
+def test_a_selection_is_what_is_selected(tmp_path, monkeypatch):
+    """Old versions of the library wrote one beside its table."""
+    chosen = make(9).select([7, 2, 5, 0])
+    assert chosen._indices is not None
+    source = saved(tmp_path, train=make(9))
+    monkeypatch.setattr(datasets, "load_from_disk", lambda _: chosen)
+    assert content(open_data(source, eval_split="train").train) == rows(chosen)
+
+
 def test_configs_of_a_folder(tmp_path):
     card = {"configs": [{"config_name": n, "data_files": f"{n}/*.parquet"} for n in ("a", "b")]}
     (tmp_path / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
@@ -295,6 +320,15 @@ def test_a_split_without_labels_is_left_aside_unless_it_is_asked_for(tmp_path, c
     assert len(dataset.train) + len(dataset.eval) == 30
     line = error_of(source, eval_split="test")
     assert "test: 5 of 5 examples have no label" in line
+
+
+def test_what_is_trained_on_is_no_evaluation_unless_asked_for(tmp_path):
+    source = saved(tmp_path, train=make(12), test=make(12, 50))
+    dataset = open_data(source, train_split="train+test")
+    assert (len(dataset.train), len(dataset.eval)) == (18, 6)  # a part is held out
+    assert not set(content(dataset.train)) & set(content(dataset.eval))
+    dataset = open_data(source, train_split="test", eval_split="train")
+    assert content(dataset.eval) == rows(make(12))
 
 
 @pytest.mark.parametrize("labels", [[0, None, 2, 0, None, 2], [0, -1, 2, 0, -1, 2]])

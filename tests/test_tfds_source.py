@@ -182,6 +182,8 @@ def test_tfds_splits_by_their_usual_names(tfds_dir):
     assert (len(dataset.train), len(dataset.eval)) == (20, 10)
     line = error_of("tfds:digits", dir=str(tfds_dir), train_split="validation", eval_split="dev")
     assert "no split 'dev'" in line  # not what is trained on, unless by its name
+    parts = {"train_split": "train+validation[:5]", "eval_split": "val"}
+    assert "no split 'val'" in error_of("tfds:digits", dir=str(tfds_dir), **parts)
 
 
 def test_tfds_reads_the_same_in_many_threads(tfds_dir):

@@ -85,6 +85,8 @@ def open_source(rest: str, data) -> Dataset:
     """Open a local folder, or `ORG/NAME` or `ORG/NAME:CONFIG` of the hub; raise UserError."""
     name = f"hf:{rest}"
     tables, root = _load(rest, name)
+    for field in ("train_split", "eval_split"):
+        _cut(name, tables, field, data[field])
     train = _train_split(name, tables, data.train_split)
     schema = tables[train].features.arrow_schema
     columns = choose_columns(schema, f"{name} {train}", data.image_column, data.label_column)
@@ -134,7 +136,9 @@ def _load(rest: str, name: str) -> tuple[dict[str, Any], Path | None]:
             loaded = datasets.load_dataset(repository, config or None)
     if isinstance(loaded, datasets.Dataset):
         loaded = {str(loaded.split or "train"): loaded}
-    return dict(loaded), path
+    # A selection or another order that was kept beside the table; without, nothing is copied.
+    flat = {k: t if t._indices is None else t.flatten_indices() for k, t in loaded.items()}
+    return flat, path
 
 
 def _folder(rest: str) -> tuple[Path | None, str | None]:
@@ -205,6 +209,26 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+def _cut(name: str, tables: dict[str, Any], field: str, wanted: str) -> None:
+    """Add parts of splits, such as train[:80%] or train+validation, by the library's own rules."""
+    import datasets
+
+    if wanted in tables or not any(sign in wanted for sign in "[+"):
+        return
+    there = list(tables)
+    try:
+        spans = datasets.ReadInstruction.from_spec(wanted).to_absolute(
+            {split: len(table) for split, table in tables.items()}
+        )
+        parts = [tables[s.splitname].select(range(s.from_, s.to)) for s in spans]
+        tables[wanted] = datasets.concatenate_datasets([part for part in parts if len(part)])
+    except (ValueError, AssertionError, KeyError, IndexError) as error:
+        raise UserError(
+            f"config.data.{field}={wanted}: {name} has no such part ({_line(error)}; it has "
+            f"{', '.join(there)})"
+        ) from error
+
+
 def _train_split(name: str, tables: dict[str, Any], wanted: str) -> str:
     split = choose_split(wanted, list(tables))
     if split is None:
@@ -223,12 +247,12 @@ def _eval_split(
     A split without any label, as some are published for contests, is left aside, but for the one
     that is wanted by its very name.
     """
-    there = list(tables)
+    there, trained = list(tables), {part.partition("[")[0] for part in train.split("+")}
     while (split := choose_split(wanted, there)) is not None and split != wanted:
         table = tables[split].data
         found = table.column(label) if label in table.column_names else None
-        if split == train or found is None or count_missing(found) == len(found):
-            if split != train:
+        if split in trained or found is None or count_missing(found) == len(found):
+            if split not in trained:
                 log.warning("%s: split %r has no labels and is left aside", name, split)
             there.remove(split)
             continue

@@ -100,7 +100,8 @@ def _split(builder, name: str, field: str, data, keys: tuple[str, str]) -> TfdsS
     wanted, there = data[field], list(builder.info.splits)
     split = choose_split(wanted, there) or wanted
     if split != wanted:
-        if field == "eval_split" and split == choose_split(data.train_split, there):
+        trained = choose_split(data.train_split, there) or data.train_split
+        if field == "eval_split" and split in {p.partition("[")[0] for p in trained.split("+")}:
             split = wanted  # which there is none of
         else:
             log.info("%s: config.data.%s=%s is its split %r", name, field, wanted, split)
