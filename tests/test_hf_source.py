@@ -18,8 +18,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from deit_jax.configs import base
 from deit_jax.data.sources import splits
 from deit_jax.data.sources.columns import natural
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from tests.test_sources import REPOSITORY, error_of, open_data, pixels
 
@@ -435,6 +437,14 @@ def test_the_hubs_data_sets_come_from_the_cache_where_there_is_no_hub(tmp_path):
     assert "default" in lines[0]  # the config that is there
     for line in lines[1:]:
         assert "not in the local cache, and the hub cannot be reached (HF_HUB_OFFLINE" in line
+
+
+def test_a_config_older_than_columns_opens(tmp_path):
+    data = base.get_config().data
+    data.source = "digits"
+    with data.unlocked():
+        del data.image_column, data.label_column
+    assert len(open_dataset(data).classes) == 10
 
 
 def test_a_run_on_a_saved_data_set_opens_in_a_command(tmp_path):

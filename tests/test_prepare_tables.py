@@ -121,6 +121,14 @@ def test_images_given_by_their_paths(tmp_path):
     assert contents(dataset.train) == sorted([(png(0), 0), (png(1), 1)])
 
 
+def test_a_test_split_without_labels_is_left_aside(tmp_path, caplog):
+    parts = {"train": make(6), "test": make(3, 50, labels=[-1] * 3)}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    result = build.prepare(tmp_path / "set", tmp_path / "out", workers=1)
+    assert result["examples"] == {"train": 6}
+    assert ".arrow: has no labels and is left aside" in caplog.text
+
+
 def test_each_mistake_in_a_table_is_one_line(tmp_path):
     root = tmp_path / "set"
     make(6, labels=[0, None, 2, 0, -1, 2]).to_parquet(str(root / "train.parquet"))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,15 @@ from deit_jax.data.sources.columns import (
     Columns,
     choose_columns,
     class_names,
+    count_missing,
     natural,
     number_labels,
 )
 from deit_jax.data.sources.splits import choose_split
 from deit_jax.data.sources.webdataset import split_by_name
 from deit_jax.errors import UserError
+
+log = logging.getLogger("deit_jax")
 
 FLAGS = ("--image-column", "--label-column")
 
@@ -169,6 +173,10 @@ def plan(
         for split, paths in files.items()
         if paths
     }
+    held = found.get("validation", [])
+    if held and all(count_missing(one.labels) == len(one.labels) for one in held):
+        log.warning("%s: has no labels and is left aside", ", ".join(one.path for one in held))
+        del found["validation"]
     seen = [one for ones in found.values() for one in ones]
     classes = next((one.columns.names for one in seen if one.columns.names), None)
     if any(one.columns.names not in (None, classes) for one in seen):

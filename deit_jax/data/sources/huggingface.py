@@ -50,7 +50,8 @@ class HuggingFaceSource:
         # Out of the mapped file by numpy, which lets other threads run while the disk is read.
         image = None if buffer is None else np.array(np.frombuffer(buffer, np.uint8)).tobytes()
         if not image:
-            image = self._read(index, self._paths[chunk] and self._paths[chunk][row].as_py())
+            paths = self._paths[chunk]
+            image = self._read(index, paths[row].as_py() if paths is not None else None)
         return {"image": image, "label": int(self.labels[index])}
 
     def describe(self, index: int) -> str:
@@ -133,6 +134,7 @@ def _load(rest: str, name: str) -> tuple[dict[str, Any], Path | None]:
             loaded = datasets.load_dataset(str(path.resolve()), config)
         else:
             repository, _, config = rest.partition(":")
+            log.info("%s: from the hub, or else the copy of it in the cache", name)
             loaded = datasets.load_dataset(repository, config or None)
     if isinstance(loaded, datasets.Dataset):
         loaded = {str(loaded.split or "train"): loaded}
@@ -153,15 +155,19 @@ def _folder(rest: str) -> tuple[Path | None, str | None]:
 
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Show the library's progress bars on a terminal only, as ours are."""
-    if sys.stderr.isatty() or not datasets.is_progress_bar_enabled():
-        yield
-        return
-    datasets.disable_progress_bars()
+    """Show progress bars on a terminal only, as ours are, and no line for each try to connect."""
+    bars = datasets.is_progress_bar_enabled() and not sys.stderr.isatty()
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    if bars:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        hub.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -256,7 +262,6 @@ def _eval_split(
                 log.warning("%s: split %r has no labels and is left aside", name, split)
             there.remove(split)
             continue
-        log.info("%s: evaluating on %r, as there is no split %r", name, split, wanted)
         break
     if split is None and choose_split(wanted, ["validation"]) is None:
         raise UserError(
