@@ -173,14 +173,21 @@ def plan(
         for split, paths in files.items()
         if paths
     }
-    held = found.get("validation", [])
-    if held and all(count_missing(one.labels) == len(one.labels) for one in held):
-        log.warning("%s: has no labels and is left aside", ", ".join(one.path for one in held))
+    if "train" not in found:
+        raise UserError(f"{root}: no files of images to train on")
+    tests = found.get("validation", [])
+    if tests and all(count_missing(one.labels) == len(one.labels) for one in tests):
+        log.warning("%s: has no labels and is left aside", ", ".join(one.path for one in tests))
         del found["validation"]
     seen = [one for ones in found.values() for one in ones]
     classes = next((one.columns.names for one in seen if one.columns.names), None)
-    if any(one.columns.names not in (None, classes) for one in seen):
-        raise UserError(f"{root}: its files name other classes in column {seen[0].columns.label!r}")
+    first = found["train"][0]
+    for one in seen:
+        if one.columns.names not in (None, classes):
+            raise UserError(f"{one.path}: names other classes in column {one.columns.label!r}")
+        mixed = classes is None and (one.strings is None) != (first.strings is None)
+        if mixed or one.columns[:2] != first.columns[:2]:
+            raise UserError(f"{one.path}: its columns or kind of labels differ from {first.path}'s")
     if classes is None and any(one.strings for one in seen):
         classes = sorted({s for one in found["train"] for s in one.strings or ()}, key=natural)
     shards = {}
