@@ -235,8 +235,13 @@ def _cut(name: str, tables: dict[str, Any], field: str, wanted: str) -> None:
         ) from error
 
 
+def _whole(tables: dict[str, Any]) -> list[str]:
+    """Return the splits that are no parts of others."""
+    return [split for split in tables if not any(sign in split for sign in "[+")]
+
+
 def _train_split(name: str, tables: dict[str, Any], wanted: str) -> str:
-    split = choose_split(wanted, list(tables))
+    split = wanted if wanted in tables else choose_split(wanted, _whole(tables))
     if split is None:
         raise UserError(
             f"config.data.train_split={wanted}: {name} has no split {wanted!r} (it has "
@@ -253,8 +258,10 @@ def _eval_split(
     A split without any label, as some are published for contests, is left aside, but for the one
     that is wanted by its very name.
     """
-    there, trained = list(tables), {part.partition("[")[0] for part in train.split("+")}
-    while (split := choose_split(wanted, there)) is not None and split != wanted:
+    if wanted in tables:
+        return wanted
+    there, trained = _whole(tables), {part.partition("[")[0] for part in train.split("+")}
+    while (split := choose_split(wanted, there)) is not None:
         table = tables[split].data
         found = table.column(label) if label in table.column_names else None
         if split in trained or found is None or count_missing(found) == len(found):

@@ -98,10 +98,10 @@ def _split(builder, name: str, field: str, data, keys: tuple[str, str]) -> TfdsS
     import tensorflow_datasets as tfds
 
     wanted, there = data[field], list(builder.info.splits)
-    split = choose_split(wanted, there) or wanted
+    split = _named(wanted, there)
     if split != wanted:
-        trained = choose_split(data.train_split, there) or data.train_split
-        if field == "eval_split" and split in {p.partition("[")[0] for p in trained.split("+")}:
+        trained = {part.partition("[")[0] for part in _named(data.train_split, there).split("+")}
+        if field == "eval_split" and split in trained:
             split = wanted  # which there is none of
         else:
             log.info("%s: config.data.%s=%s is its split %r", name, field, wanted, split)
@@ -116,6 +116,12 @@ def _split(builder, name: str, field: str, data, keys: tuple[str, str]) -> TfdsS
             f"{', '.join(there)}{reason}); a part of one is written train[90%:]"
         ) from error
     return TfdsSource(name, split, data_source, keys)
+
+
+def _named(wanted: str, there: list[str]) -> str:
+    """Return the split that a name means; parts of splits as they are, which TFDS reads."""
+    part = any(sign in wanted for sign in "[+")
+    return wanted if part else choose_split(wanted, there) or wanted
 
 
 def _reason(error: Exception) -> str:
