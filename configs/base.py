@@ -52,7 +52,8 @@ def get_config() -> ConfigDict:
     c.init.required = False  # whether this config makes sense without weights to start from
 
     c.data = ConfigDict()
-    c.data.source = "tfds:imagenet2012"  # or folder:PATH, wds:PATH, fashion_mnist, mnist, digits
+    # tfds:NAME, folder:PATH, wds:PATH, hf:PATH, hf:ORG/NAME, fashion_mnist, mnist or digits.
+    c.data.source = "tfds:imagenet2012"
     c.data.dir = ""  # where TFDS keeps its data sets; "" = TFDS's default
     # Parts of the data by their names; others for the same do: training, val, Valid, dev, test.
     # `validation` is the test split where there is no other; `.` in train_split all of a folder.
@@ -61,7 +62,7 @@ def get_config() -> ConfigDict:
     c.data.eval_fraction = 0.2  # held out where the source has no split for evaluation
     c.data.labels = ""  # csv, tsv, json or text files of path and label; "" = folders are classes
     c.data.classes = ""  # file with the classes in order, or `imagenet` for its ids; "" = sorted
-    c.data.image_column = ""  # of a table; "" = found by its name or type
+    c.data.image_column = ""  # of hf: or data.labels; "" = found by its type or name
     c.data.label_column = ""
     c.data.nested = "auto"  # folders in folders: the class is leaf, top, path = joined; or ask
     c.data.min_images = 0  # leave out classes with fewer training images; 0 = none may be empty

@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
 
-from deit_jax.data.sources.idx import open_idx
+from tests.test_sources import open_data
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "benchmarks" / "evidence"

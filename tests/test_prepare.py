@@ -186,6 +186,25 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tree, tmp_path,
     assert snapshot(folder) == snapshot(whole["path"])
 
 
+def test_ctrl_c_is_not_raised_where_locks_are_held(tree, tmp_path, small_shards, monkeypatch):
+    """Raised inside of `wait` it once left a future locked, and the command hung for good."""
+    real, waited = build.wait, []
+
+    def wait(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        waited.append(real(*args, **kwargs))
+        return waited[-1]
+
+    monkeypatch.setattr(build, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        build.prepare(tree, tmp_path, workers=2)
+    assert len(waited) in (1, 2)  # until those in hand were finished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(build, "wait", real)
+    assert build.prepare(tree, tmp_path, workers=1)["shards_kept"] == 2
+
+
 def test_a_failed_run_keeps_its_shards_and_a_torn_journal_line_does_no_harm(
     tree, tmp_path, small_shards, monkeypatch
 ):

@@ -238,3 +238,22 @@ def test_many_names_take_the_memory_of_their_characters():
     tracemalloc.stop()
     assert kept < 7.5e6  # about 55 characters and an end each; a list of them takes 11.8 MB
     assert packed[10**5 - 1].endswith("_99999.JPEG")
+
+
+@pytest.mark.parametrize(
+    ("source", "field"),
+    [
+        ("digits", "labels"),
+        ("digits", "classes"),
+        ("mnist", "min_images"),
+        ("wds:/data", "nested"),
+        ("hf:/data", "labels"),
+        ("tfds:mnist", "label_column"),
+    ],
+)
+def test_a_field_that_a_source_would_leave_unheard_is_refused(source, field):
+    value = {"min_images": 3, "nested": "top"}.get(field, "x")
+    line = error_of(source, **{field: value})
+    assert line == (
+        f"config.data.{field}={value}: config.data.source={source} has no use for it; leave it out"
+    )

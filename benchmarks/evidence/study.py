@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 
 from deit_jax.cli import compile_cache, huge_pages, platforms  # noqa: E402
 from deit_jax.configs import base, deit, teacher  # noqa: E402
-from deit_jax.data.sources.idx import open_idx  # noqa: E402
+from deit_jax.data.sources.registry import open_dataset  # noqa: E402
 from deit_jax.errors import UserError  # noqa: E402
 from deit_jax.train import run as run_lib  # noqa: E402
 
@@ -147,7 +147,9 @@ def subset(scale: Scale, source: str, folder: Path) -> Path:
         for part in ("train", "t10k")
         for kind in ("images-idx3", "labels-idx1")
     }
-    dataset = open_idx(DATA, source)
+    data = base.get_config().data
+    data.source, data.dir = DATA, source
+    dataset = open_dataset(data)
     labels = dataset.train.labels
     shuffled = np.random.default_rng(0).permutation(len(labels))
     each = (scale.images or len(labels)) // len(dataset.classes)

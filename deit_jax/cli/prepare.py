@@ -9,13 +9,16 @@ from deit_jax.cli.flags import Command, UsageError
 from deit_jax.data.prepare.build import CHECKSUMS, prepare
 
 PREPARE_DOC = """usage: deit prepare SRC DST [--max-side=N] [--workers=N] [--name=NAME] [--json]
+                    [--image-column=NAME] [--label-column=NAME]
 
 Write the images below SRC as a TFDS data set to DST/NAME, for training and for plain TFDS. SRC is
 
   a folder of images     SRC/{train,val}/CLASS/… or SRC/CLASS/…, of which a part is held out
   the ILSVRC2012 tars    ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, with or without
                          the devkit; becomes imagenet2012
-  parquet files          as Hugging Face has them, columns image and label
+  parquet files          as Hugging Face has them; columns are found by their types, or named
+  a save_to_disk folder  of Hugging Face's datasets; columns as above
+  TFDS in tfrecord       NAME/VERSION or NAME/CONFIG/VERSION of what TFDS prepared
 
 Files are stored byte for byte. --max-side=N changes pixels: larger images are scaled down and
 encoded anew, which costs some accuracy and makes reading faster. The same command goes on after an
@@ -32,6 +35,8 @@ def main(argv: list[str]) -> None:
     command.integer("max_side", 0, "scale larger images down to N pixels; changes pixels", 0)
     command.integer("workers", 0, "processes; 0 = one a core", 0)
     command.number("eval_fraction", 0.2, "of a folder without val, held out")
+    command.string("image_column", "", "of a table; by its type if not given")
+    command.string("label_column", "", "of a table; by its type if not given")
     command.boolean("skip_unreadable", False, "leave broken images out and list them")
     command.boolean("json", False, "print one JSON object")
     words = command.parse(argv)
@@ -40,7 +45,14 @@ def main(argv: list[str]) -> None:
     v = command.flags
     source, destination = (Path(word).expanduser() for word in words)
     result = prepare(
-        source, destination, v.name, v.max_side, v.workers, v.skip_unreadable, v.eval_fraction
+        source,
+        destination,
+        v.name,
+        v.max_side,
+        v.workers,
+        v.skip_unreadable,
+        v.eval_fraction,
+        columns=(v.image_column, v.label_column),
     )
     if v.json:
         json.dump(result, sys.stdout)

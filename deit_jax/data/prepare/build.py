@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ def prepare(
     workers: int = 0,
     skip_unreadable: bool = False,
     eval_fraction: float = 0.2,
+    columns: tuple[str, str] = ("", ""),
 ) -> dict[str, Any]:
     """Write, finish or check a data set; return where it is, what is in it and its checksum.
 
-    Any number of `workers` (processes; 0 = one a core) writes the same bytes. Raise UserError.
+    Any number of `workers` (processes; 0 = one a core) writes the same bytes. `columns` are those
+    of a table's images and labels, "" = by their types. Raise UserError.
     """
-    plan = readers.make_plan(source, eval_fraction)
+    plan = readers.make_plan(source, eval_fraction, columns)
     plan = dataclasses.replace(plan, name=name or plan.name)
     if plan.name == readers.IMAGENET:
         plan = dataclasses.replace(plan, version="5.1.0")
@@ -122,8 +124,9 @@ def _run(jobs: list[Job], journal: Path, workers: int) -> list[dict[str, Any]]:
     results, images = [], sum(len(job.shard) for job in jobs)
     bar = tqdm(total=images, unit="image", dynamic_ncols=True, leave=False, disable=None)
     try:
-        with bar, journal.open("a", buffering=1) as file:
-            for job, line in _results(jobs, min(workers, len(jobs))):
+        found = contextlib.closing(_results(jobs, min(workers, len(jobs))))
+        with bar, journal.open("a", buffering=1) as file, found as lines:
+            for job, line in lines:
                 if "kept" not in line:
                     file.write(json.dumps(line) + "\n")
                 results.append(line)
@@ -134,7 +137,7 @@ def _run(jobs: list[Job], journal: Path, workers: int) -> list[dict[str, Any]]:
     return results
 
 
-def _results(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any]]]:
+def _results(jobs: list[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:
     """Iterate over (job, its line) as they finish, also over those in hand when one fails."""
     if workers == 1:
         for job in jobs:
@@ -143,39 +146,56 @@ def _results(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any
     context = multiprocessing.get_context("spawn")  # forking a process with threads may hang
     waiting = iter(jobs)
     failed: BaseException | None = None
-    with ProcessPoolExecutor(workers, context) as pool:
+    with _noted_interrupts() as interrupts, ProcessPoolExecutor(workers, context) as pool:
         in_hand: dict[Future, Job] = {}
         while True:
+            failed = failed or next(iter(interrupts), None)
             with _no_interrupts():  # inherited by the processes that this starts
                 while failed is None and len(in_hand) < workers and (new := next(waiting, None)):
                     in_hand[pool.submit(write_shard, new)] = new
             if not in_hand:
                 break
-            try:
-                done, _ = wait(in_hand, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt as interrupt:
-                log.info("finishing the %d shards in hand", len(in_hand))
-                failed = failed or interrupt
-                continue
+            done, _ = wait(in_hand, return_when=FIRST_COMPLETED)
             for future in done:
                 job = in_hand.pop(future)
                 if error := future.exception():
                     failed = failed or error
                 else:
                     yield job, future.result()
-        if failed is not None:
-            raise failed
+    finished = next(waiting, None) is None  # then there is nothing left to interrupt
+    if failed is not None and not (finished and isinstance(failed, KeyboardInterrupt)):
+        raise failed
 
 
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Leave Ctrl-C, which the terminal sends to every process of the command, to the parent."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted, and only it may set this
-        return
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave Ctrl-C, which the terminal sends to every process of the command, to the parent.
+
+    Processes that are started inherit what is blocked; the parent gets its own afterwards.
+    """
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[list[KeyboardInterrupt]]:
+    """Note Ctrl-C in a list; raised inside of `wait`, it could leave a lock taken for good."""
+    noted: list[KeyboardInterrupt] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # only the main thread is interrupted, and only it may set this
+        return
+
+    def note(*_) -> None:
+        if not noted:
+            log.info("finishing the shards in hand")
+        noted.append(KeyboardInterrupt())
+
+    old = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
     finally:
         signal.signal(signal.SIGINT, old)
 

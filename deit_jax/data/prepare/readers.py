@@ -1,10 +1,10 @@
-"""Readers for `deit prepare`: image folders, the official ILSVRC tars, Hugging Face's parquet.
+"""Readers for `deit prepare`: image folders, the official ILSVRC tars, tables, TFRecords.
 
 Each becomes a Plan: for every split a list of shards, each of which can be read by itself.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 import re
 import tarfile
@@ -17,22 +17,16 @@ from tqdm import tqdm
 
 from deit_jax.configs import base
 from deit_jax.data.classes import imagenet_list
+from deit_jax.data.prepare import records, tables
+from deit_jax.data.prepare.records import RecordShard
+from deit_jax.data.prepare.tables import Example, TableShard
 from deit_jax.data.sources import folder, tar_index
-from deit_jax.data.sources.webdataset import split_by_name
 from deit_jax.errors import UserError
 
 SHARD_BYTES = 128 << 20  # as TFDS: about 1024 shards for ImageNet
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
 IMAGENET = "imagenet2012"  # TFDS's name for it
-
-
-class Example(NamedTuple):
-    """An image's name and label, and its file's bytes."""
-
-    name: str
-    label: int
-    image: bytes
 
 
 class Entry(NamedTuple):
@@ -70,56 +64,29 @@ class FileShard:
 
 
 @dataclasses.dataclass(frozen=True)
-class ParquetShard:
-    """Consecutive row groups of a parquet file with the columns image {bytes, path} and label."""
-
-    path: str
-    groups: tuple[int, ...]
-    rows: int
-    bytes: int
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def facts(self) -> list:
-        """Return what tells these images from others."""
-        return [(os.path.basename(self.path), self.groups, self.rows, self.bytes)]
-
-    def read(self) -> Iterator[Example]:
-        """Iterate over the examples, one row group in memory at a time."""
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                for group in self.groups:
-                    table = file.read_row_group(group, columns=["image", "label"])
-                    for row, value in enumerate(table.to_pylist()):
-                        image, label = value["image"], value["label"]
-                        name = image["path"] or f"{os.path.basename(self.path)}:{group}:{row}"
-                        yield Example(name, label, image["bytes"])
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{self.path}: cannot be read ({_line(error)})") from error
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """A data set to write: its name in TFDS, its classes' names by label, its splits."""
 
     name: str
     version: str
     classes: list[str]
-    splits: Mapping[str, Sequence[FileShard | ParquetShard]]
+    splits: Mapping[str, Sequence[FileShard | TableShard | RecordShard]]
 
 
-def make_plan(root: Path, eval_fraction: float) -> Plan:
-    """Find out what a folder holds and where; raise UserError if it is nothing known."""
+def make_plan(root: Path, eval_fraction: float, columns: tuple[str, str] = ("", "")) -> Plan:
+    """Find out what a folder holds and where; raise UserError if it is nothing known.
+
+    `columns` are the names of those of images and labels in tables, "" = by their types.
+    """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     if (root / TRAIN_TAR).exists() or (root / VAL_TAR).exists():
         return _plan_ilsvrc(root)
-    if any(root.rglob("*.parquet")):
-        return _plan_parquet(root)
+    if records.is_tfds(root):
+        return _plan_records(root)
+    if tables.is_saved(root) or any(root.rglob("*.parquet")):
+        classes, splits = tables.plan(root, SHARD_BYTES, *columns)
+        return Plan(_name(root), "1.0.0", classes, splits)
     return _plan_folder(root, eval_fraction)
 
 
@@ -192,6 +159,16 @@ def _plan_ilsvrc(root: Path) -> Plan:
     return _plan(IMAGENET, classes, {"train": train, "validation": held})
 
 
+def _plan_records(root: Path) -> Plan:
+    import tensorflow_datasets as tfds
+
+    name, classes, splits = records.plan(root)
+    with contextlib.suppress(tfds.core.DatasetNotFoundError):
+        if name != IMAGENET and tfds.builder_cls(name):
+            name += "_array_record"  # TFDS would open its own name with its own features
+    return Plan(name, "1.0.0", classes, splits)
+
+
 def _validation_wnids(root: Path) -> list[str]:
     """Return the classes of ILSVRC2012_val_00000001, …: the devkit's, or else TFDS's copy."""
     files = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
@@ -230,56 +207,6 @@ def _devkit_file(root: Path, name: str) -> bytes | None:
     except (OSError, EOFError, KeyError, tarfile.TarError) as error:
         raise UserError(f"{archive}: cannot be read ({_line(error)})") from error
     return None
-
-
-def _plan_parquet(root: Path) -> Plan:
-    train, held = split_by_name(sorted(root.rglob("*.parquet")), root)
-    splits, labels, classes = {}, 0, None
-    for split, paths in (("train", train), ("validation", held)):
-        shards = []
-        for path in tqdm(paths, desc="indexing", unit="file", leave=False, disable=None):
-            found, names, most = _parquet_shards(path)
-            shards += found
-            classes, labels = classes or names, max(labels, most + 1)
-        if shards:
-            splits[split] = shards
-    return Plan(_name(root), "1.0.0", classes or [str(i) for i in range(labels)], splits)
-
-
-def _parquet_shards(path: Path) -> tuple[list[ParquetShard], list[str] | None, int]:
-    """Return a file's shards, the names of its classes if it says them, and its largest label."""
-    import pyarrow
-    import pyarrow.compute
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            labels = file.read(columns=["label"])["label"]
-            described = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-            features = described.get("info", {}).get("features", {})
-            names = features.get("label", {}).get("names")
-            sizes = [
-                (file.metadata.row_group(i).num_rows, file.metadata.row_group(i).total_byte_size)
-                for i in range(file.num_row_groups)
-            ]
-            least, most = pyarrow.compute.min_max(labels).as_py().values()
-            if "image" not in file.schema_arrow.names:
-                raise KeyError("image")
-    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{path}: not a parquet file with the columns image and label ({_line(error)})"
-        ) from error
-    if labels.null_count or least is None or least < 0:
-        raise UserError(f"{path}: examples without a label; move this file elsewhere")
-    shards, groups = [], []
-    for i in range(len(sizes)):
-        groups.append(i)
-        total = sum(sizes[g][1] for g in groups)
-        if total >= SHARD_BYTES or i == len(sizes) - 1:
-            rows = sum(sizes[g][0] for g in groups)
-            shards.append(ParquetShard(str(path), tuple(groups), rows, total))
-            groups = []
-    return shards, names, most
 
 
 def _line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from deit_jax.data.sources.base import Dataset, Labelled, Reading, Source, Subset, key_of
-from deit_jax.data.sources.splits import listed
+from deit_jax.data.sources.splits import kind_of, listed
 from deit_jax.errors import UserError
 
 # How folders are read and parts held out, `data.rules`: 1 as until 2026, in whose runs and label
@@ -50,7 +50,7 @@ def assemble(
     reading = dataclasses.replace(reading, left_out=left_out)
     if held is not None:
         return Dataset(train, held, classes, reading)
-    if rules_of(data) > 1 and data.eval_split != "validation":
+    if rules_of(data) > 1 and kind_of(data.eval_split) != "validation":
         raise UserError(
             f"config.data.eval_split={data.eval_split}: config.data.source={data.source} has no "
             "parts; leave it out, and a part of each class is held out"

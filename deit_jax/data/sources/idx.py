@@ -54,7 +54,7 @@ def open_idx(name: str, data) -> Dataset:
             raise UserError(f"{path}: label {labels.max()}; {name} has {len(classes)} classes")
         parts.append(ArraySource(f"{name} {part}", images, labels.astype(np.int32)))
     train, held = parts
-    return Dataset(train, held, list(classes), Reading(*chosen))
+    return Dataset(train, held, list(classes), Reading(train=chosen[0], eval=chosen[1]))
 
 
 def _split(name: str, data, field: str) -> str:

@@ -17,17 +17,34 @@ class Entry(NamedTuple):
     module: str
     usage: str
     packages: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("min_images",)  # those that it understands; assemble does that one
 
+
+# Fields of config.data that only some sources understand, and what they are where nobody asks.
+OPTIONS = {
+    "labels": "",
+    "classes": "",
+    "image_column": "",
+    "label_column": "",
+    "nested": "auto",
+    "min_images": 0,
+}
 
 SOURCES = {
     "digits": Entry("deit_jax.data.sources.digits", "digits", ("scikit-learn",)),
-    "folder": Entry("deit_jax.data.sources.folder", "folder:PATH"),
+    "folder": Entry("deit_jax.data.sources.folder", "folder:PATH", options=tuple(OPTIONS)),
     "tfds": Entry(
-        "deit_jax.data.sources.tfds", "tfds:NAME", ("array_record", "tensorflow-datasets")
+        "deit_jax.data.sources.tfds", "tfds:NAME", ("array_record", "tensorflow-datasets"), ()
     ),
-    "wds": Entry("deit_jax.data.sources.webdataset", "wds:PATH"),
-    "fashion_mnist": Entry("deit_jax.data.sources.idx", "fashion_mnist"),
-    "mnist": Entry("deit_jax.data.sources.idx", "mnist"),
+    "wds": Entry("deit_jax.data.sources.webdataset", "wds:PATH", options=("classes", "min_images")),
+    "hf": Entry(
+        "deit_jax.data.sources.huggingface",
+        "hf:PATH|ORG/NAME",
+        ("datasets",),
+        ("image_column", "label_column", "min_images"),
+    ),
+    "fashion_mnist": Entry("deit_jax.data.sources.idx", "fashion_mnist", options=()),
+    "mnist": Entry("deit_jax.data.sources.idx", "mnist", options=()),
 }
 
 
@@ -35,12 +52,32 @@ def open_dataset(data) -> Dataset:
     """Open what a `config.data` names; raise UserError if it is not there."""
     kind, colon, rest = data.source.partition(":")
     entry = SOURCES.get(kind)
+    if entry:
+        _check_fields(entry, data)
     if entry and bool(rest) == bool(colon) == (":" in entry.usage):
         return importlib.import_module(entry.module).open_source(rest, data)
     if kind == "parquet" and rest:
         raise UserError(
             f"config.data.source={data.source}: parquet has no cheap random access (one image "
-            f"costs its whole row group); convert once with `deit prepare {rest} DST`"
+            f"costs its whole row group); convert once with `deit prepare {rest} DST`, or open it "
+            f"as hf:{rest}, which keeps a copy of it that has"
         )
     *usages, last = (entry.usage for entry in SOURCES.values())
     raise UserError(f"config.data.source={data.source!r}: give {', '.join(usages)} or {last}")
+
+
+def _check_fields(entry: Entry, data) -> None:
+    """Raise UserError for a field that is set and that the source would leave unheard."""
+    for field, unset in OPTIONS.items():
+        # The config of an older run lacks some.
+        if field in data and data[field] != unset and field not in entry.options:
+            raise UserError(
+                f"config.data.{field}={data[field]}: config.data.source={data.source} has no use "
+                "for it; leave it out"
+            )
+    columns = [f for f in ("image_column", "label_column") if data.get(f)]
+    if columns and "labels" in entry.options and not data.labels:
+        raise UserError(
+            f"config.data.{columns[0]}={data[columns[0]]}: folders have no columns; give the table "
+            "with --config.data.labels=FILE, or leave it out"
+        )

@@ -24,7 +24,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     flat = flatten(to_json(experiment.config))
     names = [
         *("seed", "batch_size", "distill.kind", "data.source", "data.train_split"),
-        *("data.rules", "data.labels", "data.classes"),
+        *("data.rules", "data.labels", "data.classes", "data.image_column"),
         *("data.decoder", "data.mean", "data.std"),
         *(k for k in flat if k.startswith(("augment.", "mixing."))),
     ]
