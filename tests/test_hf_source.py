@@ -388,7 +388,6 @@ def test_each_mistake_in_a_place_is_one_line(tmp_path, monkeypatch):
     arrow.write_bytes(arrow.read_bytes()[:100])
     assert f"{source}: Expected to read" in error_of(source)
     assert "folders have no columns" in error_of("folder:/data", image_column="img")
-    assert "only hf: has columns" in error_of("digits", label_column="label")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert error_of(source).endswith("pip install 'deit_jax[hub]'")
 
