@@ -1,5 +1,6 @@
 """The accuracy of trained weights on a config's data."""
 
+import logging
 from typing import Any
 
 import jax
@@ -12,12 +13,15 @@ from deit_jax.train.evaluator import Evaluator
 from deit_jax.train.load_teacher import load_teacher, teacher_spec
 from deit_jax.weights.load import open_model
 
+log = logging.getLogger("deit_jax")
+
 
 def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any]:
     """Evaluate the newest checkpoint in a workdir, or other weights, on the data of `config`.
 
-    The model and the normalisation of its input are the weights' own; batch size, data and crop
-    come from `config`. Raise UserError if they know another number of classes than the data has.
+    The model, the normalisation of its input and, of a run, the way it reads images and makes them
+    square (data.resize, exif, bits) are the weights' own; batch size, data and eval_crop_ratio come
+    from `config`. Raise UserError if they know another number of classes than the data has.
     """
     mesh = sharding.make_mesh(config.mesh)
     dataset = open_dataset(config.data)
@@ -29,15 +33,17 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
         )
     data, batch_size = config.data.copy_and_resolve_references(), config.train.eval_batch_size
     data.mean, data.std = opened.mean, opened.std
+    if opened.run is not None:
+        _read_as_trained(data, opened.run.config.data)
     evaluator = Evaluator(dataset.eval, data, batch_size, opened.image_size, mesh)
 
     def place(tree, model):
         return jax.device_put(tree, sharding.state_shardings(mesh, tree, model))
 
-    results: dict[str, Any] = {"examples": len(dataset.eval)}
     variables = place(opened.variables, opened.model)
     evaluator.held = memory.tree_bytes(variables)
-    results |= evaluator.model(opened.model, variables)
+    heads = evaluator.model(opened.model, variables)
+    results: dict[str, Any] = {**evaluator.examples(), **heads}
     if opened.run is None:
         return results
     if opened.run.ema is not None:
@@ -47,3 +53,10 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
         teacher, params = load_teacher(spec, weights, dataset.classes)
         results["teacher"] = evaluator.teacher(teacher, place(params, teacher.model))
     return results
+
+
+def _read_as_trained(data, own) -> None:
+    for key in ("resize", "exif", "bits"):
+        if data[key] != own[key]:
+            log.warning("data.%s=%s, as the run was trained, not %s", key, own[key], data[key])
+            data[key] = own[key]

@@ -5,6 +5,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# What it meant that a run has no such field: it began before there was one.
+OLD_MEANING = {
+    "data.skip_unreadable": False,
+    "data.exif": False,
+    "data.resize": "crop",
+    "data.bits": 0,
+}
+
 
 def flatten(tree) -> dict[str, Any]:
     """Return {"optim.lr": 0.001, …}."""
@@ -23,14 +31,22 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """Return a config from `to_json`'s form; lists become tuples, as configs hold them."""
+    """Return a config from `to_json`'s form; lists become tuples, as configs hold them.
+
+    Fields that are newer than the run get what their absence meant.
+    """
 
     def tuples(value):
         if isinstance(value, dict):
             return {k: tuples(v) for k, v in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(values))
+    whole = tuples(values)
+    for key, meaning in OLD_MEANING.items():
+        group, _, field = key.partition(".")
+        if group in whole:
+            whole[group].setdefault(field, meaning)
+    return ConfigDict(whole)
 
 
 def default_fields() -> dict[str, Any]:

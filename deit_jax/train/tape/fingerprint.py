@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deit_jax.config.serialize import flatten, to_json
+from deit_jax.config.serialize import OLD_MEANING, flatten, to_json
 from deit_jax.errors import UserError
 from deit_jax.parallel.sharding import path_name
 from deit_jax.train.experiment import Experiment
@@ -24,7 +24,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     flat = flatten(to_json(experiment.config))
     names = [
         *("seed", "batch_size", "distill.kind", "data.source", "data.train_split"),
-        *("data.decoder", "data.mean", "data.std"),
+        *("data.decoder", "data.mean", "data.std", "data.exif", "data.resize", "data.bits"),
         *(k for k in flat if k.startswith(("augment.", "mixing."))),
     ]
     labels = getattr(dataset.train, "labels", None)  # TFDS's are not known without reading all
@@ -69,6 +69,7 @@ def _sha256(array: np.ndarray) -> str:
 
 def check_fingerprint(path: Path, tapes: dict[str, Any], own: dict[str, Any]) -> None:
     """Raise UserError with every field that differs; a teacher that is not known differs not."""
+    tapes = {k: v for k, v in OLD_MEANING.items() if k in own} | tapes
     keys = [k for k in own if not (k.startswith("teacher.") and own[k] is None)]
     other = [k for k in keys if tapes.get(k) != own[k]]
     other += sorted(k for k in tapes if k not in own)
