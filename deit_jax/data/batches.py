@@ -179,11 +179,12 @@ class EvalBatches:
         """Decode, resize and crop; rows without an image are black and not valid."""
         for row in range(block * BLOCK, min((block + 1) * BLOCK, len(self._rows))):
             index = step * self._batch_size + self._rows[row]
-            found = self._read(index) if index < len(self._source) else None
+            found = self.read(index) if index < len(self._source) else None
             batch["valid"][row] = found is not None
             batch["image"][row], batch["label"][row] = found or (0, 0)
 
-    def _read(self, index: int) -> tuple[np.ndarray, int] | None:
+    def read(self, index: int) -> tuple[np.ndarray, int] | None:
+        """Return an example's view and label, None where it is left out."""
         name = _name(self._source, index)
         try:
             with _naming(name):

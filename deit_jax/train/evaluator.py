@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deit_jax.data.batches import EvalBatches
 from deit_jax.data.loader import load
@@ -33,8 +34,8 @@ class Evaluator:
     ):
         """Take examples of a source; `data` is config.data, for normalisation, crop and loading."""
         rows = sharding.local_rows(mesh, batch_size)
-        self.view = EvalView(image_size, data.eval_crop_ratio, reading_of(data))
-        self._batches = EvalBatches(source, batch_size, self.view, rows, data.skip_unreadable)
+        view = EvalView(image_size, data.eval_crop_ratio, reading_of(data))
+        self._batches = EvalBatches(source, batch_size, view, rows, data.skip_unreadable)
         self.image_size, self._batch_size = image_size, batch_size
         self._data, self._mesh, self._examples = data, mesh, len(source)
         self._stopping, self.held = stopping, 0
@@ -58,6 +59,10 @@ class Evaluator:
         """Return how many examples were counted last and, if any were not, how many were not."""
         left_out = self._examples - self._counted
         return {"examples": self._counted, **({"unreadable": left_out} if left_out else {})}
+
+    def read(self, index: int) -> tuple[np.ndarray, int] | None:
+        """Return an example as it is evaluated and its label, None where it is left out."""
+        return self._batches.read(index)
 
     def _parts(self, model, size: int) -> int:
         return parts.forward_parts(model, size, self._share, self._mesh, self.held)

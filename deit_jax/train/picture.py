@@ -10,8 +10,6 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
-from deit_jax.data.batches import EvalBatches
-from deit_jax.data.sources.base import Source, Subset
 from deit_jax.parallel.sharding import replicated
 from deit_jax.step.eval_step import all_logits
 from deit_jax.storage import backend, read_lines
@@ -65,28 +63,22 @@ def _draw_grid(figure, trainer) -> None:
     """Show evenly spaced test images under what the teacher and the student say of them."""
     source, classes = trainer.dataset.eval, trainer.dataset.classes
     chosen = np.unique(np.linspace(0, len(source) - 1, ROWS * COLUMNS).astype(int))
-    images, truth = _examples(trainer, Subset(source, chosen))
-    if not len(images):
+    read = [found for i in chosen if (found := trainer.evaluator.read(int(i)))]
+    if not read:  # none of these few can be read, and the run leaves such images out
         return
+    images = np.stack([image for image, _ in read])
     answers = answer(trainer, images)
     names = {"teacher": "teacher", "student": "student" if trainer.teacher else "model"}
     panels = figure.subplots(ROWS, COLUMNS, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
-    for i, (panel, own) in enumerate(zip(panels, truth, strict=False)):
+    for i, (panel, (_, own)) in enumerate(zip(panels, read, strict=False)):
         panel.imshow(images[i])
         said = {who: int(labels[i]) for who, labels in answers.items()}
         right = all(label == own for label in said.values())
         lines = [f"{names[who]}: {classes[label][:14]}" for who, label in said.items()]
         panel.set_title("\n".join(lines), fontsize=7, color="black" if right else "#d62728")
     figure.suptitle("held-out images; red: an answer is wrong", fontsize=9)
-
-
-def _examples(trainer, some: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Return images as they are evaluated and their labels, without those that are left out."""
-    view, skips = trainer.evaluator.view, trainer.experiment.data.skip_unreadable
-    batch = EvalBatches(some, len(some), view, range(len(some)), skips)(0)
-    return batch["image"][batch["valid"]], batch["label"][batch["valid"]]
 
 
 def answer(trainer, images: np.ndarray) -> dict[str, np.ndarray]:
