@@ -34,6 +34,7 @@ from deit_jax.configs import deit  # noqa: E402
 from deit_jax.data.batches import TrainBatches  # noqa: E402
 from deit_jax.data.order import EpochOrder  # noqa: E402
 from deit_jax.data.sources.registry import open_dataset  # noqa: E402
+from deit_jax.data.view import reading_of  # noqa: E402
 from deit_jax.perf import hlo_cost, plan  # noqa: E402
 from deit_jax.step.train_step import model_inputs  # noqa: E402
 from deit_jax.train.experiment import settings_of  # noqa: E402
@@ -118,7 +119,14 @@ def views(config, opened, count: int, recipe: bool):
     size, data = opened.image_size, config.data
     decoder = "pillow"
     batches = TrainBatches(
-        dataset.train, order, config.augment, size, rows, decoder, data.skip_unreadable
+        dataset.train,
+        order,
+        config.augment,
+        size,
+        rows,
+        decoder,
+        data.skip_unreadable,
+        reading_of(data),
     )
     made = settings_of(config, len(dataset.classes))
     made = made.__class__(**{**vars(made), "mean": opened.mean, "std": opened.std})

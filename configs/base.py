@@ -71,12 +71,17 @@ def get_config() -> ConfigDict:
     c.data.rules = placeholder(int)
     c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
     c.data.std = (0.229, 0.224, 0.225)
-    c.data.eval_crop_ratio = 0.875  # resize the shorter side to image_size / ratio, crop the centre
+    c.data.eval_crop_ratio = 0.875  # resize=crop: shorter side to image_size / ratio, centre
     # How training images become pixels. Decoders differ by rounding, so a run keeps the one that it
     # began with: auto is replaced by the fastest one installed, fast (pip install deit_jax[fast]),
     # portable or pillow (the reference). See deit_jax/data/decoders.py.
     c.data.decoder = "auto"
-    c.data.skip_unreadable = False  # in training, put the next image in the place of a broken one
+    # Images that cannot be read: in training the next one takes the place of such a one, evaluation
+    # leaves it out. False: the first one ends the run.
+    c.data.skip_unreadable = False
+    c.data.exif = False  # True: turn images as their camera noted; published models did not
+    c.data.resize = "crop"  # or squash, pad: images that are not square. See deit_jax/data/view.py
+    c.data.bits = 0  # of deeper images than 8: 9 … 32, 0 = what each holds. deit_jax/data/depth.py
     c.data.threads = 0  # decoding threads per process; 0 = one per core
     c.data.prefetch_batches = 8
 

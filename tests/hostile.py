@@ -13,10 +13,15 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
+import tifffile
 from PIL import Image
 
+from deit_jax.configs import base
 from deit_jax.data import decode, decoders
+from deit_jax.data.decode import Reading
+from deit_jax.data.view import EvalView, random_view
 from deit_jax.errors import UserError
 from deit_jax.weights.exporters import deit, huggingface, run
 from deit_jax.weights.exporters import timm as timm_lib
@@ -337,6 +342,13 @@ class Images:
                 except (OSError, ValueError):
                     continue
                 self.files.append(stream.getvalue())
+        grey = 16 * noise.astype(np.uint16)
+        for values in (grey, grey[:, :, 0], grey[:, :, 0] / np.float32(4095)):
+            stream = io.BytesIO()
+            tifffile.imwrite(stream, values, extratags=[(281, "H", 1, 4095, True)])
+            self.files.append(stream.getvalue())
+            if values.dtype == np.uint16:
+                self.files.append(cv2.imencode(".png", values)[1].tobytes())
         self.files += files_that_claim(60000, 60000).values()
         self.files += files_that_claim(9000, 9000).values()
         self.files += files_that_claim(1, 60000).values()
@@ -347,9 +359,11 @@ class Images:
         rng = random.Random(seed)
         data = mutate(rng.choice(self.files), rng, head=64)
         decoder = rng.choice(self.decoders)
+        resize = rng.choice(("crop", "squash", "pad"))
+        reading = Reading(resize, rng.random() < 0.5, rng.choice((0, 0, 12, 16)), (9, 9, 9))
         try:
-            pixels = decode.read(data, "NAME", decoder)
-            image = decode.decode(data, "NAME")
+            pixels = decode.read(data, "NAME", decoder, None, reading)
+            image = decode.decode(data, "NAME", reading)
         except UserError as error:
             text = str(error)
             if len(text.splitlines()) != 1:
@@ -357,9 +371,11 @@ class Images:
             return text
         if pixels.shape != (image.height, image.width, 3):
             raise AssertionError(f"{pixels.shape} is not {image.size}")
-        decode.centre_crop(image, 32, 0.9)
+        EvalView(32, 0.9, reading).crop(image)
         numbers = np.random.default_rng(seed)
         box = decode.random_box(image.width, image.height, numbers, (0.08, 1.0), (3 / 4, 4 / 3))
         decode.resized_crop(pixels, box, 32, decoder.resize)
         decode.simple_random_crop(pixels, 32, numbers, decoder.resize)
+        augment = base.get_config().augment
+        random_view(pixels, 32, augment, numbers, decoder.resize, reading)
         return "decoded"

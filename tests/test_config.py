@@ -8,6 +8,8 @@ import pytest
 
 from deit_jax.config.serialize import flatten, from_json, to_json
 from deit_jax.configs import base
+from deit_jax.data.decode import Reading
+from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
 from deit_jax.train.experiment import resolve
@@ -106,6 +108,31 @@ def test_json_form_round_trips(tiny_config):
     again = from_json(values)
     assert changes(values, to_json(again)) == {}
     assert again.teacher.model.widths == (8, 16)
+
+
+def test_a_field_newer_than_a_run_means_what_was_done_before(tiny_config):
+    old = to_json(tiny_config)
+    for field in ("exif", "resize", "bits", "skip_unreadable"):
+        del old["data"][field]
+    again = from_json(old)
+    validate(again, 8)
+    assert reading_of(again.data) == Reading("crop", False, 0, (124, 116, 104))
+    assert again.data.skip_unreadable is False
+    assert changes(old, to_json(tiny_config)) == {}
+    tiny_config.data.exif, tiny_config.data.resize, tiny_config.data.bits = True, "pad", 12
+    assert set(changes(old, to_json(tiny_config))) == {"data.exif", "data.resize", "data.bits"}
+    assert "data" not in from_json({"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("bits", 1), ("bits", 8), ("bits", 33), ("resize", "x")]
+)
+def test_how_images_are_read_is_checked(tiny_config, field, value):
+    tiny_config.data[field] = value
+    with pytest.raises(UserError, match=rf"config\.data\.{field}={value!r}: (must be|choose one)"):
+        validate(tiny_config, 8)
+    tiny_config.data.bits, tiny_config.data.resize = 9, "squash"
+    validate(tiny_config, 8)
 
 
 def test_differences_name_what_matters_and_only_that(tiny_config):

@@ -10,6 +10,8 @@ import pytest
 import deit_jax
 from deit_jax import __main__
 from deit_jax.analysis import classify, evaluate
+from deit_jax.data.decode import Reading
+from deit_jax.data.view import EvalView
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
 from deit_jax.train.load_teacher import load_teacher, teacher_spec
@@ -84,6 +86,20 @@ def test_what_describes_itself_comes_back_whole(name, overrides, to, tmp_path):
         (second.name, second.model, second.classes, second.image_size, second.mean, second.std)
     )
     assert second.crop_ratio == pytest.approx(0.9, abs=0.02)  # a whole number of pixels
+
+
+def test_the_way_in_which_images_are_read_stays_in_runs_and_is_warned_of_elsewhere(
+    tmp_path, caplog
+):
+    reading = Reading("pad", True, 12, (26, 51, 76))
+    first = dataclasses.replace(opened(PLAIN, SMALL), reading=reading)
+    convert.convert(first, tmp_path / "run", "deit_jax")
+    assert open_model(tmp_path / "run").reading == reading
+    assert open_model(tmp_path / "run").view == EvalView(32, 0.9, reading)
+    assert not caplog.records
+    convert.convert(first, tmp_path / "w.safetensors")
+    assert "cannot say data.resize=pad, data.exif=True, data.bits=12" in caplog.text
+    assert open_model(tmp_path / "w.safetensors").reading == Reading()
 
 
 @pytest.mark.parametrize(("name", "overrides"), FAMILIES)

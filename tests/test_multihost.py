@@ -152,6 +152,37 @@ def test_one_process_that_fails_ends_all_with_its_message(words, tmp_path):
     assert f"deit train: process 1 ended the run: {broken}" in err0
 
 
+@pytest.mark.slow
+def test_two_processes_count_the_broken_images_of_both(words, tmp_path):
+    """Rows 0 … 7 of the one batch are the first's, 8 … 15 the second's; both have broken ones."""
+    for split, count in (("train", 16), ("val", 14)):
+        for i in range(count):
+            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), 9 * i, np.uint8)).save(path)
+    broken = sorted((tmp_path / "images" / "val").rglob("*.png"))
+    broken = [broken[i] for i in (2, 9, 12)]
+    for path in broken:
+        path.write_bytes(b"not an image")
+    words += [
+        f"--config.data.source=folder:{tmp_path / 'images'}",
+        "--config.data.train_split=train",
+        "--config.data.eval_split=val",
+        "--config.data.skip_unreadable=True",
+        "--config.batch_size=16",
+        "--config.train.eval_batch_size=16",
+        "--config.epochs=1",
+        "--config.optim.warmup_epochs=0.5",
+        "--config.distill.kind=none",
+    ]
+    outputs = finish(*start_all(2, tmp_path / "run", words))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["examples"], results["unreadable"]) == (11, 3)
+    assert results["cls"]["top5"] == 100  # of two classes, whatever it answers
+    for path, who in zip(broken, (0, 1, 1), strict=True):
+        assert str(path) in outputs[who][1]
+
+
 def data_config(folder):
     c = make_tiny_config().data
     c.source, c.train_split, c.eval_split = f"folder:{folder}", "train", "val"

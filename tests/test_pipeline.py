@@ -24,6 +24,7 @@ from deit_jax.data.order import EpochOrder, example_rng, example_rngs
 from deit_jax.data.sources.base import ArraySource
 from deit_jax.data.sources.folder import FolderSource
 from deit_jax.data.sources.registry import open_dataset
+from deit_jax.data.view import EvalView
 from deit_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -343,7 +344,7 @@ def test_photographs_go_through_every_augmentation(photos, auto):
 @pytest.mark.parametrize(("examples", "batch"), [(50, 16), (48, 16), (5, 16), (17, 16)])
 def test_evaluation_meets_every_example_once_and_masks_the_rest(noise, examples, batch):
     source = ArraySource("part", noise._images[:examples], noise.labels[:examples])
-    batches = EvalBatches(source, batch, 16, 1.0, range(batch))
+    batches = EvalBatches(source, batch, EvalView(16, 1.0), range(batch))
     assert len(batches) == -(-examples // batch)
     loaded = list(load(batches, 0, len(batches), 2, 2))
     valid = np.concatenate([b["valid"] for b in loaded])
@@ -357,7 +358,9 @@ def test_evaluation_meets_every_example_once_and_masks_the_rest(noise, examples,
         assert np.array_equal(images[index], decode.centre_crop(original, 16, 1.0))
     for processes in (2, 4):
         parts = [
-            EvalBatches(source, batch, 16, 1.0, local_rows(batch, p, processes))(len(batches) - 1)
+            EvalBatches(source, batch, EvalView(16, 1.0), local_rows(batch, p, processes))(
+                len(batches) - 1
+            )
             for p in range(processes)
         ]
         assert equal(loaded[-1], {k: np.concatenate([p[k] for p in parts]) for k in parts[0]})

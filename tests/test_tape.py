@@ -213,6 +213,20 @@ def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_differen
         session.open_tape(student, tmp_path, dataset, (network, params))
 
 
+def test_a_tape_from_before_a_field_has_its_old_meaning(tmp_path, tiny_config):
+    tiny_config.data.decoder = "pillow"
+    experiment, dataset = prepare(tiny_config, tmp_path)
+    now = fingerprint.fingerprint(experiment, dataset, None)
+    new = {"data.exif": False, "data.resize": "crop", "data.bits": 0}
+    assert new.items() <= now.items()
+    before = {k: v for k, v in now.items() if k not in new}
+    fingerprint.check_fingerprint(tmp_path, before, now)
+    for key, value in {"data.exif": True, "data.resize": "squash", "data.bits": 12}.items():
+        for theirs in (before, now):
+            with pytest.raises(UserError, match=rf"{key}: {new[key]} there, {value} here"):
+                fingerprint.check_fingerprint(tmp_path, theirs, now | {key: value})
+
+
 @pytest.mark.slow
 def test_epochs_beyond_the_tape_are_counted(runs, tmp_path):
     config = replaying(runs.config, runs.tape)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from deit_jax.analysis.predictions import infer, softmax
-from deit_jax.data import decode
+from deit_jax.data.view import EvalView
 from deit_jax.errors import UserError
 from deit_jax.storage import backend
 from deit_jax.weights.load import open_model
@@ -25,7 +25,7 @@ def classify(
     computed.
     """
     opened = open_model(source, model)
-    images = np.stack([_read(path, opened.image_size, opened.crop_ratio) for path in paths])
+    images = np.stack([_read(path, opened.view) for path in paths])
 
     variables, convention = jax.device_put(opened.variables), (opened.mean, opened.std)
     scores = []
@@ -43,9 +43,9 @@ def classify(
     return results
 
 
-def _read(path: str, size: int, crop_ratio: float) -> np.ndarray:
+def _read(path: str, view: EvalView) -> np.ndarray:
     try:
         data = backend(Path(path)).read(Path(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return np.asarray(decode.centre_crop(decode.decode(data, path), size, crop_ratio))
+    return view(data, path)

@@ -20,9 +20,10 @@ log = logging.getLogger("deit_jax")
 def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any]:
     """Evaluate the newest checkpoint in a workdir, or other weights, on the data of `config`.
 
-    The model and the normalisation of its input are the weights' own; batch size, data and crop
-    come from `config`. Heads get the order of the data's classes, by name; raise UserError where
-    the names do not go together. What else differs from the data of the run is said.
+    The model, the normalisation of its input and, of a run, the way it reads images and makes them
+    square (data.resize, exif, bits) are the weights' own; batch size, data and eval_crop_ratio come
+    from `config`. Heads get the order of the data's classes, by name; raise UserError where the
+    names do not go together. What else differs from the data of the run is said.
     """
     mesh = sharding.make_mesh(config.mesh)
     opened = open_model(source, model, dtype=config.dtype)
@@ -35,15 +36,17 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
     for line in filter(None, lines):
         log.warning(line)
     data.mean, data.std = opened.mean, opened.std
+    if opened.run is not None:
+        _read_as_trained(data, opened.run.config.data)
     evaluator = Evaluator(dataset.eval, data, batch_size, opened.image_size, mesh)
 
     def place(tree, model):
         return jax.device_put(tree, sharding.state_shardings(mesh, tree, model))
 
-    results: dict[str, Any] = {"examples": len(dataset.eval)}
     variables = place(opened.variables, opened.model)
     evaluator.held = memory.tree_bytes(variables)
-    results |= evaluator.model(opened.model, variables)
+    heads = evaluator.model(opened.model, variables)
+    results: dict[str, Any] = {**evaluator.examples(), **heads}
     if opened.run is None:
         return results
     if opened.run.ema is not None:
@@ -53,3 +56,10 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
         teacher, params = load_teacher(spec, weights, dataset.classes)
         results["teacher"] = evaluator.teacher(teacher, place(params, teacher.model))
     return results
+
+
+def _read_as_trained(data, own) -> None:
+    for key in ("resize", "exif", "bits"):
+        if data[key] != own[key]:
+            log.warning("data.%s=%s, as the run was trained, not %s", key, own[key], data[key])
+            data[key] = own[key]

@@ -145,8 +145,10 @@ def _look(seen: _Seen, opened, dataset: Dataset, workdir: Path, images: int) -> 
     numbers = predictions.spaced(len(source), images)
     teacher = _teacher(opened, workdir, figures["notes"])
     said = predictions.predict(opened, teacher, source, numbers, figures["name"])
+    left_out, numbers = len(numbers) - len(said.numbers), said.numbers
     figures["evaluation"] = {
         "images": len(numbers),
+        **({"unreadable": left_out} if left_out else {}),
         "of": len(source),
         "top1": predictions.top1(said),
         **predictions.errors(said, source, opened.classes),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from deit_jax.data.batches import EvalBatches
 from deit_jax.data.loader import load
 from deit_jax.data.sources.base import Source, Subset
+from deit_jax.errors import UserError
 from deit_jax.step.eval_step import jit_logits
 
 BATCH = 128
@@ -31,7 +32,7 @@ def pixels(
 ) -> UInt8[np.ndarray, "n H W 3"]:
     """Return images as a model is given them in evaluation, before normalisation."""
     some = Subset(source, np.asarray(numbers, np.int64))
-    batches = EvalBatches(some, len(some), opened.image_size, opened.crop_ratio, range(len(some)))
+    batches = EvalBatches(some, len(some), opened.view, range(len(some)))
     return batches(0)["image"]
 
 
@@ -79,15 +80,17 @@ def predict(
 ) -> Predictions:
     """Evaluate a run's model, and its (teacher, params) if that is not None, with a progress bar.
 
-    The classifiers are `cls`, `dist` where there is one, `fused` and `teacher`.
+    The classifiers are `cls`, `dist` where there is one, `fused` and `teacher`. Images that cannot
+    be read are not among the answers' `numbers` if the run skips them. Raise UserError if none can.
     """
     network, teacher_params = teacher or (None, None)
     variables, teacher_params = jax.device_put((opened.variables, teacher_params))
     convention = (opened.mean, opened.std)
-    some, parts = Subset(source, numbers), []
+    some, parts, readable = Subset(source, numbers), [], []
     size = min(BATCH, len(some))
-    batches = EvalBatches(some, size, opened.image_size, opened.crop_ratio, range(size))
-    loader = load(batches, 0, len(batches), opened.run.config.data.threads, prefetch=2)
+    data = opened.run.config.data
+    batches = EvalBatches(some, size, opened.view, range(size), data.skip_unreadable)
+    loader = load(batches, 0, len(batches), data.threads, prefetch=2)
     bar = tqdm(total=len(some), unit="image", desc=title, leave=False, disable=None)
     with contextlib.closing(loader), bar:
         for batch in loader:
@@ -96,9 +99,13 @@ def predict(
                 opened.model, variables, batch["image"], convention, network, teacher_params
             )
             answers = {name: _answer(x[valid]) for name, x in logits.items()}
+            readable.append(valid.copy())
             parts.append((batch["label"][valid], answers))  # a copy: the batch's memory is lent
             bar.update(int(valid.sum()))
     truth, answers = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    numbers = numbers[np.concatenate(readable)[: len(some)]]
+    if not len(numbers):
+        raise UserError(f"{data.source}: none of its images for evaluation can be read")
     labels = {name: label for name, (label, _) in answers.items()}
     return Predictions(numbers, truth, labels, {name: p for name, (_, p) in answers.items()})
 

@@ -43,4 +43,4 @@ def main(argv: list[str]) -> None:
         json.dump(results, sys.stdout)
         print()
     else:
-        print(f"{results['examples']} examples\n{table(results)}")
+        print(table(results))

@@ -29,6 +29,7 @@ MAY_CHANGE = (
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
+    "data.resize": ("crop", "squash", "pad"),
     "augment.crop": ("random_resized", "simple"),
     "data.nested": ("auto", "leaf", "top", "path"),
     "init.head": ("error", "drop", "cls"),
@@ -100,6 +101,7 @@ RANGES = {
     "data.mean": Range(0, 1, length=3),
     "data.std": Range(0.001, 1, length=3),
     "data.eval_crop_ratio": Range(0.1, 1),  # below, a photograph is enlarged to gigabytes
+    "data.bits": Range(0, 32),  # and not 1 … 8: validate.py
     "data.threads": Range(0, 1024),
     "data.prefetch_batches": Range(1, 1024),
     "augment.crop_scale": Range(0, 1, above=True, length=2),

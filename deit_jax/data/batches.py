@@ -18,9 +18,11 @@ import numpy as np
 
 from deit_jax.data import decode
 from deit_jax.data.augment import make_augment
+from deit_jax.data.decode import PLAIN, Reading
 from deit_jax.data.decoders import choose, resize_pillow
 from deit_jax.data.order import EpochOrder, example_rngs
 from deit_jax.data.sources.base import Source
+from deit_jax.data.view import EvalView, random_view
 from deit_jax.errors import UserError
 
 log = logging.getLogger("deit_jax")
@@ -63,8 +65,10 @@ class TrainBatches:
         rows: Sequence[int],
         decoder: str = "auto",
         skip_unreadable: bool = False,
+        reading: Reading = PLAIN,
     ):
         self._source, self._order, self._rows = source, order, rows
+        self._reading = reading
         self._config, self._image_size = augment, image_size
         self._indices = order.shuffled()
         self._augment = make_augment(augment.auto, augment.color_jitter)
@@ -113,7 +117,9 @@ class TrainBatches:
             try:
                 with _naming(name):
                     example = self._source[index]
-                    pixels = decode.read(example["image"], name, self._decoder, scratch)
+                    pixels = decode.read(
+                        example["image"], name, self._decoder, scratch, self._reading
+                    )
                 # Arrays are small and few: with Pillow, they look the same on every machine.
                 array = isinstance(example["image"], np.ndarray)
                 resize = resize_pillow if array else self._decoder.resize
@@ -127,14 +133,8 @@ class TrainBatches:
         raise UserError(f"{name}: not readable, nor are the {MAX_SKIPS - 1} images before it")
 
     def _view(self, image: np.ndarray, rng: np.random.Generator, resize) -> np.ndarray:
-        c = self._config
-        if c.crop == "simple":
-            pixels = decode.simple_random_crop(image, self._image_size, rng, resize)
-        else:
-            height, width, _ = image.shape
-            box = decode.random_box(width, height, rng, c.crop_scale, c.crop_ratio)
-            pixels = decode.resized_crop(image, box, self._image_size, resize)
-        if rng.random() < c.flip_prob:
+        pixels = random_view(image, self._image_size, self._config, rng, resize, self._reading)
+        if rng.random() < self._config.flip_prob:
             pixels = cv2.flip(pixels, 1)
         return self._augment(pixels, rng)
 
@@ -142,19 +142,21 @@ class TrainBatches:
 class EvalBatches:
     """Load batch i -> {"image", "label", "valid": bool [b]}; all examples valid once.
 
-    With Pillow, whatever decodes for training, so that accuracies compare. No example is skipped.
+    With Pillow, whatever decodes for training, so that accuracies compare. With `skip_unreadable`
+    an image that cannot be read is not valid; `unreadable` holds the names of those met so far.
     """
 
     def __init__(
         self,
         source: Source,
         batch_size: int,
-        image_size: int,
-        crop_ratio: float,
+        view: EvalView,
         rows: Sequence[int],
+        skip_unreadable: bool = False,
     ):
         self._source, self._batch_size, self._rows = source, batch_size, rows
-        self._image_size, self._crop_ratio = image_size, crop_ratio
+        self._view, self._skip = view, skip_unreadable
+        self.unreadable: set[str] = set()
         self.blocks = -(-len(rows) // BLOCK)
 
     def __len__(self) -> int:
@@ -166,7 +168,7 @@ class EvalBatches:
 
     def empty(self) -> Batch:
         """Return arrays for a batch, with any content."""
-        size = self._image_size
+        size = self._view.size
         return {
             "image": np.empty((len(self._rows), size, size, 3), np.uint8),
             "label": np.empty(len(self._rows), np.int32),
@@ -174,19 +176,28 @@ class EvalBatches:
         }
 
     def fill(self, step: int, block: int, batch: Batch) -> None:
-        """Decode, resize and crop; rows past the last example are black and not valid."""
+        """Decode, resize and crop; rows without an image are black and not valid."""
         for row in range(block * BLOCK, min((block + 1) * BLOCK, len(self._rows))):
             index = step * self._batch_size + self._rows[row]
-            batch["valid"][row] = valid = index < len(self._source)
-            if not valid:
-                batch["image"][row], batch["label"][row] = 0, 0
-                continue
-            name = _name(self._source, index)
+            found = self.read(index) if index < len(self._source) else None
+            batch["valid"][row] = found is not None
+            batch["image"][row], batch["label"][row] = found or (0, 0)
+
+    def read(self, index: int) -> tuple[np.ndarray, int] | None:
+        """Return an example's view and label, None where it is left out."""
+        name = _name(self._source, index)
+        try:
             with _naming(name):
                 example = self._source[index]
-                image = decode.decode(example["image"], name)
-                crop = decode.centre_crop(image, self._image_size, self._crop_ratio)
-            batch["image"][row], batch["label"][row] = np.asarray(crop), example["label"]
+                return self._view(example["image"], name), example["label"]
+        except UserError as error:
+            if not self._skip:
+                remedy = "--config.data.skip_unreadable=True leaves such images out"
+                raise UserError(f"{error}; {remedy}") from error
+            if name not in self.unreadable:
+                self.unreadable.add(name)
+                log.warning("left out of the evaluation: %s", error)
+            return None
 
 
 def _name(source: Source, index: int) -> str:

@@ -1,16 +1,19 @@
 """From an example's bytes or array to an RGB crop in uint8, with Pillow's pixels.
 
-The orientation that a camera notes in EXIF is left alone: torchvision's and timm's loaders, and so
-the published models, see photographs as they are stored.
+The orientation that a camera notes in EXIF is left alone unless asked for: torchvision's and timm's
+loaders, and so the published models, see photographs as they are stored. (Pillow turns TIFF files
+in any case.) Pixels of more than 8 bits: depth.py.
 """
 
 import io
 import math
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from deit_jax.data import depth, turns
 from deit_jax.data.decoders import Decoder, Pixels, Resize, Resized, resize_pillow
 from deit_jax.errors import UserError
 
@@ -22,32 +25,60 @@ LONGEST = 100  # times as long as wide; beyond, a file of bytes would be enlarge
 Box = tuple[int, int, int, int]  # left, top, width, height
 
 
-def decode(image: bytes | np.ndarray, name: str) -> Image.Image:
+@dataclass(frozen=True)
+class Reading:
+    """How images are read and made square, alike in training and in evaluation: fields of `data`.
+
+    `fill` is the colour beside what is padded. As it stands: how they were before there was choice.
+    """
+
+    resize: str = "crop"  # crop, squash or pad
+    exif: bool = False
+    bits: int = 0
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+
+PLAIN = Reading()
+
+
+def decode(image: bytes | np.ndarray, name: str, reading: Reading = PLAIN) -> Image.Image:
     """Return an RGB image; raise UserError with the example's name if it cannot be read."""
     try:
         if isinstance(image, np.ndarray):
-            grey = image.ndim == 3 and image.shape[2] == 1
-            return _to_rgb(Image.fromarray(image[:, :, 0] if grey else image))
-        return _to_rgb(Image.open(io.BytesIO(image)))
+            return _from_array(image, reading.bits)
+        return _from_file(image, reading)
+    except depth.DepthError as error:
+        raise UserError(f"{name}: {error}") from error
     except Exception as error:  # damaged bytes make Pillow's readers raise almost anything
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "of no known format" if unknown else " ".join(str(error).split())
         raise UserError(f"{name}: not a readable image ({reason}); repair or remove it") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.format == "EPS":
+def _from_array(array: np.ndarray, bits: int) -> Image.Image:
+    if array.dtype.kind in "iuf" and array.dtype != np.uint8:
+        array = depth.as_bytes(array, bits)
+    grey = array.ndim == 3 and array.shape[2] == 1
+    return Image.fromarray(array[:, :, 0] if grey else array).convert("RGB")
+
+
+def _from_file(file: bytes, reading: Reading) -> Image.Image:
+    opened = Image.open(io.BytesIO(file))
+    if opened.format == "EPS":
         raise ValueError("EPS, which only running it as a program could draw")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16 bits, which convert() would clip at 255; Pillow itself reads 16-bit RGB this way.
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "P":
+    image = depth.shallow(opened, file, reading.bits)
+    if image.mode == "P":
         image = image.convert("RGBA")  # the same colours, without a warning on transparent ones
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return turns.turned(image, turns.orientation(opened)) if reading.exif else image
 
 
 def read(
-    image: bytes | np.ndarray, name: str, decoder: Decoder, scratch: np.ndarray | None = None
+    image: bytes | np.ndarray,
+    name: str,
+    decoder: Decoder,
+    scratch: np.ndarray | None = None,
+    reading: Reading = PLAIN,
 ) -> Pixels:
     """Return the pixels of an example; raise UserError with its name if it cannot be read.
 
@@ -56,17 +87,30 @@ def read(
     own copy of it; all the rest, and what is not flawless, by Pillow.
     """
     if decoder.jpeg and isinstance(image, bytes) and image[:2] == b"\xff\xd8":
-        import simplejpeg  # only who decodes needs it
-
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-            enormous = height * width > (Image.MAX_IMAGE_PIXELS or math.inf)
-            if colours in ("YCbCr", "Gray") and not enormous:
-                fits = scratch is not None and scratch.nbytes >= height * width * 3
-                return simplejpeg.decode_jpeg(image, "RGB", buffer=scratch if fits else None)
-        except ValueError:
-            pass  # Pillow decides whether the flaw matters, and puts it into words
-    return np.asarray(decode(image, name))
+            pixels = _ordinary_jpeg(image, scratch)
+            if pixels is not None:
+                return _upright(pixels, image) if reading.exif else pixels
+        except Exception:  # Pillow decides whether the flaw matters, and puts it into words
+            pass
+    return np.asarray(decode(image, name, reading))
+
+
+def _ordinary_jpeg(file: bytes, scratch: np.ndarray | None) -> Pixels | None:
+    """Return the pixels of an ordinary JPEG file, None where Pillow shall look at it."""
+    import simplejpeg  # only who decodes needs it
+
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
+    enormous = height * width > (Image.MAX_IMAGE_PIXELS or math.inf)
+    if colours not in ("YCbCr", "Gray") or enormous:
+        return None
+    fits = scratch is not None and scratch.nbytes >= height * width * 3
+    return simplejpeg.decode_jpeg(file, "RGB", buffer=scratch if fits else None)
+
+
+def _upright(pixels: Pixels, file: bytes) -> Pixels:
+    number = turns.orientation(Image.open(io.BytesIO(file)))  # reads the header alone
+    return pixels if number == 1 else np.asarray(turns.turned(Image.fromarray(pixels), number))
 
 
 def random_box(
@@ -103,17 +147,24 @@ def resized_crop(pixels: Pixels, box: Box, size: int, resize: Resize = resize_pi
 
 
 def simple_random_crop(
-    pixels: Pixels, size: int, rng: np.random.Generator, resize: Resize = resize_pillow
+    pixels: Pixels,
+    size: int,
+    rng: np.random.Generator,
+    resize: Resize = resize_pillow,
+    squash: bool = False,
 ) -> Resized:
     """Return a random size x size square after resizing the shorter side to `size`.
 
     The resized image is first padded by its reflection, four pixels on each side (DeiT III's
-    simple random crop).
+    simple random crop). `squash` resizes both sides to `size`.
     """
     height, width, _ = pixels.shape
-    left, top, width, height = _not_too_long(width, height)
-    pixels = pixels[top : top + height, left : left + width]
-    resized = resize(pixels, *_shorter_at(width, height, size))
+    if squash:
+        resized = resize(pixels, size, size)
+    else:
+        left, top, width, height = _not_too_long(width, height)
+        pixels = pixels[top : top + height, left : left + width]
+        resized = resize(pixels, *_shorter_at(width, height, size))
     padded = np.pad(resized, ((4, 4), (4, 4), (0, 0)), mode="reflect")
     top, left = (int(rng.integers(side - size + 1)) for side in padded.shape[:2])
     return padded[top : top + size, left : left + size]

@@ -12,10 +12,12 @@ import numpy as np
 
 from deit_jax.data import decode
 from deit_jax.data.augment import make_augment
+from deit_jax.data.decode import PLAIN, Reading
 from deit_jax.data.decoders import choose, resize_pillow
 from deit_jax.data.loader import usable_cores
 from deit_jax.data.order import example_rng
 from deit_jax.data.sources.base import Dataset
+from deit_jax.data.view import random_view, reading_of
 from deit_jax.errors import UserError
 from deit_jax.perf.chips import CHIPS
 from deit_jax.perf.flops import flops_per_image
@@ -56,6 +58,7 @@ def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str
     cv2.setNumThreads(0)  # as the pipeline does
     data, augment, size = experiment.data, experiment.augment, experiment.image_size
     decoder, apply = choose(data.decoder), make_augment(augment.auto, augment.color_jitter)
+    reading = reading_of(data)
     indices, clock, times = (
         experiment.order.shuffled(),
         time.perf_counter,
@@ -64,11 +67,12 @@ def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str
     warm_up, images, start = 16 * augment.repeats, 0, clock()
     for position in itertools.count(0, augment.repeats):
         index = int(indices[position // augment.repeats])
+        name = dataset.train.describe(index)
         t0 = clock()
         example = dataset.train[index]
         t1 = clock()
         try:
-            pixels = decode.read(example["image"], dataset.train.describe(index), decoder)
+            pixels = decode.read(example["image"], name, decoder, None, reading)
         except UserError:
             if not data.skip_unreadable:
                 raise
@@ -79,7 +83,7 @@ def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str
         for copy in range(augment.repeats):
             rng = example_rng(experiment.order.seed, position + copy)
             t0 = clock()
-            view = crop(pixels, augment, size, rng, resize)
+            view = crop(pixels, augment, size, rng, resize, reading)
             t1 = clock()
             apply(view, rng)
             spent[2], spent[3] = spent[2] + t1 - t0, spent[3] + clock() - t1
@@ -91,14 +95,11 @@ def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str
     raise AssertionError
 
 
-def crop(pixels: np.ndarray, augment, size: int, rng, resize) -> np.ndarray:
+def crop(
+    pixels: np.ndarray, augment, size: int, rng, resize, reading: Reading = PLAIN
+) -> np.ndarray:
     """Crop, resize and flip an image as the config's `augment` says."""
-    if augment.crop == "simple":
-        view = decode.simple_random_crop(pixels, size, rng, resize)
-    else:
-        height, width, _ = pixels.shape
-        box = decode.random_box(width, height, rng, augment.crop_scale, augment.crop_ratio)
-        view = decode.resized_crop(pixels, box, size, resize)
+    view = random_view(pixels, size, augment, rng, resize, reading)
     return view[:, ::-1] if rng.random() < augment.flip_prob else view
 
 

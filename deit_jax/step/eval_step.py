@@ -1,5 +1,7 @@
 """Answers of a model to images, and the number of those that are right."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -9,18 +11,18 @@ from deit_jax.models.preprocess import normalise
 from deit_jax.step.micro_batches import in_parts
 
 
-def eval_step(
-    variables, batch, *, model, mean, std, parts: int = 1
-) -> dict[str, dict[str, Int[Array, ""]]]:
+def eval_step(variables, batch, *, model, mean, std, parts: int = 1) -> dict[str, Any]:
     """Return for each head how many of the valid examples it has right, in its top 1 and top 5.
 
-    The images go through the model in so many `parts`.
+    Beside them, under "examples", how many are valid. The images go through the model in so many
+    `parts`.
     """
 
     def heads(images):
         return model.apply(variables, normalise(images, mean, std), train=False)
 
-    return count_heads(in_parts(heads, batch["image"], parts), batch["label"], batch["valid"])
+    counts = count_heads(in_parts(heads, batch["image"], parts), batch["label"], batch["valid"])
+    return {**counts, "examples": jnp.sum(batch["valid"])}
 
 
 def all_logits(

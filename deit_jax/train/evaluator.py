@@ -5,10 +5,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from deit_jax.data.batches import EvalBatches
 from deit_jax.data.loader import load
-from deit_jax.errors import Interrupted
+from deit_jax.data.view import EvalView, reading_of
+from deit_jax.errors import Interrupted, UserError
 from deit_jax.models.attention_maps import attention_entropy
 from deit_jax.models.preprocess import normalise
 from deit_jax.models.vit import VisionTransformer
@@ -31,10 +34,12 @@ class Evaluator:
     ):
         """Take examples of a source; `data` is config.data, for normalisation, crop and loading."""
         rows = sharding.local_rows(mesh, batch_size)
-        self._batches = EvalBatches(source, batch_size, image_size, data.eval_crop_ratio, rows)
+        view = EvalView(image_size, data.eval_crop_ratio, reading_of(data))
+        self._batches = EvalBatches(source, batch_size, view, rows, data.skip_unreadable)
         self.image_size, self._batch_size = image_size, batch_size
         self._data, self._mesh, self._examples = data, mesh, len(source)
         self._stopping, self.held = stopping, 0
+        self._counted = self._examples  # of them, those that could be read
         self._few: jax.Array | None = None  # the first images, once they were met
         self._share = batch_size // (mesh.size // mesh.shape["tensor"])
 
@@ -49,6 +54,15 @@ class Evaluator:
         """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in percent of the examples."""
         count = self._parts(model, self.image_size)
         return self._evaluate(functools.partial(self._count, variables, model=model, parts=count))
+
+    def examples(self) -> dict[str, int]:
+        """Return how many examples were counted last and, if any were not, how many were not."""
+        left_out = self._examples - self._counted
+        return {"examples": self._counted, **({"unreadable": left_out} if left_out else {})}
+
+    def read(self, index: int) -> tuple[np.ndarray, int] | None:
+        """Return an example as it is evaluated and its label, None where it is left out."""
+        return self._batches.read(index)
 
     def _parts(self, model, size: int) -> int:
         return parts.forward_parts(model, size, self._share, self._mesh, self.held)
@@ -84,7 +98,8 @@ class Evaluator:
                 return teacher.logits(params, self._normalise(images))
 
             logits = micro_batches.in_parts(predict, batch["image"], count_of_parts)
-            return {"teacher": eval_step.count_correct(logits, batch["label"], batch["valid"])}
+            right = eval_step.count_correct(logits, batch["label"], batch["valid"])
+            return {"teacher": right, "examples": jnp.sum(batch["valid"])}
 
         return self._evaluate(functools.partial(count, params))["teacher"]
 
@@ -104,22 +119,36 @@ class Evaluator:
                 batch = sharding.to_devices(read, self._mesh, self._batch_size)
                 del read  # or its memory would not be free while the next is loaded
                 if self._few is None:
-                    self._few = self._first_images(batch["image"])
+                    self._few = self._first_images(batch["image"], batch["valid"])
                 counts = count(batch=batch)
                 totals = counts if totals is None else jax.tree.map(jax.numpy.add, totals, counts)
                 if self._stopping():
                     raise Interrupted("stopped while evaluating")
-        return jax.tree.map(lambda n: 100.0 * int(n) / self._examples, jax.device_get(totals))
+        totals = jax.device_get(totals)
+        self._counted = counted = int(totals.pop("examples"))  # those of every process
+        if not counted:
+            raise UserError(
+                f"config.data.source={self._data.source}: none of its {self._examples} images for "
+                "evaluation can be read; repair them"
+            )
+        return jax.tree.map(lambda n: 100.0 * int(n) / counted, totals)
 
-    def _first_images(self, images: jax.Array) -> jax.Array:
+    def _first_images(self, images: jax.Array, valid: jax.Array) -> jax.Array:
         count = min(ATTENTION_IMAGES, self._examples, len(images))
         everywhere = sharding.replicated(self._mesh)
+        if self._data.skip_unreadable:  # those that are not black come first
+            valid_first = jax.jit(
+                lambda x, v: x[jnp.argsort(~v, stable=True)[:count]], out_shardings=everywhere
+            )
+            return valid_first(images, valid)
         return jax.jit(lambda x: x[:count], out_shardings=everywhere)(images)
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as lines for people."""
-    lines = [f"{'':24}{'top-1 %':>9}{'top-5 %':>9}"]
+    left_out = results.get("unreadable", 0)
+    beside = f", besides {left_out} that cannot be read" if left_out else ""
+    lines = [f"{results['examples']} examples{beside}", f"{'':24}{'top-1 %':>9}{'top-5 %':>9}"]
     for label, group in (("", results), (" (EMA)", results.get("ema", {}))):
         for key, name in NAMES.items():
             if key in group:

@@ -24,6 +24,7 @@ from deit_jax.data.order import EpochOrder, whole_steps
 from deit_jax.data.sources.assemble import NEWEST_RULES
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.registry import open_dataset
+from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model, compute_dtype, image_size
 from deit_jax.models.heads import Heads
@@ -102,6 +103,7 @@ class Experiment:
             self.rows if rows is None else rows,
             self.data.decoder,
             self.data.skip_unreadable,
+            reading_of(self.data),
         )
 
     def loaded(self, batches: Batches, start: int, stop: int) -> Generator[Batch, None, None]:

@@ -250,7 +250,8 @@ class Trainer:
     def _log_evaluation(self, step: int, writer) -> float:
         results = self.evaluate()
         flat = flatten(results)
-        values = {f"eval/{k}": v for k, v in flat.items() if k != "examples"}
+        counts = ("examples", "unreadable")
+        values = {f"eval/{k}": v for k, v in flat.items() if k not in counts}
         attention = self.evaluator.attention(self.experiment.model, self.state.variables)
         values |= {f"attention_entropy/{k}": v for k, v in attention.items()}
         writer.write(step, values)
@@ -260,8 +261,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Return the accuracy of the weights and, if there is one, of their moving average."""
-        results: dict[str, Any] = {"examples": len(self.dataset.eval)}
-        results |= self.evaluator.model(self.experiment.model, self.state.variables)
+        heads = self.evaluator.model(self.experiment.model, self.state.variables)
+        results: dict[str, Any] = {**self.evaluator.examples(), **heads}
         if self.state.ema is not None:
             results["ema"] = self.evaluator.model(self.experiment.model, self.state.ema)
         return results

@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
-from deit_jax.data import decode
 from deit_jax.parallel.sharding import replicated
 from deit_jax.step.eval_step import all_logits
 from deit_jax.storage import backend, read_lines
@@ -64,27 +63,19 @@ def _draw_grid(figure, trainer) -> None:
     """Show evenly spaced test images under what the teacher and the student say of them."""
     source, classes = trainer.dataset.eval, trainer.dataset.classes
     chosen = np.unique(np.linspace(0, len(source) - 1, ROWS * COLUMNS).astype(int))
-    size, crop_ratio = trainer.evaluator.image_size, trainer.experiment.data.eval_crop_ratio
-    examples = [source[int(i)] for i in chosen]
-    images = np.stack(
-        [
-            np.asarray(
-                decode.centre_crop(
-                    decode.decode(e["image"], source.describe(int(i))), size, crop_ratio
-                )
-            )
-            for i, e in zip(chosen, examples, strict=True)
-        ]
-    )
+    read = [found for i in chosen if (found := trainer.evaluator.read(int(i)))]
+    if not read:  # none of these few can be read, and the run leaves such images out
+        return
+    images = np.stack([image for image, _ in read])
     answers = answer(trainer, images)
     names = {"teacher": "teacher", "student": "student" if trainer.teacher else "model"}
     panels = figure.subplots(ROWS, COLUMNS, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
-    for i, (panel, example) in enumerate(zip(panels, examples, strict=False)):
+    for i, (panel, (_, own)) in enumerate(zip(panels, read, strict=False)):
         panel.imshow(images[i])
         said = {who: int(labels[i]) for who, labels in answers.items()}
-        right = all(label == example["label"] for label in said.values())
+        right = all(label == own for label in said.values())
         lines = [f"{names[who]}: {classes[label][:14]}" for who, label in said.items()]
         panel.set_title("\n".join(lines), fontsize=7, color="black" if right else "#d62728")
     figure.suptitle("held-out images; red: an answer is wrong", fontsize=9)

@@ -53,6 +53,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     for key, allowed in RANGES.items():
         unset = flat[key] is None and key in OPTIONAL
         check(unset or allowed.holds(flat[key]), key, str(allowed))
+    bits = config.data.bits
+    check(bits == 0 or bits > 8, "data.bits", "must be 0, or between 9 and 32")
     _check_images(config.augment, config.mixing, check)
     _check_batches(mesh_sizes(config.mesh, num_devices), check)
     teacher = [] if config.distill.kind == "none" else [(config.teacher.model, "teacher.")]

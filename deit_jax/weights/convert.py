@@ -1,13 +1,17 @@
 """Write weights in another format."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from deit_jax.data.decode import PLAIN
 from deit_jax.errors import UserError
 from deit_jax.storage import backend, exists
 from deit_jax.weights.exporters import deit, huggingface, run, timm
 from deit_jax.weights.fit import LoadedWeights
+
+log = logging.getLogger("deit_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,10 @@ EXPORTERS = {
 }
 
 
+# How images are read by whoever knows nothing else; `fill` matters to resize=pad alone.
+_PLAIN = {key: getattr(PLAIN, key) for key in ("resize", "exif", "bits")}
+
+
 def format_of(path: Path, to: str | None) -> str:
     """Return the format that a name or `to` asks for; raise UserError where they contradict."""
     by_suffix = {suffix: name for name, e in EXPORTERS.items() for suffix in e.suffixes}
@@ -50,7 +58,10 @@ def format_of(path: Path, to: str | None) -> str:
 def convert(
     opened: LoadedWeights, destination: str | Path, to: str | None = None, force: bool = False
 ) -> str:
-    """Write opened weights and return the format; raise UserError where something is in the way."""
+    """Write opened weights and return the format; raise UserError where something is in the way.
+
+    Other formats than ours have no words for the way in which a run read its images: a warning.
+    """
     path = Path(destination)
     to = format_of(path, to)
     # A checkpoint is never replaced: a workdir may hold a run that took days.
@@ -64,4 +75,8 @@ def convert(
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    reading = dataclasses.asdict(opened.reading)
+    unsaid = [f"data.{k}={reading[k]}" for k, v in _PLAIN.items() if reading[k] != v]
+    if unsaid and to != "deit_jax":
+        log.warning("%s cannot say %s: prepare its images so", path, ", ".join(unsaid))
     return to

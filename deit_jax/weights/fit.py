@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deit_jax.data.classes import align
+from deit_jax.data.decode import PLAIN, Reading
+from deit_jax.data.view import EvalView
 from deit_jax.models import registry
 from deit_jax.models.build import build_model
 from deit_jax.models.pos_embed import resize_pos_embed
@@ -39,8 +41,14 @@ class LoadedWeights:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_ratio: float
+    reading: Reading = PLAIN
     notes: tuple[str, ...] = ()
     run: Run | None = None
+
+    @property
+    def view(self) -> EvalView:
+        """What the model is shown of an image, by its own size, crop and way of reading."""
+        return EvalView(self.image_size, self.crop_ratio, self.reading)
 
 
 def architecture(model, name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.models import build, registry
 from deit_jax.models.build import build_model, compute_dtype
@@ -177,6 +178,7 @@ def _open_run(source: str, path: Path, model, dtype: str) -> LoadedWeights:
         model=run.model,
         variables=run.variables,
         run=run,
+        reading=reading_of(data),
         **{key: getattr(metadata, key) for key in _IN_METADATA},
     )
 

@@ -33,6 +33,8 @@ def state(run: Run) -> str:
 def images_text(evaluation: Mapping[str, Any]) -> str:
     """Return on which images a run was evaluated."""
     used, there = evaluation["images"], evaluation["of"]
+    if left_out := evaluation.get("unreadable", 0):
+        return f"{used} of {there} images ({left_out} more cannot be read)"
     return f"all {there} images" if used == there else f"{used} of {there} images, evenly spaced"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deit_jax.data.sources.base import Dataset, Labelled, Reading, Source, Subset, key_of
+from deit_jax.data.sources.base import Dataset, Labelled, Source, SourceReading, Subset, key_of
 from deit_jax.data.sources.splits import kind_of, listed
 from deit_jax.errors import UserError
 
@@ -25,7 +25,7 @@ def assemble(
     held: Source | None,
     classes: list[str],
     data: Any,
-    reading: Reading | None = None,
+    reading: SourceReading | None = None,
     may_lack: bool = False,
 ) -> Dataset:
     """Return a data set of what a source found, a part held out where `held` is None.
@@ -33,7 +33,7 @@ def assemble(
     `may_lack` is for classes whose list was given: some may have no image. Raise UserError for
     other classes without, and where `data.eval_fraction` leaves nothing on a side.
     """
-    reading = reading or Reading(train="all of it")
+    reading = reading or SourceReading(train="all of it")
     least = max(data.min_images, 0 if may_lack else 1)
     counts = np.bincount(train.labels, minlength=len(classes))
     small = np.flatnonzero(counts < least)

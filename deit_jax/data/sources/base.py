@@ -35,7 +35,7 @@ class Labelled(Source, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class SourceReading:
     """What was understood of a data set on opening it, for people to read.
 
     `left_out` counts what was met and not taken, by reason; `notes` say what else to know.
@@ -55,7 +55,7 @@ class Dataset:
     train: Source
     eval: Source
     classes: list[str]
-    reading: Reading = Reading()
+    reading: SourceReading = SourceReading()
 
 
 class ArraySource:

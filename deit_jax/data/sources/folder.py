@@ -9,7 +9,7 @@ import numpy as np
 from deit_jax.data.classes import natural_key, read_classes
 from deit_jax.data.sources import ground_truth, labels_file
 from deit_jax.data.sources.assemble import assemble, rules_of
-from deit_jax.data.sources.base import Dataset, Reading
+from deit_jax.data.sources.base import Dataset, SourceReading
 from deit_jax.data.sources.files import FolderSource
 from deit_jax.data.sources.scan import Folder, Scan, has_images, subfolders
 from deit_jax.data.sources.splits import choose_split, kind_of, kinds_in, listed
@@ -48,7 +48,7 @@ def open_folder(root: Path, data) -> Dataset:
         found = _read(parts.eval, data.nested, given)
         _check_known(found, classes, str(parts.train))
         held, left_out = found.source(classes), left_out + found.left_out
-    reading = Reading(
+    reading = SourceReading(
         train=_named(parts.train, root),
         eval=_named(parts.eval, root) if parts.eval else "",
         left_out=dict(left_out),

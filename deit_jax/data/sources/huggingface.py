@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deit_jax.data.sources.assemble import assemble
-from deit_jax.data.sources.base import Dataset, Reading
+from deit_jax.data.sources.base import Dataset, SourceReading
 from deit_jax.data.sources.columns import (
     CONFIG_FIELDS,
     Columns,
@@ -112,7 +112,7 @@ def open_source(rest: str, data) -> Dataset:
         *(name, columns.image, columns.label, train, repr(held) if held else "a part held out"),
     )
     _tell_gaps(name, sources[0].labels, len(classes))
-    reading = Reading(f"split {train}", f"split {held}" if held else "")
+    reading = SourceReading(f"split {train}", f"split {held}" if held else "")
     eval_source = sources[1] if held is not None else None
     return assemble(sources[0], eval_source, classes, data, reading, may_lack=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_jax.data.sources.base import ArraySource, Dataset, Reading
+from deit_jax.data.sources.base import ArraySource, Dataset, SourceReading
 from deit_jax.data.sources.splits import choose_split
 from deit_jax.errors import UserError
 
@@ -54,7 +54,7 @@ def open_idx(name: str, data) -> Dataset:
             raise UserError(f"{path}: label {labels.max()}; {name} has {len(classes)} classes")
         parts.append(ArraySource(f"{name} {part}", images, labels.astype(np.int32)))
     train, held = parts
-    return Dataset(train, held, list(classes), Reading(train=chosen[0], eval=chosen[1]))
+    return Dataset(train, held, list(classes), SourceReading(train=chosen[0], eval=chosen[1]))
 
 
 def _split(name: str, data, field: str) -> str:

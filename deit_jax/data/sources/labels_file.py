@@ -13,7 +13,7 @@ import numpy as np
 from deit_jax.data.classes import natural_key, read_classes
 from deit_jax.data.formats import image_suffixes
 from deit_jax.data.sources.assemble import assemble
-from deit_jax.data.sources.base import Dataset, Reading
+from deit_jax.data.sources.base import Dataset, SourceReading
 from deit_jax.data.sources.files import FolderSource
 from deit_jax.data.sources.scan import Scan
 from deit_jax.data.sources.splits import choose_split, kind_of, kinds_in, listed
@@ -59,7 +59,7 @@ def open_labelled(root: Path, data) -> Dataset:
     named = set(paths)
     left_out |= _counted("images that data.labels does not name", len(set(there) - named))
     left_out |= _counted("rows that repeat another", repeated)
-    reading = Reading(f"the images of {data.labels}", "", left_out, notes)
+    reading = SourceReading(f"the images of {data.labels}", "", left_out, notes)
 
     def part(chosen: Sequence[int]):
         names = [os.path.join(root, paths[i]) for i in chosen]

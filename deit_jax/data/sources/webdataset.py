@@ -15,7 +15,7 @@ from deit_jax.data.classes import read_classes
 from deit_jax.data.formats import image_suffixes
 from deit_jax.data.sources import tar_index
 from deit_jax.data.sources.assemble import assemble, rules_of
-from deit_jax.data.sources.base import Dataset, PackedStrings, Reading, Subset
+from deit_jax.data.sources.base import Dataset, PackedStrings, SourceReading, Subset
 from deit_jax.data.sources.splits import choose_split, kinds_in, listed
 from deit_jax.errors import UserError
 
@@ -72,7 +72,7 @@ def open_wds(root: Path, data) -> Dataset:
         train, held = split_by_name(paths, root)
     else:
         train, held = _chosen(paths, root, data)
-    reading = Reading(
+    reading = SourceReading(
         f"{len(train)} tars",
         f"{len(held)} tars" if held else "",
         notes=_aside(len(paths) - len(train) - len(held)),

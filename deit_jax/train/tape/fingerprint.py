@@ -25,7 +25,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     names = [
         *("seed", "batch_size", "distill.kind", "data.source", "data.train_split"),
         *("data.rules", "data.labels", "data.classes", "data.image_column"),
-        *("data.decoder", "data.mean", "data.std"),
+        *("data.decoder", "data.mean", "data.std", "data.exif", "data.resize", "data.bits"),
         *(k for k in flat if k.startswith(("augment.", "mixing."))),
     ]
     labels = getattr(dataset.train, "labels", None)  # TFDS's are not known without reading all

@@ -36,5 +36,10 @@ def _run_config(opened: LoadedWeights):
     for key, value in fields.items():
         config.model[key] = value
     config.data.mean, config.data.std = opened.mean, opened.std
-    config.data.eval_crop_ratio = opened.crop_ratio
+    config.data.eval_crop_ratio, reading = opened.crop_ratio, opened.reading
+    config.data.resize, config.data.exif, config.data.bits = (
+        reading.resize,
+        reading.exif,
+        reading.bits,
+    )
     return config
