@@ -11,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -273,6 +274,9 @@ def test_max_side_keeps_orientation_and_sixteen_bits():
     deep = io.BytesIO()
     Image.fromarray(np.arange(10_000, dtype=np.uint16).reshape(100, 100)).save(deep, "png")
     assert writer.fit(deep.getvalue(), 64) == deep.getvalue()
+    twelve = photographs()["cat"].astype(np.uint16) * 16  # in colour; as bytes it would be black
+    deep = cv2.imencode(".png", twelve)[1].tobytes()
+    assert writer.fit(deep, 64) == deep
 
 
 @pytest.mark.parametrize("workers", [1, 2])

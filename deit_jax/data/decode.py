@@ -29,7 +29,8 @@ Box = tuple[int, int, int, int]  # left, top, width, height
 class Reading:
     """How images are read and made square, alike in training and in evaluation: fields of `data`.
 
-    `fill` is the colour beside what is padded. As it stands: how they were before there was choice.
+    `fill` is the colour beside what is padded. Unless told otherwise, images are read as the
+    reference reads them.
     """
 
     resize: str = "crop"  # crop, squash or pad
@@ -89,10 +90,10 @@ def read(
     if decoder.jpeg and isinstance(image, bytes) and image[:2] == b"\xff\xd8":
         try:
             pixels = _ordinary_jpeg(image, scratch)
-            if pixels is not None:
-                return _upright(pixels, image) if reading.exif else pixels
-        except Exception:  # Pillow decides whether the flaw matters, and puts it into words
-            pass
+        except ValueError:
+            pixels = None  # Pillow decides whether the flaw matters, and puts it into words
+        if pixels is not None:
+            return _upright(pixels, image, name) if reading.exif else pixels
     return np.asarray(decode(image, name, reading))
 
 
@@ -108,8 +109,12 @@ def _ordinary_jpeg(file: bytes, scratch: np.ndarray | None) -> Pixels | None:
     return simplejpeg.decode_jpeg(file, "RGB", buffer=scratch if fits else None)
 
 
-def _upright(pixels: Pixels, file: bytes) -> Pixels:
-    number = turns.orientation(Image.open(io.BytesIO(file)))  # reads the header alone
+def _upright(pixels: Pixels, file: bytes, name: str) -> Resized:
+    try:
+        number = turns.orientation(Image.open(io.BytesIO(file)))  # reads the header alone
+    except Exception as error:  # as in decode
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: not a readable image ({reason}); repair or remove it") from error
     return pixels if number == 1 else np.asarray(turns.turned(Image.fromarray(pixels), number))
 
 

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFile
 
 MOST_BITS = 32
+_COLOURS = ("RGB", "RGBA")
 _MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _PLANAR = 281, 258, 339, 284  # TIFF's
 
 
@@ -75,11 +76,18 @@ def shallow(image: Image.Image, file: bytes, bits: int = 0) -> Image.Image:
     Raise DepthError where the pixels have no such reading. Most images have 8 bits: they are
     returned as they are.
     """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _shallow_grey(image, file, bits)
-    if image.mode in ("RGB", "RGBA") and image.format in ("PNG", "TIFF"):
-        return _shallow_colour(image, file, bits)
-    return image
+    if not is_deep(image):
+        return image
+    return (_shallow_colour if image.mode in _COLOURS else _shallow_grey)(image, file, bits)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an image that was opened and not yet loaded has more than 8 bits a colour."""
+    if image.mode in _COLOURS:
+        if image.format == "TIFF":
+            return _tag(image, _BITS_PER_SAMPLE) == 16
+        return image.format == "PNG" and ";16" in _codec(image)[2]
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _shallow_grey(image: Image.Image, file: bytes, bits: int) -> Image.Image:
@@ -111,9 +119,6 @@ def _codec(image: Image.Image) -> tuple:
 def _shallow_colour(image: Image.Image, file: bytes, bits: int) -> Image.Image:
     """Read 16-bit colours again where Pillow's upper eight bits are not those that are held."""
     raw = _codec(image)[2]
-    deep = _tag(image, _BITS_PER_SAMPLE) == 16 if image.format == "TIFF" else ";16" in raw
-    if not deep:
-        return image
     if _tag(image, _PLANAR) == 2 and ";16" not in raw:
         raise DepthError("16-bit colours in separate planes; save them pixel by pixel")
     upper = np.asarray(image)[:, :, :3]

@@ -9,12 +9,11 @@ from typing import Any
 
 from PIL import Image
 
+from deit_jax.data.depth import is_deep
 from deit_jax.errors import UserError
 
 # JPEG and PNG do not compress further; trying made writing five times slower, reading a fifth.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-# Kept as they are by --max-side: Pillow would clip their 16 or 32 bits.
-DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +112,13 @@ def make_features(classes: list[str], encoding: str | None):
 def fit(data: bytes, max_side: int) -> bytes:
     """Return an image's own bytes; where a side is longer than `max_side` > 0, smaller ones.
 
-    Smaller ones are JPEG of quality 95, scaled bicubically with antialias. Raise OSError,
-    ValueError or SyntaxError if the image's header cannot be read.
+    Smaller ones are JPEG of quality 95, scaled bicubically with antialias; more than 8 bits a
+    colour are kept, as a run's config decides how they are read. Raise OSError, ValueError or SyntaxError
+    if the image's header cannot be read.
     """
     with Image.open(io.BytesIO(data)) as file:
         image: Image.Image = file
-        if not max_side or max(image.size) <= max_side or image.mode in DEEP_MODES:
+        if not max_side or max(image.size) <= max_side or is_deep(image):
             return data
         kept = {k: image.info[k] for k in ("exif", "icc_profile") if image.info.get(k)}
         if image.mode != "L":
