@@ -113,8 +113,8 @@ def fit(data: bytes, max_side: int) -> bytes:
     """Return an image's own bytes; where a side is longer than `max_side` > 0, smaller ones.
 
     Smaller ones are JPEG of quality 95, scaled bicubically with antialias; more than 8 bits a
-    colour are kept, as a run's config decides how they are read. Raise OSError, ValueError or SyntaxError
-    if the image's header cannot be read.
+    colour are kept, as a run's config decides how they are read. Raise OSError, ValueError or
+    SyntaxError if the image's header cannot be read.
     """
     with Image.open(io.BytesIO(data)) as file:
         image: Image.Image = file
