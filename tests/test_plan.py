@@ -93,7 +93,7 @@ def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, mon
 @pytest.mark.slow
 def test_operations_are_those_of_all_parts(tpu, monkeypatch):
     """XLA counts a loop's body once; the student has four parts here, its teacher one."""
-    monkeypatch.setattr(parts, "FAST_BYTES", 2e6)
+    monkeypatch.setattr(parts, "FAST_BYTES", 5e5)
     planned = plan.planned(small(), "v5e:2x2")
     assert (planned.settings.micro_batches, planned.settings.teacher_parts) == (4, 1)
     result = plan.plan(planned, "v5e:2x2")
