@@ -19,7 +19,6 @@ from tqdm import tqdm
 from deit_jax.data import decode
 from deit_jax.data.loader import usable_cores
 from deit_jax.data.sources.base import Dataset, Labelled, Source, key_of
-from deit_jax.data.sources.splits import listed
 from deit_jax.errors import UserError
 
 FEW = 10  # training images of a class: with fewer it will hardly be learnt
@@ -279,7 +278,7 @@ def lines(card: dict[str, Any]) -> list[str]:
 
 
 def _of_classes(classes: Sequence[str], counts: Sequence[int] | None) -> str:
-    text = f"{len(classes)} classes: {listed(classes, 5)}"
+    text = f"{len(classes)} classes: {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"
     if not counts:
         return text
     fewest, most = int(np.argmin(counts)), int(np.argmax(counts))

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from deit_jax.data.classes import natural_key
 from deit_jax.data.sources.columns import (
     Columns,
     choose_columns,
     class_names,
     count_missing,
-    natural,
     number_labels,
 )
 from deit_jax.data.sources.splits import choose_split
@@ -189,7 +189,7 @@ def plan(
         if mixed or one.columns[:2] != first.columns[:2]:
             raise UserError(f"{one.path}: its columns or kind of labels differ from {first.path}'s")
     if classes is None and any(one.strings for one in seen):
-        classes = sorted({s for one in found["train"] for s in one.strings or ()}, key=natural)
+        classes = sorted({s for one in found["train"] for s in one.strings or ()}, key=natural_key)
     shards = {}
     for split, ones in found.items():
         shards[split] = [shard for one in ones for shard in one.shards(shard_bytes, classes)]

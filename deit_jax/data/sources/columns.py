@@ -1,12 +1,12 @@
 """Images and labels in a table's columns, found by their types."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from deit_jax.data.classes import natural_key
 from deit_jax.errors import UserError
 
 CONFIG_FIELDS = ("config.data.image_column", "config.data.label_column")
@@ -156,13 +156,7 @@ def class_names(labels: Any, names: list[str] | None) -> list[str] | None:
     plain = _plain(labels)
     if names is not None or types.is_integer(plain.type):
         return names
-    return sorted(plain.unique().to_pylist(), key=natural)
-
-
-def natural(text: str) -> tuple:
-    """Return a key to sort by as people do: "class 9" before "class 10"."""
-    parts = re.split(r"(\d+)", text)
-    return tuple(int(p) if i % 2 else p for i, p in enumerate(parts)), text
+    return sorted(plain.unique().to_pylist(), key=natural_key)
 
 
 def number_labels(labels: Any, classes: list[str] | None, where: str, field: str) -> np.ndarray:
