@@ -70,7 +70,7 @@ class TrainBatches:
         self._source, self._order, self._rows = source, order, rows
         self._reading = reading
         self._config, self._image_size = augment, image_size
-        self._indices = order.shuffled()
+        self._indices = order.images(source)
         self._augment = make_augment(augment.auto, augment.color_jitter)
         self._decoder, self._skip = choose(decoder), skip_unreadable
         self.unreadable: set[str] = set()

@@ -1,7 +1,10 @@
 """The objective: the loss of the labels and, with a teacher, the distillation term."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deit_jax.models.heads import Heads
@@ -23,6 +26,7 @@ def objective(
     label_heads: str = "cls",
     features: Array | None = None,
     extras: dict[str, Any] | None = None,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return (1 - alpha) label loss of the class head + alpha * teacher's term, and both terms.
 
@@ -31,12 +35,16 @@ def objective(
     `teacher_target` what its kind makes of the teacher's outputs, None without distillation;
     `label_loss` a name in LABEL_LOSSES. With `label_heads` "both" and no teacher, the distillation
     head learns the labels too, with equal weight: two class tokens (section 5.2). `features` and
-    `extras` are for a kind that asks for them.
+    `extras` are for a kind that asks for them; `class_weights` weigh the labels' loss alone.
     """
-    label_term = LABEL_LOSSES[label_loss](heads.cls, targets)
+    label_loss_of = LABEL_LOSSES[label_loss]
+    if class_weights is not None:
+        weights = jnp.array(class_weights, jnp.float32)
+        label_loss_of = functools.partial(label_loss_of, weights=weights)
+    label_term = label_loss_of(heads.cls, targets)
     if distill.kind == "none":
         if label_heads == "both" and heads.dist is not None:
-            label_term = (label_term + LABEL_LOSSES[label_loss](heads.dist, targets)) / 2
+            label_term = (label_term + label_loss_of(heads.dist, targets)) / 2
         return label_term, {"loss_label": label_term}
     kind = DISTILLATIONS[distill.kind]
     teacher_term = kind.loss(Outputs(heads, features), teacher_target, distill, extras or {})

@@ -40,6 +40,7 @@ class StepConfig:
     teacher_parts: int
     mesh: Any  # over which micro-batches sum their gradients; None leaves that to the compiler
     ema_decay: float
+    class_weights: tuple[float, ...] | None = None  # in the labels' loss
     record: bool = False  # whether the metrics hold the teacher's target, as "teacher_target"
 
     @property
@@ -136,7 +137,13 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: S
             kinds = (settings.distill, settings.label_loss, settings.label_heads)
             extras = params[EXTRAS] if settings.features else None
             total, terms = objective(
-                outputs.heads, targets, teacher_target, *kinds, outputs.features, extras
+                outputs.heads,
+                targets,
+                teacher_target,
+                *kinds,
+                outputs.features,
+                extras,
+                settings.class_weights,
             )
             return total, ({"loss": total, **terms}, new_stats)
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from deit_jax.config.serialize import BEFORE, from_json
 from deit_jax.data.batches import Batch, Batches, TrainBatches
+from deit_jax.data.class_weights import class_weights
 from deit_jax.data.decoders import choose
 from deit_jax.data.loader import load
 from deit_jax.data.order import EpochOrder, whole_steps
@@ -193,21 +194,21 @@ def resolve(
     images: int,
     devices: Sequence | None = None,
     whole: bool = False,
+    weights: tuple[float, ...] | None = None,
 ) -> Experiment:
     """Return what a validated config means for data of so many classes and images.
 
     `devices` need not be there (`deit plan`); None are those at hand. Raise UserError where nothing
     fits into their memory. `whole` is for who compiles no step: nothing is asked of memory.
+    `weights` are those of the classes; see settings_of.
     """
-    config = config.copy_and_resolve_references()
-    mesh = sharding.make_mesh(config.mesh, devices=devices)
+    config, mesh = config.copy_and_resolve_references(), sharding.make_mesh(config.mesh, devices)
     order, total_steps = length_of(config, images)
     schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
     optimizer = make_optimizer(config.optim, schedule)
     model = build_model(config.model, classes, config.dtype)
     size, spec = image_size(config.model), teacher_spec(config)
-    settings = settings_of(config, classes, mesh)
-    teacher = abstract_teacher(spec, classes)
+    teacher, settings = abstract_teacher(spec, classes), settings_of(config, classes, mesh, weights)
     load = Load(
         name=config.model.name,
         mesh=mesh,
@@ -273,7 +274,11 @@ def prepare(
     spec = teacher_spec(config)
     if spec and spec.answers and not spec.weights:
         resolve(teacher_config(config), *size, devices)  # raises if no image fits
-    return resolve(config, *size, devices), dataset
+    weights = class_weights(config.loss.class_weights, dataset)
+    experiment = resolve(config, *size, devices, weights=weights)
+    if experiment.order.balance != "none":
+        experiment.order.images(dataset.train)  # raises if the source does not tell its labels
+    return experiment, dataset
 
 
 def sketch(
@@ -319,12 +324,18 @@ def resolved_rules(given: int | None, workdir: Path | None, teacher: ConfigDict)
 
 def length_of(config: ConfigDict, images: int) -> tuple[EpochOrder, int]:
     """Return the order of a run's examples and the number of its steps."""
-    order = EpochOrder(images, config.batch_size, config.augment.repeats, config.seed)
+    sizes = (images, config.batch_size, config.augment.repeats)
+    order = EpochOrder(*sizes, config.seed, config.data.balance)
     return order, whole_steps(config.epochs, order.steps_per_epoch)
 
 
-def settings_of(config: ConfigDict, num_classes: int, mesh=None) -> StepConfig:
-    """Gather what train_step reads; a device takes its share in `optim.accum_steps` parts."""
+def settings_of(config: ConfigDict, num_classes: int, mesh=None, weights=None) -> StepConfig:
+    """Gather what train_step reads; a device takes its share in `optim.accum_steps` parts.
+
+    `weights` are what `loss.class_weights` means for the data, ones for who has none.
+    """
+    if config.loss.class_weights and weights is None:
+        weights = (1.0,) * num_classes
     return StepConfig(
         seed=config.seed,
         num_classes=num_classes,
@@ -340,6 +351,7 @@ def settings_of(config: ConfigDict, num_classes: int, mesh=None) -> StepConfig:
         teacher_parts=config.optim.accum_steps,
         mesh=mesh,
         ema_decay=config.optim.ema_decay,
+        class_weights=weights,
     )
 
 

@@ -1,5 +1,6 @@
 """Checks that no single room can make: fields in range, and fit for each other."""
 
+import inspect
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,6 +8,8 @@ from ml_collections import ConfigDict
 from deit_jax.config.schema import CHOICES, INT32, OPTIONAL, RANGES
 from deit_jax.config.serialize import flatten
 from deit_jax.data.augment import make_augment
+from deit_jax.data.balance import WEIGHTS
+from deit_jax.data.class_weights import BALANCED
 from deit_jax.data.decoders import DECODERS
 from deit_jax.data.order import whole_steps
 from deit_jax.errors import UserError
@@ -38,6 +41,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     """Raise UserError naming the first key whose value is out of range or contradicts another."""
     flat = flatten(config)
     choices_of = CHOICES | {
+        "data.balance": ("none", *WEIGHTS),
         "data.decoder": ("auto", *reversed(DECODERS)),
         "distill.kind": ("none", *DISTILLATIONS),
         "loss.kind": tuple(LABEL_LOSSES),
@@ -64,6 +68,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "loss.smoothing",
         "must be 0 with loss.kind=binary, where it would make every class a target",
     )
+    _check_class_weights(check)
     if config.loss.heads == "both":
         model = build_model(config.model, num_classes=2)
         two = getattr(model, "distilled", False) and model.dist_head
@@ -91,6 +96,23 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "teacher.weights",
         "distillation needs a teacher: give the workdir of one trained by `deit train`, or train "
         "one first with --config.teacher.epochs=N",
+    )
+
+
+def _check_class_weights(check: Check) -> None:
+    balance, kind = check["data.balance"], check["loss.kind"]
+    if not check["loss.class_weights"]:
+        return
+    check(
+        check["loss.class_weights"] != BALANCED or balance == "none",
+        "loss.class_weights",
+        f"data.balance={balance} meets small classes more often already; take one of "
+        "the two, or give numbers",
+    )
+    check(
+        "weights" in inspect.signature(LABEL_LOSSES[kind]).parameters,
+        "loss.class_weights",
+        f"loss.kind={kind} knows no weights of classes; leave it out",
     )
 
 

@@ -23,7 +23,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     """
     flat = flatten(to_json(experiment.config))
     names = [
-        *("seed", "batch_size", "distill.kind", "data.source", "data.train_split"),
+        *("seed", "batch_size", "distill.kind", "data.source", "data.train_split", "data.balance"),
         *("data.rules", "data.labels", "data.classes", "data.image_column"),
         *("data.decoder", "data.mean", "data.std", "data.exif", "data.resize", "data.bits"),
         *(k for k in flat if k.startswith(("augment.", "mixing."))),
