@@ -62,6 +62,10 @@ def get_config() -> ConfigDict:
     c.data.eval_fraction = 0.2  # held out where the source has no split for evaluation
     c.data.labels = ""  # csv, tsv, json or text files of path and label; "" = folders are classes
     c.data.classes = ""  # file with the classes in order, or `imagenet` for its ids; "" = sorted
+    # True: an image has any number of classes, none too; loss.kind is then binary. Several in one
+    # cell of data.labels stand between |, ; or , ("" = what is found there) or `space`.
+    c.data.multi_label = False
+    c.data.label_separator = ""
     c.data.image_column = ""  # of hf: or data.labels; "" = found by its type or name
     c.data.label_column = ""
     c.data.nested = "auto"  # folders in folders: the class is leaf, top, path = joined; or ask

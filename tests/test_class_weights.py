@@ -1,6 +1,5 @@
 """loss.class_weights against PyTorch and scikit-learn, and what is no weight of each class."""
 
-import dataclasses
 import json
 
 import jax
@@ -19,7 +18,7 @@ from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.mixup import mix
 from deit_jax.step.objective import objective
 from deit_jax.train.experiment import prepare, sketch
-from deit_jax.train.run import train
+from deit_jax.train.load_teacher import teacher_config
 
 B, K = 16, 5
 RNG = np.random.default_rng(3)
@@ -176,11 +175,9 @@ def test_micro_batches_sum_to_the_weighted_gradient(tiny_config):
         np.testing.assert_allclose(losses[0][key], losses[1][key], rtol=1e-5)
 
 
-def test_a_run_learns_with_weights_and_a_plan_knows_of_them(tiny_config, tmp_path):
-    c = tiny_config
-    c.loss.class_weights, c.epochs, c.teacher.epochs = "balanced", 0.4, 0.2
-    results = train(c, tmp_path / "run")
-    assert results["fused"]["top1"] >= 0
-    planned = sketch(c, lambda: (10, 180))
-    assert planned.settings.class_weights == (1.0,) * 10
-    assert dataclasses.replace(planned.settings, class_weights=None) is not None
+def test_a_teacher_learns_with_weights_too_and_a_plan_knows_of_them(tiny_config):
+    tiny_config.loss.class_weights = "balanced"
+    experiment, dataset = prepare(tiny_config)
+    own = prepare(teacher_config(tiny_config))[0].settings.class_weights
+    assert own == experiment.settings.class_weights == class_weights("balanced", dataset)
+    assert sketch(tiny_config, lambda: (10, 180)).settings.class_weights == (1.0,) * 10

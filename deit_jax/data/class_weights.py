@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deit_jax.data.sources.base import Dataset, Labelled
+from deit_jax.data.sources.base import Dataset, Labelled, label_counts
 from deit_jax.data.sources.splits import listed
 from deit_jax.errors import UserError
 
@@ -45,14 +45,6 @@ def class_weights(text: str, dataset: Dataset) -> tuple[float, ...] | None:
     return tuple(weights)
 
 
-def label_counts(source: Labelled, classes: int) -> np.ndarray:
-    """Return how many examples of a source have each class, [K]."""
-    labels = np.asarray(source.labels)
-    if labels.ndim == 2:  # several labels an image
-        return labels.sum(0, dtype=np.int64)
-    return np.bincount(labels, minlength=classes)
-
-
 def _balanced(where: str, dataset: Dataset) -> list[float]:
     """Return scikit-learn's "balanced" weights: labels / (classes * labels of the class)."""
     if not isinstance(dataset.train, Labelled):
@@ -60,7 +52,7 @@ def _balanced(where: str, dataset: Dataset) -> list[float]:
             f"{where}: this source does not tell its labels without reading every image; give a "
             "file of class names and weights"
         )
-    counts = label_counts(dataset.train, len(dataset.classes))
+    counts = label_counts(dataset.train.labels, len(dataset.classes))
     if missing := [dataset.classes[i] for i in np.flatnonzero(counts == 0)]:
         raise UserError(
             f"{where}: no training images of class {listed(missing, 3)}, whose weight would be "

@@ -60,7 +60,7 @@ class Evaluator:
         left_out = self._examples - self._counted
         return {"examples": self._counted, **({"unreadable": left_out} if left_out else {})}
 
-    def read(self, index: int) -> tuple[np.ndarray, int] | None:
+    def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray] | None:
         """Return an example as it is evaluated and its label, None where it is left out."""
         return self._batches.read(index)
 

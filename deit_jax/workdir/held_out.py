@@ -24,9 +24,14 @@ def identity(source: Source) -> dict[str, Any]:
     """
     if not isinstance(source, Labelled):
         return {"images": len(source), "sha256": None}
-    digest = hashlib.sha256(np.asarray(source.labels, np.int64).tobytes())
+    digest = hashlib.sha256(label_bytes(source.labels))
     digest.update("\n".join(_names(source)).encode(errors="surrogateescape"))
     return {"images": len(source), "sha256": digest.hexdigest()}
+
+
+def label_bytes(labels: np.ndarray) -> bytes:
+    """Return labels as checksums take them."""
+    return np.asarray(labels, np.int64 if labels.ndim == 1 else np.uint8).tobytes()
 
 
 def _names(source: Source) -> list[str]:
