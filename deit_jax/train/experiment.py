@@ -32,7 +32,6 @@ from deit_jax.models.heads import Heads
 from deit_jax.parallel import sharding
 from deit_jax.step.compile import jit_train_step
 from deit_jax.step.distill.base import Outputs
-from deit_jax.step.objective import DISTILLATIONS
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import TrainState, init_state
 from deit_jax.step.teacher import Teacher, apply_with_features
@@ -352,6 +351,7 @@ def settings_of(config: ConfigDict, num_classes: int, mesh=None, weights=None) -
         mesh=mesh,
         ema_decay=config.optim.ema_decay,
         class_weights=weights,
+        several=config.data.multi_label,
     )
 
 
@@ -362,7 +362,7 @@ def target_shape(teacher: tuple[Teacher, Any] | None, settings: StepConfig, size
     """
     if settings.distill.kind == "none":
         return None
-    kind = DISTILLATIONS[settings.distill.kind]
+    kind = settings.kind
 
     def target(params, images):
         if teacher is None:
@@ -379,7 +379,7 @@ def init_extras(
     """Return the trainable parameters of the kind of distillation; {} for most."""
     if settings.distill.kind == "none":
         return {}
-    kind = DISTILLATIONS[settings.distill.kind]
+    kind = settings.kind
     if not kind.features:
         return {}
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)

@@ -144,6 +144,7 @@ class Load:
                 outputs.features,
                 extras,
                 settings.class_weights,
+                settings.several,
             )[0]
 
         return jax.value_and_grad(loss)(variables["params"])

@@ -17,7 +17,7 @@ from deit_jax.models import cudnn, vit
 from deit_jax.models.build import build_model, without_bfloat16
 from deit_jax.parallel.sharding import mesh_sizes
 from deit_jax.step.losses import LABEL_LOSSES
-from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
 from deit_jax.train.load_teacher import teacher_config
 
@@ -68,7 +68,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "loss.smoothing",
         "must be 0 with loss.kind=binary, where it would make every class a target",
     )
-    _check_class_weights(check)
+    _check_labels(check)
     if config.loss.heads == "both":
         model = build_model(config.model, num_classes=2)
         two = getattr(model, "distilled", False) and model.dist_head
@@ -87,7 +87,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "init.weights",
         "this config starts from trained weights: give a run's workdir or a weight file",
     )
-    _check_tape(config.teacher, config.distill.kind, check)
+    _check_tape(config.teacher, config.distill.kind, config.data.multi_label, check)
     check(
         config.distill.kind == "none"
         or bool(config.teacher.weights)
@@ -99,8 +99,25 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     )
 
 
-def _check_class_weights(check: Check) -> None:
-    balance, kind = check["data.balance"], check["loss.kind"]
+def _check_labels(check: Check) -> None:
+    """Check what is asked of images of several labels, and of classes of unequal size."""
+    balance, kind, several = check["data.balance"], check["loss.kind"], check["data.multi_label"]
+    check(
+        kind == "binary" or not several,
+        "loss.kind",
+        "one label an image; data.multi_label=True takes loss.kind=binary, loss.smoothing=0",
+    )
+    check(
+        balance == "none" or not several,
+        "data.balance",
+        "images of several labels cannot be shared out by class; take loss.class_weights instead",
+    )
+    distill = check["distill.kind"]
+    check(
+        distill == "none" or distillation(distill, several) is not None,
+        "distill.kind",
+        "knows no images of several labels; leave config.data.multi_label out",
+    )
     if not check["loss.class_weights"]:
         return
     check(
@@ -116,12 +133,14 @@ def _check_class_weights(check: Check) -> None:
     )
 
 
-def _check_tape(teacher, kind: str, check: Check) -> None:
-    recordable = kind == "none" or DISTILLATIONS[kind].tape is not None
+def _check_tape(teacher, kind: str, several: bool, check: Check) -> None:
+    form = distillation(kind, several)
+    recordable = kind == "none" or (form is not None and form.tape is not None)
+    of = " of several labels an image" if several else ""
     check(
         teacher.tape == "off" or recordable,
         "teacher.tape",
-        f"what distill.kind={kind} learns cannot be recorded; leave it off",
+        f"what distill.kind={kind} learns{of} cannot be recorded; leave it off",
     )
     check(
         teacher.tape == "off" or kind != "none",

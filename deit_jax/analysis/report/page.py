@@ -118,12 +118,15 @@ def _of_run(run: Mapping[str, Any], pictures, name: str) -> list[Element]:
     """Return a run's sections: what it is, then those that there are figures for."""
     found = [_introduction(run, name)]
     evaluation = run["evaluation"] and run["evaluation"]["images"]
+    several = evaluation and "mAP" in run["evaluation"]  # labels an image: nothing to confuse
+    single = evaluation and not several
     for key, heading, there, content in (
-        ("confusion", "Confusion", evaluation, lambda: single_run.confusion(run)),
+        ("precision", "Average precision", several, lambda: single_run.precisions(run)),
+        ("confusion", "Confusion", single, lambda: single_run.confusion(run)),
         (
             "mistakes",
             "Most confident mistakes",
-            evaluation,
+            single,
             lambda: single_run.mistakes(run, pictures),
         ),
         ("tokens", "The two tokens", run["tokens"], lambda: single_run.tokens(run)),
