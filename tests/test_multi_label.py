@@ -311,6 +311,7 @@ def test_a_teacher_of_one_label_is_refused(painting, tmp_path):
     convert(random_weights("deit_tiny_patch16_224"), tmp_path / "teacher", "deit_jax")
     painting.distill.kind, painting.teacher.weights = "hard", str(tmp_path / "teacher")
     painting.teacher.model = base.get_model_config("deit_tiny_patch16_224")
+    painting.teacher.model.image_size, painting.teacher.model.patch_size = 16, 4
     with pytest.raises(UserError, match="the teacher answers one class an image"):
         train(painting, tmp_path / "run")
 
