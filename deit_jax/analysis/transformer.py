@@ -86,7 +86,7 @@ def _class_of(label: int | np.ndarray, classes: Sequence[str]) -> str:
     """Return the name of an image's class, or those of its several."""
     if isinstance(label, int):
         return classes[label]
-    return ", ".join(classes[i] for i in np.flatnonzero(label)) or "no class"
+    return ", ".join(classes[i] for i in np.flatnonzero(label).tolist()) or "no class"
 
 
 def learned(opened) -> dict[str, Any]:

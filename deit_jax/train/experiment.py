@@ -198,10 +198,10 @@ def resolve(
     """Return what a validated config means for data of so many classes and images.
 
     `devices` need not be there (`deit plan`); None are those at hand. Raise UserError where nothing
-    fits into their memory. `whole` is for who compiles no step: nothing is asked of memory.
-    `weights` are those of the classes; see settings_of.
+    fits into their memory, unless `whole`, for who compiles no step. `weights`: see settings_of.
     """
-    config, mesh = config.copy_and_resolve_references(), sharding.make_mesh(config.mesh, devices)
+    config = config.copy_and_resolve_references()
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
     order, total_steps = length_of(config, images)
     schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
     optimizer = make_optimizer(config.optim, schedule)

@@ -82,7 +82,7 @@ def _draw_grid(figure, trainer) -> None:
     figure.suptitle("held-out images; red: an answer is wrong", fontsize=9)
 
 
-def _named(label: np.ndarray, classes: Sequence[str]) -> str:
+def _named(label: np.ndarray | np.generic, classes: Sequence[str]) -> str:
     """Return the name of a label, or those of several, shortened."""
     if label.ndim == 0:
         return classes[int(label)][:14]

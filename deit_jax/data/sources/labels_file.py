@@ -273,7 +273,8 @@ def _numbers(rows: list[Row], data) -> tuple[list[str], np.ndarray]:
             f"config.data.classes={data.classes} ({len(unknown)} such rows)"
         )
     if empty := [row for row in rows if not row.label]:
-        raise UserError(f"{empty[0].where}: no label ({len(empty)} such rows)")
+        sets = f"; {SEVERAL}" if any("|" in r.label or ";" in r.label for r in rows) else ""
+        raise UserError(f"{empty[0].where}: no label ({len(empty)} such rows){sets}")
     classes = sorted({row.label for row in rows}, key=natural_key)
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[row.label] for row in rows], np.int32)
