@@ -1,6 +1,7 @@
 """data.balance: the share of each class against its formula, every image as often as the next."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from deit_jax.data.order import EpochOrder
 from deit_jax.data.sources.base import ArraySource
 from deit_jax.errors import UserError
 from deit_jax.train.experiment import prepare
+from deit_jax.train.run import train
 from deit_jax.train.tape.fingerprint import check_fingerprint, fingerprint
 
 COUNTS = np.array([1, 0, 3, 50, 200, 7, 11])
@@ -172,3 +174,21 @@ def test_a_run_and_its_tape_know_the_balance(tiny_config):
     assert np.array_equal(step["label"], experiment.batches(dataset)(3)["label"])
     other = dataclasses.replace(experiment, order=dataclasses.replace(experiment.order, seed=9))
     assert not np.array_equal(step["label"], other.batches(dataset)(3)["label"])
+
+
+@pytest.mark.slow
+def test_a_tape_of_a_balanced_run_replays_and_a_stopped_run_goes_on(tiny_config, tmp_path):
+    c = tiny_config
+    c.data.balance, c.teacher.tape = "equal", "record"
+    c.train.save_every_epochs = 0.4
+    train(c, tmp_path / "whole")
+    c.teacher.weights, c.teacher.tape = str(tmp_path / "whole" / "teacher"), "replay"
+    c.teacher.tape_path = str(tmp_path / "whole" / "tape")
+    train(c, tmp_path / "replayed")
+    whole = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (tmp_path / "replayed" / "metrics.jsonl").read_text() == whole
+    for step in (8, 10):  # as if it had been stopped after step 6
+        shutil.rmtree(tmp_path / "replayed" / "checkpoints" / str(step), ignore_errors=True)
+    (tmp_path / "replayed" / "results.json").unlink()
+    train(c, tmp_path / "replayed")
+    assert (tmp_path / "replayed" / "metrics.jsonl").read_text() == whole

@@ -19,6 +19,8 @@ from deit_jax.step.mixup import mix
 from deit_jax.step.objective import objective
 from deit_jax.train.experiment import prepare, sketch
 from deit_jax.train.load_teacher import teacher_config
+from deit_jax.train.run import uneven
+from deit_jax.workdir import held_out
 
 B, K = 16, 5
 RNG = np.random.default_rng(3)
@@ -181,3 +183,19 @@ def test_a_teacher_learns_with_weights_too_and_a_plan_knows_of_them(tiny_config)
     own = prepare(teacher_config(tiny_config))[0].settings.class_weights
     assert own == experiment.settings.class_weights == class_weights("balanced", dataset)
     assert sketch(tiny_config, lambda: (10, 180)).settings.class_weights == (1.0,) * 10
+
+
+def test_a_run_notes_its_weights_and_is_told_of_others(tmp_path):
+    assert held_out.note(tmp_path, unequal(), (1.0, 2.0, 3.0)) == []
+    assert held_out.note(tmp_path, unequal(), (1.0, 2.0, 3.0)) == []
+    assert held_out.note(tmp_path, unequal(), (1.0, 2.5, 3.0)) == [
+        "other weights of classes than this run began with: bee: 2 then, 2.5 now"
+    ]
+
+
+def test_a_run_says_how_its_classes_are_met_and_weighed(tiny_config):
+    tiny_config.data.balance, tiny_config.loss.class_weights = "equal", "3,1,1,1,1,1,1,1,1,0.5"
+    experiment, dataset = prepare(tiny_config)
+    met, weighed = uneven(experiment, dataset)
+    assert met == "data.balance=equal: the first epoch meets 5 (1) to 6 (0) images of a class"
+    assert weighed == "loss.class_weights: 0.5 (9) to 3 (0)"

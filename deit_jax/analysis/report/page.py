@@ -102,7 +102,8 @@ def _shared(figures: Mapping[str, Any]) -> list[Element]:
 
 
 def _disagreement(figures: Mapping[str, Any], several: bool) -> Element | None:
-    found, evaluated = figures["disagreement"], [r for r in figures["runs"] if r["evaluation"]]
+    found = figures["disagreement"]
+    evaluated = [r for r in figures["runs"] if "top1" in (r["evaluation"] or {})]
     if found is None and not (several and evaluated):
         return None
     if found is None:
