@@ -155,6 +155,8 @@ def test_a_subset_has_the_labels_of_its_images(images):
         ("path,label\n1,a|b\n2,a;b", {}, "labels stand between | elsewhere; choose with"),
         ("path,cat,dog\n1,1,0\n2,0,2", {}, "column 'dog' holds '2'; without a column of labels"),
         ("path,cat,dog\n1,1,0\n2,0,", {}, "column 'dog' holds ''"),
+        ("path,cat,dog,cat\n1,1,0,0", {}, "column 'cat' has no name of its own"),
+        ("path,cat,dog\n1,1,0\n2,1,0", {}, "no training images of class 'dog'"),
         ("path,label,split\n1,a,train\n1,b,val", {}, "is of split 'val' here and 'train' before"),
         ("path,label\n1,\n2,", {}, "not one image has a label"),
         ("path,label\n1,0|77\n2,1", {}, "label 77 of 1 is out of range"),
@@ -169,6 +171,16 @@ def test_what_cannot_be_understood_is_one_line(images, content, fields, message)
     (images / "ab.txt").write_text("a\nb")
     fields = {k: f"{images}/{v}" if k == "classes" else v for k, v in fields.items()}
     assert message in refusal(images, labels=f"{images}/a.csv", **fields)
+
+
+def test_tables_of_columns_must_have_the_same_classes(images):
+    (images / "train.csv").write_text("path,cat,dog\n1,1,0\n2,0,1")
+    (images / "val.csv").write_text("path,dog,cat\n3,1,0")
+    files = f"{images}/train.csv,{images}/val.csv"
+    dataset = open_sets(images, labels=files)
+    assert dataset.eval.labels.tolist() == [[0, 1]]
+    (images / "val.csv").write_text("path,dog\n3,1")
+    assert "val.csv:2: other columns of classes than" in refusal(images, labels=files)
 
 
 def test_several_labels_without_the_field_are_told_of_it(images):

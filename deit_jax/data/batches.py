@@ -70,6 +70,7 @@ class TrainBatches:
         reading: Reading = PLAIN,
     ):
         self._source, self._order, self._rows = source, order, rows
+        self._labels = label_room(source, len(rows))
         self._reading = reading
         self._config, self._image_size = augment, image_size
         self._indices = order.images(source)
@@ -87,7 +88,7 @@ class TrainBatches:
         size = self._image_size
         return {
             "image": np.empty((len(self._rows), size, size, 3), np.uint8),
-            "label": label_room(self._source, len(self._rows)),
+            "label": np.empty_like(self._labels),
         }
 
     def fill(self, step: int, block: int, batch: Batch) -> None:
@@ -157,6 +158,7 @@ class EvalBatches:
         skip_unreadable: bool = False,
     ):
         self._source, self._batch_size, self._rows = source, batch_size, rows
+        self._labels = label_room(source, len(rows))
         self._view, self._skip = view, skip_unreadable
         self.unreadable: set[str] = set()
         self.blocks = -(-len(rows) // BLOCK)
@@ -173,7 +175,7 @@ class EvalBatches:
         size = self._view.size
         return {
             "image": np.empty((len(self._rows), size, size, 3), np.uint8),
-            "label": label_room(self._source, len(self._rows)),
+            "label": np.empty_like(self._labels),
             "valid": np.empty(len(self._rows), bool),
         }
 

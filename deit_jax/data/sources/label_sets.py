@@ -16,13 +16,17 @@ SEPARATORS = ("|", ";", ",")  # in a cell; a space must be asked for, as names h
 
 
 class Row(NamedTuple):
-    """One image as a file of labels has it; `names` are several labels that stand apart there."""
+    """One image as a file of labels has it; `names` are several labels that stand apart there.
+
+    `columns` are the classes of a table with a column for each.
+    """
 
     path: str
     label: str
     split: str
     where: str  # file and line, for messages
     names: tuple[str, ...] | None = None
+    columns: tuple[str, ...] = ()
 
 
 def one_hot_rows(
@@ -33,6 +37,9 @@ def one_hot_rows(
     `path` and `split` are the columns that are no classes. Raise UserError for other values.
     """
     classes = [(i, name.strip()) for i, name in enumerate(head) if i not in (path, split)]
+    columns = tuple(name for _, name in classes)
+    if twice := [name for name in columns if columns.count(name) > 1 or not name]:
+        raise UserError(f"{file}: column {twice[0]!r} has no name of its own; give it one")
     for number, row in enumerate(body, 2):
         where = f"{file}:{number}"
         cells = [cell.strip() for cell in row]
@@ -47,7 +54,7 @@ def one_hot_rows(
                 )
         names = tuple(name for i, name in classes if cells[i][0] == "1")
         part = cells[split] if split is not None else of
-        yield Row(cells[path], "", part, where, names)
+        yield Row(cells[path], "", part, where, names, columns)
 
 
 def joined(rows: Sequence[Row], paths: Sequence[str], data):
@@ -69,7 +76,7 @@ def joined(rows: Sequence[Row], paths: Sequence[str], data):
                 f"{row.where}: {path} is of split {row.split!r} here and {first.split!r} before"
             )
         sets[place[path]].update(dict.fromkeys(_names(row, separator), row))
-    classes = _classes(sets, data)
+    classes = _classes(sets, _columns(rows), data)
     number = {name: i for i, name in enumerate(classes)}
     labels = no_labels(len(kept), len(classes), f"config.data.labels={data.labels}")
     for i, names in enumerate(sets):
@@ -130,15 +137,28 @@ def names_of(values: Sequence, where: str) -> tuple[str, ...]:
     return tuple(str(value) for value in values)
 
 
-def _classes(sets: Sequence[dict[str, Row]], data) -> list[str]:
+def _columns(rows: Sequence[Row]) -> dict[str, Row]:
+    """Return the classes that have a column of their own, be it all 0, and a row with them."""
+    first = rows[0]
+    for row in rows:
+        if row.columns != first.columns and {*row.columns} != {*first.columns}:
+            other = listed(sorted({*row.columns} ^ {*first.columns}), 3)
+            raise UserError(
+                f"{row.where}: other columns of classes than {first.where} has ({other}); give all "
+                "tables the same"
+            )
+    return dict.fromkeys(first.columns, first)
+
+
+def _classes(sets: Sequence[dict[str, Row]], columns: dict[str, Row], data) -> list[str]:
     """Return the classes: those given, numbers from 0, or all names in their natural order."""
     given = read_classes(data.classes) if data.classes else None
-    rows = {name: row for names in reversed(sets) for name, row in names.items()}
+    rows = columns | {name: row for names in reversed(sets) for name, row in names.items()}
     if given and rows.keys() <= set(given):
         return given
     if not rows:
         raise UserError(f"config.data.labels={data.labels}: not one image has a label")
-    if given is None and all(name.isdecimal() for name in rows):
+    if given is None and not columns and all(name.isdecimal() for name in rows):
         most = sum(map(len, sets))  # a class of each label, or some are no numbers of classes
         for name, row in rows.items():
             if int(name) > most:
