@@ -377,7 +377,7 @@ def broken(tmp_path):
     for path in paths:
         Path(path).write_bytes(Path(path).read_bytes()[:2000])
     files = sorted(str(path) for path in tmp_path.rglob("*.jpg"))
-    return FolderSource(files, np.arange(8)), paths
+    return FolderSource(tmp_path, files, np.arange(8)), paths
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -402,7 +402,7 @@ def test_the_next_readable_image_stands_in_for_a_broken_one(broken, decoder, cap
 
 
 def test_only_broken_images_stop_a_run_that_skips_them(broken):
-    source = FolderSource(broken[1], np.arange(3))
+    source = FolderSource(Path(broken[1][0]).parent, broken[1], np.arange(3))
     with pytest.raises(UserError, match=r"jpg \(example \d\): not readable, nor are the 999 "):
         train_batches(source, skip=True)(0)
 

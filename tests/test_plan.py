@@ -16,7 +16,7 @@ from deit_jax.configs import deit, deit3
 from deit_jax.models.build import build_model, image_size
 from deit_jax.parallel import sharding
 from deit_jax.perf import chips, plan, plan_report, step_time
-from deit_jax.train import loop
+from deit_jax.train import loop, parts
 from tests.tiny import resolved
 
 
@@ -88,6 +88,16 @@ def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, mon
         real,
     )
     assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.slow
+def test_operations_are_those_of_all_parts(tpu, monkeypatch):
+    """XLA counts a loop's body once; the student has four parts here, its teacher one."""
+    monkeypatch.setattr(parts, "FAST_BYTES", 5e5)
+    planned = plan.planned(small(), "v5e:2x2")
+    assert (planned.settings.micro_batches, planned.settings.teacher_parts) == (4, 1)
+    result = plan.plan(planned, "v5e:2x2")
+    assert result["flops_per_step"] == pytest.approx(result["analytic_flops_per_step"], rel=0.05)
 
 
 @pytest.mark.long  # five minutes of one core, most of them for the teacher

@@ -190,6 +190,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tree, tmp_path,
 def test_ctrl_c_is_not_raised_where_locks_are_held(tree, tmp_path, small_shards, monkeypatch):
     """Raised inside of `wait` it once left a future locked, and the command hung for good."""
     real, waited = build.wait, []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore it
 
     def wait(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)

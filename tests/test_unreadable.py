@@ -168,7 +168,7 @@ def test_predict_shows_the_model_what_it_was_trained_on(run, answers, capsys):
 
 def test_rows_of_broken_images_are_black_and_not_valid(images, caplog):
     files = sorted(str(path) for path in (images / "val").rglob("*.jpg"))
-    source = FolderSource(files, np.arange(12))
+    source = FolderSource(images / "val", files, np.arange(12))
     good = [all(not f.endswith(name) for name in BROKEN) for f in files]
     batches = EvalBatches(source, 16, EvalView(16, 1.0), range(16), True)
     with caplog.at_level(logging.WARNING, logger="deit_jax"):
@@ -185,7 +185,7 @@ def test_rows_of_broken_images_are_black_and_not_valid(images, caplog):
 
 
 def test_without_leave_a_broken_image_is_named_with_the_field(images):
-    source = FolderSource([str(images / "val" / BROKEN[0])], np.zeros(1, int))
+    source = FolderSource(images, [str(images / "val" / BROKEN[0])], np.zeros(1, int))
     batches = EvalBatches(source, 4, EvalView(16, 1.0), range(4))
     with pytest.raises(UserError, match=r"a/4\.jpg \(example 0\): not a readable") as error:
         batches(0)
@@ -197,7 +197,7 @@ def test_nothing_readable_is_no_accuracy(images, run):
     c = config_of(images)
     opened, mesh = open_model(run[0]), sharding.make_mesh(c.mesh)
     files = [str(images / "val" / name) for name in BROKEN]
-    source = FolderSource(files, np.zeros(3, int))
+    source = FolderSource(images, files, np.zeros(3, int))
     evaluator = evaluator_lib.Evaluator(source, c.data, 8, 16, mesh)
     with pytest.raises(UserError, match=r"config\.data\.source=.*: none of its 3 images"):
         evaluator.model(opened.model, opened.variables)
@@ -206,6 +206,8 @@ def test_nothing_readable_is_no_accuracy(images, run):
 def test_readable_data_says_nothing_of_unreadable_images(run, answers, images):
     c, files = config_of(images), answers[0]
     opened, mesh = open_model(run[0]), sharding.make_mesh(c.mesh)
-    evaluator = evaluator_lib.Evaluator(FolderSource(files, answers[1]), c.data, 8, 16, mesh)
+    evaluator = evaluator_lib.Evaluator(
+        FolderSource(images, files, answers[1]), c.data, 8, 16, mesh
+    )
     evaluator.model(opened.model, opened.variables)
     assert evaluator.examples() == {"examples": 9}

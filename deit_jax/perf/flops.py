@@ -16,11 +16,16 @@ def flops_per_image(experiment: Experiment) -> float:
     6 per multiply-accumulate of the student (2 forward, 4 backward), 2 of the frozen teacher;
     recomputation is not counted. A label tape takes the teacher's place for nothing.
     """
-    flops = 3 * forward_flops(experiment.model, experiment.image_size)
+    student = 3 * forward_flops(experiment.model, experiment.image_size)
+    return student + teacher_flops_per_image(experiment)
+
+
+def teacher_flops_per_image(experiment: Experiment) -> float:
+    """Return the teacher's operations for one training example, 0 without one that is asked."""
     spec = experiment.teacher
-    if spec is not None and spec.answers:
-        flops += forward_flops(spec.build(experiment.num_classes), spec.image_size)
-    return flops
+    if spec is None or not spec.answers:
+        return 0.0
+    return forward_flops(spec.build(experiment.num_classes), spec.image_size)
 
 
 def forward_flops(model, size: int) -> float:

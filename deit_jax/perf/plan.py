@@ -20,7 +20,7 @@ from deit_jax.errors import UserError
 from deit_jax.parallel import sharding
 from deit_jax.perf import hlo_cost
 from deit_jax.perf.chips import CHIPS, TPUS
-from deit_jax.perf.flops import flops_per_image
+from deit_jax.perf.flops import flops_per_image, teacher_flops_per_image
 from deit_jax.perf.step_time import random_labels
 from deit_jax.train.experiment import Experiment, sketch
 from deit_jax.train.tape.session import stand_in
@@ -197,7 +197,6 @@ def speed(experiment: Experiment, compiled, chip, chips: int) -> dict[str, Any]:
         *("estimated_step_ms", "images_per_second_per_chip", "mfu", "hours", "not_estimated"),
     ]
     batch_size, steps = experiment.batch_size, experiment.total_steps
-    micro_batches = experiment.settings.micro_batches
     analytic = flops_per_image(experiment) * batch_size
     result = dict.fromkeys(keys) | {"analytic_flops_per_step": analytic}
     if compiled is None:
@@ -205,8 +204,7 @@ def speed(experiment: Experiment, compiled, chip, chips: int) -> dict[str, Any]:
     cost = hlo_cost.cost(compiled.as_text())
     seconds = cost.cycles / (chip.clock_ghz * 1e9)
     return result | {
-        # XLA counts a loop's body once, and all but the update is in the micro-batches' loop.
-        "flops_per_step": compiled.cost_analysis()["flops"] * micro_batches * chips * chip.devices,
+        "flops_per_step": _compiled_flops(experiment, compiled, chips * chip.devices),
         "collectives": {kind: cost.bytes[kind] for kind in hlo_cost.COLLECTIVES},
         "collective_counts": {kind: cost.counts[kind] for kind in hlo_cost.COLLECTIVES},
         "estimated_cycles": cost.cycles,
@@ -219,6 +217,19 @@ def speed(experiment: Experiment, compiled, chip, chips: int) -> dict[str, Any]:
             "loops_of_unknown_length": cost.unknown_loops,
         },
     }
+
+
+def _compiled_flops(experiment: Experiment, compiled, devices: int) -> float:
+    """Return the operations of a whole step, of which XLA counts the body of each loop once.
+
+    All but the update is in the micro-batches' loop or in the teacher's, which has as many turns as
+    the teacher has parts; what is the teacher's of the sum is counted from its model.
+    """
+    settings = experiment.settings
+    teacher = teacher_flops_per_image(experiment) * experiment.batch_size
+    counted = compiled.cost_analysis()["flops"] * devices
+    student = counted - teacher / settings.teacher_parts
+    return student * settings.micro_batches + teacher
 
 
 def alternatives(experiment: Experiment) -> dict[str, dict[str, Any]]:
