@@ -146,17 +146,17 @@ def _look(seen: _Seen, opened, dataset: Dataset, workdir: Path, images: int) -> 
     teacher = _teacher(opened, workdir, figures["notes"])
     given = (opened, teacher, source, numbers, figures["name"])
     said: predictions.Predictions | None = None
-    found: dict[str, Any]
+    answers: dict[str, Any]
     if opened.multi_label:
         readable, ranked = predictions.rank(*given)
-        found = {
+        answers = {
             "mAP": {head: of["mAP"] for head, of in ranked.items()},
             "AP": {head: of["AP"] for head, of in ranked.items()},
         }
     else:
         said = predictions.predict(*given)
         readable = said.numbers
-        found = {
+        answers = {
             "top1": predictions.top1(said),
             **predictions.errors(said, source, opened.classes),
         }
@@ -165,14 +165,14 @@ def _look(seen: _Seen, opened, dataset: Dataset, workdir: Path, images: int) -> 
         "images": len(numbers),
         **({"unreadable": left_out} if left_out else {}),
         "of": len(source),
-        **found,
+        **answers,
     }
     few = numbers[predictions.spaced(len(numbers), TOKEN_IMAGES)]
     figures["tokens"] = transformer.tokens(opened, predictions.pixels(source, few, opened))
     shown = numbers[predictions.spaced(len(numbers), ATTENTION_IMAGES)]
     photographs = predictions.pixels(source, shown, opened)
     figures["attention"] = transformer.attention(opened, source, shown, photographs)
-    wrong = [m["example"] for m in found.get("mistakes", [])]
+    wrong = [m["example"] for m in answers.get("mistakes", [])]
     pictures = [*photographs, *(predictions.pixels(source, wrong, opened) if wrong else [])]
     seen.pictures = dict(zip([*map(int, shown), *wrong], pictures, strict=True))
     seen.classes, seen.said = opened.classes, said

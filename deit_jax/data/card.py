@@ -72,22 +72,22 @@ def facts(dataset: Dataset, source: str) -> dict[str, Any]:
     """Return what is known of a data set without reading its images."""
     parts = {"train": dataset.train, "eval": dataset.eval}
     counts = {
-        part: label_counts(found.labels, len(dataset.classes)).tolist()
-        for part, found in parts.items()
-        if isinstance(found, Labelled)
+        part: label_counts(examples.labels, len(dataset.classes)).tolist()
+        for part, examples in parts.items()
+        if isinstance(examples, Labelled)
     }
     several = {
         part: {
-            "labels": int(found.labels.sum(dtype=np.int64)),
-            "without": int(np.sum(~found.labels.any(1))),
+            "labels": int(examples.labels.sum(dtype=np.int64)),
+            "without": int(np.sum(~examples.labels.any(1))),
         }
-        for part, found in parts.items()
-        if isinstance(found, Labelled) and found.labels.ndim == 2
+        for part, examples in parts.items()
+        if isinstance(examples, Labelled) and examples.labels.ndim == 2
     }
     return {
         "source": source,
         "reading": dataclasses.asdict(dataset.reading),
-        "images": {part: len(found) for part, found in parts.items()},
+        "images": {part: len(examples) for part, examples in parts.items()},
         "classes": dataset.classes,
         "per_class": counts,  # {} where only reading all would tell
         **({"several_labels": several} if several else {}),

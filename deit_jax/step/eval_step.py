@@ -31,8 +31,8 @@ def eval_logits(variables, batch, *, model, mean, std, parts: int = 1) -> dict[s
     def logits(images):
         return _by_name(model.apply(variables, normalise(images, mean, std), train=False))
 
-    found = in_parts(logits, batch["image"], parts)
-    return {**found, "label": batch["label"], "valid": batch["valid"]}
+    answers = in_parts(logits, batch["image"], parts)
+    return {**answers, "label": batch["label"], "valid": batch["valid"]}
 
 
 def all_logits(

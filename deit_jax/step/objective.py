@@ -25,9 +25,9 @@ def distillation(kind: str, several: bool) -> Distillation | None:
 
 def chosen(kind: str, several: bool) -> Distillation:
     """Return `distillation` of a config that was validated."""
-    found = distillation(kind, several)
-    assert found is not None  # validate has refused the others
-    return found
+    known = distillation(kind, several)
+    assert known is not None  # validate has refused the others
+    return known
 
 
 def objective(

@@ -161,8 +161,9 @@ class Evaluator:
             nonlocal totals
             totals = counts if totals is None else jax.tree.map(jnp.add, totals, counts)
 
-        self._each(count, add)
-        totals = jax.device_get(totals)
+        with self._explained():
+            self._each(count, add)
+            totals = jax.device_get(totals)
         self._tell_count(int(totals.pop("examples")))  # those of every process
         return jax.tree.map(lambda n: 100.0 * int(n) / self._counted, totals)
 
@@ -175,7 +176,8 @@ class Evaluator:
             valid = answers.pop("valid")
             parts.append({name: x[valid] for name, x in answers.items()})
 
-        self._each(answer, keep)
+        with self._explained():
+            self._each(answer, keep)
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         labels = whole.pop("label")
         self._tell_count(len(labels))
@@ -196,14 +198,16 @@ class Evaluator:
                 "evaluation can be read; repair them"
             )
 
+    def _explained(self) -> contextlib.AbstractContextManager:
+        smaller = max(1, self._batch_size // 2)
+        return memory.explained("evaluation", f"try --config.train.eval_batch_size={smaller}")
+
     def _each(self, function, take: Callable[[Any], None]) -> None:
         """Take what a function makes of each batch on the devices."""
-        smaller = max(1, self._batch_size // 2)
-        remedy = f"try --config.train.eval_batch_size={smaller}"
         loader = load(
             self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
         )
-        with memory.explained("evaluation", remedy), contextlib.closing(loader):
+        with contextlib.closing(loader):
             for read in loader:
                 batch = sharding.to_devices(read, self._mesh, self._batch_size)
                 del read  # or its memory would not be free while the next is loaded
@@ -229,13 +233,13 @@ def told(results: dict[str, Any]) -> dict[str, float]:
 
     The average precision of single classes is that of the fused prediction.
     """
-    figures = {
+    heads = {
         key: value
         for key, value in flatten(results).items()
         if "." in key and ".AP." not in key  # of a head, not counts
     }
     each = results["fused"].get("AP", {})
-    return figures | {f"fused.AP.{name}": v for name, v in each.items() if v is not None}
+    return heads | {f"fused.AP.{name}": v for name, v in each.items() if v is not None}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -49,10 +49,10 @@ def note(workdir: Path, dataset: Dataset, weights: Sequence[float] | None = None
         return changes(workdir, dataset) + _other_weights(workdir, dataset.classes, weights)
     if jax.process_index() == 0:
         reading = dataset.reading
-        found: dict[str, Any] = {"train": identity(dataset.train), "eval": identity(dataset.eval)}
-        found |= {"held_out": reading.held_out}
-        found |= {"class_weights": list(weights)} if weights else {}
-        write_json(workdir / DATA, found)
+        facts: dict[str, Any] = {"train": identity(dataset.train), "eval": identity(dataset.eval)}
+        facts |= {"held_out": reading.held_out}
+        facts |= {"class_weights": list(weights)} if weights else {}
+        write_json(workdir / DATA, facts)
         if reading.held_out:
             text = "".join(f"{name}\n" for name in _names(dataset.eval))
             backend(workdir).write(workdir / NAMES, text.encode(errors="surrogateescape"))

@@ -102,16 +102,16 @@ def _shared(figures: Mapping[str, Any]) -> list[Element]:
 
 
 def _disagreement(figures: Mapping[str, Any], several: bool) -> Element | None:
-    found = figures["disagreement"]
+    differing = figures["disagreement"]
     evaluated = [r for r in figures["runs"] if "top1" in (r["evaluation"] or {})]
-    if found is None and not (several and evaluated):
+    if differing is None and not (several and evaluated):
         return None
-    if found is None:
+    if differing is None:
         why = "The runs were not evaluated on the same images of the same classes."
         return _section(2, "disagreement", "Disagreement", element("p", why))
-    text = f"The share of {found['images']} held-out images, in percent, that each two classifiers "
+    text = f"The share of {differing['images']} held-out images, in percent, that each two classifiers "
     text += "give different labels (DeiT, table 4)."
-    matrix = comparison.disagreement(found, several)
+    matrix = comparison.disagreement(differing, several)
     return _section(2, "disagreement", "Disagreement", element("p", text), matrix)
 
 

@@ -77,15 +77,15 @@ def confusion(run: Run) -> list[Element]:
 
 def precisions(run: Run) -> list[Element]:
     """Return the average precision of every class, for images with several labels."""
-    found = run["evaluation"]
-    heads = [head for head in HEADS if head in found["AP"]]
+    evaluation = run["evaluation"]
+    heads = [head for head in HEADS if head in evaluation["AP"]]
     text = (
-        f"On {images_text(found)}, in percent; the first row is the mean over the classes that are "
+        f"On {images_text(evaluation)}, in percent; the first row is the mean over the classes that are "
         "there. Classes that no image has are left empty."
     )
-    rows = [_row("mean (mAP)", *(f"{found['mAP'][head]:.2f}" for head in heads))]
-    for name in found["AP"][heads[0]]:
-        values = [found["AP"][head][name] for head in heads]
+    rows = [_row("mean (mAP)", *(f"{evaluation['mAP'][head]:.2f}" for head in heads))]
+    for name in evaluation["AP"][heads[0]]:
+        values = [evaluation["AP"][head][name] for head in heads]
         rows.append(_row(name, *("" if v is None else f"{v:.2f}" for v in values)))
     return [element("p", text), table(["class", *(HEADS[h] for h in heads)], rows, "list")]
 

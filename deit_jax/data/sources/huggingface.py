@@ -108,13 +108,13 @@ def open_source(rest: str, data) -> Dataset:
         values = table.column(own.label)
         _check_alike(where, labels, values, own)
         if several:
-            found = _sets(where, values, own.names, classes, most)
-            return HuggingFaceSource(where, table.column(own.image), found, root)
+            sets = _sets(where, values, own.names, classes, most)
+            return HuggingFaceSource(where, table.column(own.image), sets, root)
         numbers = _numbers(where, values, own.names, classes)
         return HuggingFaceSource(where, table.column(own.image), numbers, root)
 
     splits = [split for split in (train, held) if split is not None]
-    most = _most(tables, splits, columns.label) if several and classes is None else 0
+    most = _most(name, tables, splits, columns.label) if several and classes is None else 0
     sources = [source(split) for split in splits]
     if classes is None:
         most = most or 1 + max(int(s.labels.max(initial=-1)) for s in sources)
@@ -334,11 +334,14 @@ def _sets(
     return multi_hot(numbers, counts, most if classes is None else len(classes), where)
 
 
-def _most(tables: dict[str, Any], splits: list[str], label: str) -> int:
+def _most(name: str, tables: dict[str, Any], splits: list[str], label: str) -> int:
     """Return how many classes there are where labels are numbers in lists."""
-    flat = [flat_labels(tables[split].data.column(label))[0] for split in splits]
-    where = " and ".join(splits)
-    return 1 + max(int(_numbers(where, f, None, None).max(initial=-1)) for f in flat)
+    largest = -1
+    for split in splits:
+        flat, _ = flat_labels(tables[split].data.column(label))
+        numbers = _numbers(f"{name} {split}", flat, None, None)
+        largest = max(largest, int(numbers.max(initial=-1)))
+    return 1 + largest
 
 
 def _tell_gaps(name: str, labels: np.ndarray, classes: int) -> None:
