@@ -109,8 +109,8 @@ def _disagreement(figures: Mapping[str, Any], several: bool) -> Element | None:
     if differing is None:
         why = "The runs were not evaluated on the same images of the same classes."
         return _section(2, "disagreement", "Disagreement", element("p", why))
-    text = f"The share of {differing['images']} held-out images, in percent, that each two classifiers "
-    text += "give different labels (DeiT, table 4)."
+    text = f"The share of {differing['images']} held-out images, in percent, that each two "
+    text += "classifiers give different labels (DeiT, table 4)."
     matrix = comparison.disagreement(differing, several)
     return _section(2, "disagreement", "Disagreement", element("p", text), matrix)
 

@@ -80,8 +80,8 @@ def precisions(run: Run) -> list[Element]:
     evaluation = run["evaluation"]
     heads = [head for head in HEADS if head in evaluation["AP"]]
     text = (
-        f"On {images_text(evaluation)}, in percent; the first row is the mean over the classes that are "
-        "there. Classes that no image has are left empty."
+        f"On {images_text(evaluation)}, in percent; the first row is the mean over the classes "
+        "that are there. Classes that no image has are left empty."
     )
     rows = [_row("mean (mAP)", *(f"{evaluation['mAP'][head]:.2f}" for head in heads))]
     for name in evaluation["AP"][heads[0]]:
