@@ -62,9 +62,15 @@ def get_config() -> ConfigDict:
     c.data.eval_fraction = 0.2  # held out where the source has no split for evaluation
     c.data.labels = ""  # csv, tsv, json or text files of path and label; "" = folders are classes
     c.data.classes = ""  # file with the classes in order, or `imagenet` for its ids; "" = sorted
+    # True: an image has any number of classes, none too; loss.kind is then binary. Several in one
+    # cell of data.labels stand between |, ; or , ("" = what is found there) or `space`.
+    c.data.multi_label = False
+    c.data.label_separator = ""
     c.data.image_column = ""  # of hf: or data.labels; "" = found by its type or name
     c.data.label_column = ""
     c.data.nested = "auto"  # folders in folders: the class is leaf, top, path = joined; or ask
+    # How often a class is met: none = as it has images, sqrt = by the root of that, equal.
+    c.data.balance = "none"
     c.data.min_images = 0  # leave out classes with fewer training images; 0 = none may be empty
     # How folders are read and parts held out. None = the newest, or those a run began with; 1 is
     # what was done until 2026. See deit_jax/data/sources/assemble.py.
@@ -104,6 +110,9 @@ def get_config() -> ConfigDict:
 
     c.loss = ConfigDict()
     c.loss.kind = "softmax"  # or binary: one sigmoid a class, targets 1 for every class in the mix
+    # Of the labels' loss: "" = none, balanced = inverse to their images, numbers in the classes'
+    # order (1,0.5,2), or a csv or json file of names and weights.
+    c.loss.class_weights = ""
     c.loss.smoothing = 0.1  # of the labels, not of a teacher's
     c.loss.heads = "cls"  # learns the labels; "both": without a teacher, the distillation head too
 

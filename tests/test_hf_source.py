@@ -454,3 +454,48 @@ def test_a_run_on_a_saved_data_set_opens_in_a_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert Path(tmp_path / "sheet.png").stat().st_size > 0
+
+
+HF_SETS = [[0], [0, 2], [], [2, 2], [1], [0, 1, 2]] * 2
+LISTS = {
+    "classes": (datasets.Sequence(datasets.ClassLabel(names=CLASSES)), HF_SETS),
+    "numbers": (datasets.Sequence(datasets.Value("int32")), HF_SETS),
+    "names": (
+        datasets.Sequence(datasets.Value("string")),
+        [[CLASSES[k] for k in labels] for labels in HF_SETS],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists_are_several_labels_an_image(tmp_path, kind):
+    feature, values = LISTS[kind]
+    made = make(label="tags", feature=feature, labels=values, other=(integers(), [1] * 12))
+    dataset = open_data(saved(tmp_path, train=made, validation=made), multi_label=True)
+    assert dataset.classes == (["0", "1", "2"] if kind == "numbers" else CLASSES)
+    for part in (dataset.train, dataset.eval):
+        assert part.labels.dtype == np.uint8
+        for i, labels in enumerate(HF_SETS):
+            assert np.flatnonzero(part[i]["label"]).tolist() == sorted(set(labels))
+            assert part[i]["image"] == png(i)
+
+
+def test_lists_that_are_no_labels_are_one_line(tmp_path):
+    numbers, several = datasets.Sequence(datasets.Value("int32")), {"multi_label": True}
+
+    def line(name, feature=numbers, **columns):
+        made = make(6, feature=feature, **columns)
+        return error_of(saved(tmp_path / name, train=made, validation=made), **several)
+
+    assert "has one label an image; leave config.data.multi_label out" in line("a", None)
+    hot = [[0, 1, 1], [1, 0, 0]] * 3
+    assert "every list has 3 values of 0 and 1" in line("b", labels=hot)
+    assert "2 of 6 examples have no list of labels" in line("c", labels=[[0], [1], None] * 2)
+    assert "3 of 9 examples have no label" in line("d", labels=[[0, 1], [-1]] * 3)
+    named = datasets.Sequence(datasets.ClassLabel(names=CLASSES))
+    train = make(6, feature=named, labels=[[0, 1]] * 6)
+    ours = datasets.Sequence(datasets.ClassLabel(names=["cat", "fox"]))
+    held = make(6, feature=ours, labels=[[0, 1]] * 6)
+    source = saved(tmp_path / "e", train=train, validation=held)
+    assert "label 'fox' is no class of the training images" in error_of(source, **several)
+    assert "set --config.data.multi_label=True" in error_of(source)

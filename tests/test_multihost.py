@@ -183,6 +183,41 @@ def test_two_processes_count_the_broken_images_of_both(words, tmp_path):
         assert str(path) in outputs[who][1]
 
 
+@pytest.mark.slow
+def test_two_processes_rank_the_examples_of_both(words, tmp_path):
+    """Several labels an image: every process has the mean average precision of one alone."""
+    rng, images = np.random.default_rng(0), tmp_path / "images"
+    images.mkdir()
+    rows = []
+    for i in range(48):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(images / f"{i}.png")
+        rows.append(f"{i}.png,{'|'.join(name for name in 'abcde' if rng.random() < 0.4)}")
+    (images / "labels.csv").write_text("\n".join(["file,labels", *rows]))
+    words += [
+        f"--config.data.source=folder:{images}",
+        f"--config.data.labels={images / 'labels.csv'}",
+        "--config.data.multi_label=True",
+        "--config.data.eval_fraction=0.6",
+        "--config.loss.kind=binary",
+        "--config.loss.smoothing=0.0",
+        "--config.loss.class_weights=balanced",
+        "--config.batch_size=16",
+        "--config.train.eval_batch_size=16",
+        "--config.epochs=2",
+        "--config.optim.warmup_epochs=0.5",
+        "--config.distill.kind=none",
+    ]
+    finish(*start_all(2, tmp_path / "two", words))
+    finish(*start_all(1, tmp_path / "one", words))
+    two, one = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one"))
+    assert two["examples"] == one["examples"] == 29
+    for head in ("cls", "fused"):
+        assert set(two[head]["AP"]) == set("abcde")
+        np.testing.assert_allclose(two[head]["mAP"], one[head]["mAP"], rtol=1e-3)
+        for name, value in two[head]["AP"].items():
+            np.testing.assert_allclose(value, one[head]["AP"][name], rtol=0.05)
+
+
 def data_config(folder):
     c = make_tiny_config().data
     c.source, c.train_split, c.eval_split = f"folder:{folder}", "train", "val"

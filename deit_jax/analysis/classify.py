@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deit_jax.analysis.predictions import infer, softmax
+from deit_jax.analysis.predictions import infer, sigmoid, softmax
 from deit_jax.data.view import EvalView
 from deit_jax.errors import UserError
 from deit_jax.storage import backend
@@ -16,22 +16,28 @@ BATCH = 32
 
 
 def classify(
-    source: str, paths: list[str], topk: int = 5, model: str | None = None
+    source: str,
+    paths: list[str],
+    topk: int = 5,
+    model: str | None = None,
+    multi_label: bool = False,
 ) -> list[dict[str, Any]]:
     """Return for each file {"image", "predictions": [{"class", "index", "probability"}, …]}.
 
-    The probability is the softmax of the fused logits. `model` is the name of the weights' model if
-    they do not say it. Raise UserError naming a file that cannot be read before any result is
-    computed.
+    The probability is the softmax of the fused logits, or for weights trained with several labels
+    an image the sigmoid of each; `multi_label` says so of weights that do not. `model` is the name
+    of the weights' model if they do not say it. Raise UserError naming a file that cannot be read
+    before any result is computed.
     """
     opened = open_model(source, model)
     images = np.stack([_read(path, opened.view) for path in paths])
 
     variables, convention = jax.device_put(opened.variables), (opened.mean, opened.std)
+    probabilities = sigmoid if multi_label or opened.multi_label else softmax
     scores = []
     for start in range(0, len(images), BATCH):
         part = images[start : start + BATCH]
-        scores.append(softmax(infer(opened.model, variables, part, convention)["fused"]))
+        scores.append(probabilities(infer(opened.model, variables, part, convention)["fused"]))
     results = []
     for path, row in zip(paths, np.concatenate(scores), strict=True):
         best = np.argsort(-row, kind="stable")[:topk]

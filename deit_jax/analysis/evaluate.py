@@ -38,7 +38,9 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
     data.mean, data.std = opened.mean, opened.std
     if opened.run is not None:
         _read_as_trained(data, opened.run.config.data)
-    evaluator = Evaluator(dataset.eval, data, batch_size, opened.image_size, mesh)
+    evaluator = Evaluator(
+        dataset.eval, data, batch_size, opened.image_size, mesh, classes=dataset.classes
+    )
 
     def place(tree, model):
         return jax.device_put(tree, sharding.state_shardings(mesh, tree, model))

@@ -144,21 +144,35 @@ def _look(seen: _Seen, opened, dataset: Dataset, workdir: Path, images: int) -> 
         figures["notes"]["classes"] = note
     numbers = predictions.spaced(len(source), images)
     teacher = _teacher(opened, workdir, figures["notes"])
-    said = predictions.predict(opened, teacher, source, numbers, figures["name"])
-    left_out, numbers = len(numbers) - len(said.numbers), said.numbers
+    given = (opened, teacher, source, numbers, figures["name"])
+    said: predictions.Predictions | None = None
+    answers: dict[str, Any]
+    if opened.multi_label:
+        readable, ranked = predictions.rank(*given)
+        answers = {
+            "mAP": {head: of["mAP"] for head, of in ranked.items()},
+            "AP": {head: of["AP"] for head, of in ranked.items()},
+        }
+    else:
+        said = predictions.predict(*given)
+        readable = said.numbers
+        answers = {
+            "top1": predictions.top1(said),
+            **predictions.errors(said, source, opened.classes),
+        }
+    left_out, numbers = len(numbers) - len(readable), readable
     figures["evaluation"] = {
         "images": len(numbers),
         **({"unreadable": left_out} if left_out else {}),
         "of": len(source),
-        "top1": predictions.top1(said),
-        **predictions.errors(said, source, opened.classes),
+        **answers,
     }
     few = numbers[predictions.spaced(len(numbers), TOKEN_IMAGES)]
     figures["tokens"] = transformer.tokens(opened, predictions.pixels(source, few, opened))
     shown = numbers[predictions.spaced(len(numbers), ATTENTION_IMAGES)]
     photographs = predictions.pixels(source, shown, opened)
     figures["attention"] = transformer.attention(opened, source, shown, photographs)
-    wrong = [m["example"] for m in figures["evaluation"]["mistakes"]]
+    wrong = [m["example"] for m in answers.get("mistakes", [])]
     pictures = [*photographs, *(predictions.pixels(source, wrong, opened) if wrong else [])]
     seen.pictures = dict(zip([*map(int, shown), *wrong], pictures, strict=True))
     seen.classes, seen.said = opened.classes, said

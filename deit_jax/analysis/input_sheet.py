@@ -31,7 +31,8 @@ def model_inputs(
     # Random numbers are drawn for the whole batch at once: the other examples' images are black.
     rest = experiment.batch_size - needed
     batch["image"] = np.pad(batch["image"], ((0, rest), (0, 0), (0, 0), (0, 0)))
-    batch["label"] = np.pad(batch["label"], (0, rest))
+    labels = batch["label"]
+    batch["label"] = np.pad(labels, [(0, rest), *[(0, 0)] * (labels.ndim - 1)])
 
     @jax.jit
     def inputs(batch, number):
@@ -44,9 +45,16 @@ def model_inputs(
 
 
 def label_text(target: np.ndarray, classes: list[str]) -> str:
-    """Return `cat`, or `cat 0.70 + dog 0.30` for a mixture, without shares below 0.005."""
+    """Return `cat`, or `cat 0.70 + dog 0.30` for a mixture, without shares below 0.005.
+
+    Of several labels an image all are told, `cat + dog`; `none` without any.
+    """
     shares = [(float(target[i]), classes[i]) for i in np.argsort(-target) if target[i] >= 0.005]
-    if len(shares) == 1:
+    if not shares:
+        return "none"
+    if all(share > 0.995 for share, _ in shares):
+        return " + ".join(name for _, name in shares)
+    if len(shares) == 1 and target.sum() > 0.995:
         return shares[0][1]
     return " + ".join(f"{name} {share:.2f}" for share, name in shares)
 

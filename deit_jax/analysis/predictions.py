@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from deit_jax.data.loader import load
 from deit_jax.data.sources.base import Source, Subset
 from deit_jax.errors import UserError
 from deit_jax.step.eval_step import jit_logits
+from deit_jax.train.average_precision import figures
 
 BATCH = 128
 MATRIX = 30  # classes: a confusion matrix of more is no picture; then the most confused pairs
@@ -75,6 +76,11 @@ def softmax(logits: Float[np.ndarray, "B K"]) -> Float[np.ndarray, "B K"]:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+def sigmoid(logits: Float[np.ndarray, "B K"]) -> Float[np.ndarray, "B K"]:
+    """Return the probability of each class by itself."""
+    return 0.5 + 0.5 * np.tanh(logits / 2)
+
+
 def predict(
     opened, teacher, source: Source, numbers: Int[np.ndarray, "n"], title: str
 ) -> Predictions:
@@ -83,10 +89,49 @@ def predict(
     The classifiers are `cls`, `dist` where there is one, `fused` and `teacher`. Images that cannot
     be read are not among the answers' `numbers` if the run skips them. Raise UserError if none can.
     """
+    parts, readable = [], []
+
+    def take(valid, labels, logits) -> None:
+        readable.append(valid)
+        parts.append((labels, {name: _answer(x) for name, x in logits.items()}))
+
+    _each(opened, teacher, source, numbers, title, take)
+    truth, answers = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    numbers = numbers[np.concatenate(readable)[: len(numbers)]]
+    labels = {name: label for name, (label, _) in answers.items()}
+    return Predictions(numbers, truth, labels, {name: p for name, (_, p) in answers.items()})
+
+
+def rank(
+    opened, teacher, source: Source, numbers: Int[np.ndarray, "n"], title: str
+) -> tuple[Int[np.ndarray, "m"], dict[str, dict[str, Any]]]:
+    """Return the images that can be read, and each classifier's average precisions on them.
+
+    For images with several labels; see predict for the rest.
+    """
+    parts, readable = [], []
+
+    def take(valid, labels, logits) -> None:
+        readable.append(valid)
+        parts.append({**logits, "label": labels})
+
+    _each(opened, teacher, source, numbers, title, take)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    labels = whole.pop("label")
+    if not labels.any():
+        raise UserError(f"none of the {len(labels)} images for evaluation has a label")
+    numbers = numbers[np.concatenate(readable)[: len(numbers)]]
+    return numbers, {name: figures(x, labels, opened.classes) for name, x in whole.items()}
+
+
+def _each(opened, teacher, source: Source, numbers, title: str, take: Callable) -> None:
+    """Take (valid, labels, logits of every classifier) of each batch, those of valid images.
+
+    Raise UserError if not one image can be read.
+    """
     network, teacher_params = teacher or (None, None)
     variables, teacher_params = jax.device_put((opened.variables, teacher_params))
-    convention = (opened.mean, opened.std)
-    some, parts, readable = Subset(source, numbers), [], []
+    some, convention, count = Subset(source, numbers), (opened.mean, opened.std), 0
     size = min(BATCH, len(some))
     data = opened.run.config.data
     batches = EvalBatches(some, size, opened.view, range(size), data.skip_unreadable)
@@ -94,20 +139,15 @@ def predict(
     bar = tqdm(total=len(some), unit="image", desc=title, leave=False, disable=None)
     with contextlib.closing(loader), bar:
         for batch in loader:
-            valid = batch["valid"]
+            valid = batch["valid"].copy()  # the batch's memory is lent
             logits = infer(
                 opened.model, variables, batch["image"], convention, network, teacher_params
             )
-            answers = {name: _answer(x[valid]) for name, x in logits.items()}
-            readable.append(valid.copy())
-            parts.append((batch["label"][valid], answers))  # a copy: the batch's memory is lent
+            take(valid, batch["label"][valid], {name: x[valid] for name, x in logits.items()})
+            count += int(valid.sum())
             bar.update(int(valid.sum()))
-    truth, answers = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-    numbers = numbers[np.concatenate(readable)[: len(some)]]
-    if not len(numbers):
+    if not count:
         raise UserError(f"{data.source}: none of its images for evaluation can be read")
-    labels = {name: label for name, (label, _) in answers.items()}
-    return Predictions(numbers, truth, labels, {name: p for name, (_, p) in answers.items()})
 
 
 def _answer(logits: Float[np.ndarray, "n K"]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Figures of a report on one transformer: its tokens, attention, positions and filters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,12 +74,19 @@ def attention(
             {
                 "example": int(number),
                 "name": source.describe(int(number)),
-                "class": opened.classes[source[int(number)]["label"]],
+                "class": _class_of(source[int(number)]["label"], opened.classes),
                 "last_layer": rounded(last),
                 "rollout": rounded(mixed),
             }
         )
     return {"tokens": list(TOKENS[:prefix]), "layer": model.depth, "images": found}
+
+
+def _class_of(label: int | np.ndarray, classes: Sequence[str]) -> str:
+    """Return the name of an image's class, or those of its several."""
+    if isinstance(label, int):
+        return classes[label]
+    return ", ".join(classes[i] for i in np.flatnonzero(label).tolist()) or "no class"
 
 
 def learned(opened) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from deit_jax.data.augment import make_augment
 from deit_jax.data.decode import PLAIN, Reading
 from deit_jax.data.decoders import choose, resize_pillow
 from deit_jax.data.order import EpochOrder, example_rngs
-from deit_jax.data.sources.base import Source
+from deit_jax.data.sources.base import Source, label_room
 from deit_jax.data.view import EvalView, random_view
 from deit_jax.errors import UserError
 
@@ -52,6 +52,8 @@ class Batches(Protocol):
 class TrainBatches:
     """Load step -> {"image": uint8 [b H W 3], "label": int32 [b]}, this process's rows.
 
+    Where images have several labels, "label" is uint8 [b K], 1 where an image has a class.
+
     With `skip_unreadable` the next image in the epoch's order stands in for one that cannot be
     read; `unreadable` holds the names of those met so far.
     """
@@ -68,9 +70,10 @@ class TrainBatches:
         reading: Reading = PLAIN,
     ):
         self._source, self._order, self._rows = source, order, rows
+        self._labels = label_room(source, len(rows))
         self._reading = reading
         self._config, self._image_size = augment, image_size
-        self._indices = order.shuffled()
+        self._indices = order.images(source)
         self._augment = make_augment(augment.auto, augment.color_jitter)
         self._decoder, self._skip = choose(decoder), skip_unreadable
         self.unreadable: set[str] = set()
@@ -85,7 +88,7 @@ class TrainBatches:
         size = self._image_size
         return {
             "image": np.empty((len(self._rows), size, size, 3), np.uint8),
-            "label": np.empty(len(self._rows), np.int32),
+            "label": np.empty_like(self._labels),
         }
 
     def fill(self, step: int, block: int, batch: Batch) -> None:
@@ -155,6 +158,7 @@ class EvalBatches:
         skip_unreadable: bool = False,
     ):
         self._source, self._batch_size, self._rows = source, batch_size, rows
+        self._labels = label_room(source, len(rows))
         self._view, self._skip = view, skip_unreadable
         self.unreadable: set[str] = set()
         self.blocks = -(-len(rows) // BLOCK)
@@ -171,7 +175,7 @@ class EvalBatches:
         size = self._view.size
         return {
             "image": np.empty((len(self._rows), size, size, 3), np.uint8),
-            "label": np.empty(len(self._rows), np.int32),
+            "label": np.empty_like(self._labels),
             "valid": np.empty(len(self._rows), bool),
         }
 
@@ -183,7 +187,7 @@ class EvalBatches:
             batch["valid"][row] = found is not None
             batch["image"][row], batch["label"][row] = found or (0, 0)
 
-    def read(self, index: int) -> tuple[np.ndarray, int] | None:
+    def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray] | None:
         """Return an example's view and label, None where it is left out."""
         name = _name(self._source, index)
         try:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from deit_jax.data import decode
 from deit_jax.data.loader import usable_cores
-from deit_jax.data.sources.base import Dataset, Labelled, Source, key_of
+from deit_jax.data.sources.base import Dataset, Labelled, Source, key_of, label_counts
 from deit_jax.errors import UserError
 
 FEW = 10  # training images of a class: with fewer it will hardly be learnt
@@ -71,16 +71,25 @@ def facts(dataset: Dataset, source: str) -> dict[str, Any]:
     """Return what is known of a data set without reading its images."""
     parts = {"train": dataset.train, "eval": dataset.eval}
     counts = {
-        part: np.bincount(found.labels, minlength=len(dataset.classes)).tolist()
-        for part, found in parts.items()
-        if isinstance(found, Labelled)
+        part: label_counts(examples.labels, len(dataset.classes)).tolist()
+        for part, examples in parts.items()
+        if isinstance(examples, Labelled)
+    }
+    several = {
+        part: {
+            "labels": int(examples.labels.sum(dtype=np.int64)),
+            "without": int(np.sum(~examples.labels.any(1))),
+        }
+        for part, examples in parts.items()
+        if isinstance(examples, Labelled) and examples.labels.ndim == 2
     }
     return {
         "source": source,
         "reading": dataclasses.asdict(dataset.reading),
-        "images": {part: len(found) for part, found in parts.items()},
+        "images": {part: len(examples) for part, examples in parts.items()},
         "classes": dataset.classes,
         "per_class": counts,  # {} where only reading all would tell
+        **({"several_labels": several} if several else {}),
     }
 
 
@@ -248,7 +257,9 @@ def _named(pairs: dict[str, list[tuple[int, int]]], dataset: Dataset) -> dict[st
         named[kind] = {"count": len(found), "shown": shown}
         ours, theirs = (getattr(s, "labels", None) for s in (dataset.train, second[kind]))
         if ours is not None and theirs is not None:
-            named[kind]["of_other_class"] = sum(int(ours[a] != theirs[b]) for a, b in found)
+            named[kind]["of_other_class"] = sum(
+                bool(np.any(ours[a] != theirs[b])) for a, b in found
+            )
     return named
 
 
@@ -261,6 +272,11 @@ def lines(card: dict[str, Any]) -> list[str]:
         f"evaluate on{of[1]}",
         _of_classes(card["classes"], card["per_class"].get("train")),
     ]
+    if several := card.get("several_labels", {}).get("train"):
+        text.append(
+            f"several labels an image: {several['labels'] / max(1, images['train']):.2f} on "
+            f"average; {several['without']} training images have none"
+        )
     left_out = [f"{count} {what}" for what, count in reading["left_out"].items()]
     if left_out or reading["notes"]:
         text.append(f"left aside: {'; '.join([*left_out, *reading['notes']])}")

@@ -60,7 +60,7 @@ def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str
     decoder, apply = choose(data.decoder), make_augment(augment.auto, augment.color_jitter)
     reading = reading_of(data)
     indices, clock, times = (
-        experiment.order.shuffled(),
+        experiment.order.images(dataset.train),
         time.perf_counter,
         dict.fromkeys(STAGES[:4], 0.0),
     )

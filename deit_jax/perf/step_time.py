@@ -35,15 +35,24 @@ PERFETTO = "perfetto_trace.json.gz"  # as JAX names it
 def data_or_random(data, batch_size: int) -> tuple[Dataset, str]:
     """Return the data of a `config.data` and "", or random images and why it is them.
 
-    These are in 1000 classes, one batch of them.
+    These are in 1000 classes, one batch of them; with `data.multi_label` in none.
     """
     try:
         return open_dataset(data), ""
     except UserError as error:
         classes = [str(i) for i in range(UNKNOWN_CLASSES)]
         images = np.zeros((batch_size, 1, 1, 3), np.uint8)
-        source = ArraySource("random", images, np.zeros(batch_size, np.int32))
+        several = (UNKNOWN_CLASSES,) * data.multi_label
+        labels = np.zeros((batch_size, *several), np.uint8 if several else np.int32)
+        source = ArraySource("random", images, labels)
         return Dataset(source, source, classes), str(error)
+
+
+def random_labels(experiment: Experiment, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return labels as a batch has them: [n] numbers of classes, or [n K] for several an image."""
+    if experiment.settings.several:
+        return rng.integers(0, 2, (count, experiment.num_classes), np.uint8)
+    return rng.integers(0, experiment.num_classes, count, np.int32)
 
 
 def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
@@ -52,7 +61,7 @@ def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (share, size, size, 3), np.uint8),
-        "label": rng.integers(0, experiment.num_classes, share, np.int32),
+        "label": random_labels(experiment, share, rng),
     }
     return experiment.on_devices(batch | stand_in(experiment, batch["label"]))
 

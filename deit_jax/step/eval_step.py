@@ -25,6 +25,16 @@ def eval_step(variables, batch, *, model, mean, std, parts: int = 1) -> dict[str
     return {**counts, "examples": jnp.sum(batch["valid"])}
 
 
+def eval_logits(variables, batch, *, model, mean, std, parts: int = 1) -> dict[str, Array]:
+    """Return each head's logits [B K] of a batch's images, and its "label" and "valid"."""
+
+    def logits(images):
+        return _by_name(model.apply(variables, normalise(images, mean, std), train=False))
+
+    answers = in_parts(logits, batch["image"], parts)
+    return {**answers, "label": batch["label"], "valid": batch["valid"]}
+
+
 def all_logits(
     variables, teacher_params, images: UInt8[Array, "B H W C"], *, model, teacher, mean, std
 ) -> dict[str, Float[Array, "B K"]]:

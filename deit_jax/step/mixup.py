@@ -7,7 +7,7 @@ many devices share it, and no image leaves its device.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
 from deit_jax.step.losses import smooth_one_hot
 
@@ -15,7 +15,7 @@ from deit_jax.step.losses import smooth_one_hot
 def mix(
     key: Key[Array, ""],
     images: Float[Array, "B H W C"],
-    labels: Int[Array, "B"],
+    labels: Int[Array, "B"] | UInt8[Array, "B K"],
     num_classes: int,
     smoothing: float,
     mixing,
@@ -24,8 +24,12 @@ def mix(
 
     The labels are smoothed before they are mixed, as in the reference. The partner of example i
     is the one half a group further on: neighbours, which may be copies of one image, never meet.
+    Labels [B K], 1 where an image has a class, are targets as they are: nothing to smooth.
     """
-    targets = smooth_one_hot(labels, num_classes, smoothing)
+    several = labels.ndim == 2
+    targets = (
+        labels.astype(jnp.float32) if several else smooth_one_hot(labels, num_classes, smoothing)
+    )
     if mixing.prob == 0.0 or mixing.mixup_alpha == mixing.cutmix_alpha == 0.0:
         return images, targets
     group = mixing.group_size

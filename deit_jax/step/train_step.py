@@ -13,10 +13,11 @@ import optax
 from jaxtyping import Array, Float
 
 from deit_jax.models.preprocess import normalise
+from deit_jax.step.distill.base import Distillation
 from deit_jax.step.fusion import unfused
 from deit_jax.step.micro_batches import accumulate, in_parts
 from deit_jax.step.mixup import mix
-from deit_jax.step.objective import DISTILLATIONS, objective
+from deit_jax.step.objective import chosen, objective
 from deit_jax.step.random_erasing import random_erase
 from deit_jax.step.state import EXTRAS, TrainState, update_health
 from deit_jax.step.teacher import Teacher, apply_with_features
@@ -40,12 +41,19 @@ class StepConfig:
     teacher_parts: int
     mesh: Any  # over which micro-batches sum their gradients; None leaves that to the compiler
     ema_decay: float
+    class_weights: tuple[float, ...] | None = None  # in the labels' loss
+    several: bool = False  # labels an image: the batch's are [B K], 1 where it has a class
     record: bool = False  # whether the metrics hold the teacher's target, as "teacher_target"
+
+    @property
+    def kind(self) -> Distillation:
+        """The kind of distillation, where there is one."""
+        return chosen(self.distill.kind, self.several)
 
     @property
     def features(self) -> bool:
         """Whether the kind of distillation asks for features."""
-        return self.distill.kind != "none" and DISTILLATIONS[self.distill.kind].features
+        return self.distill.kind != "none" and self.kind.features
 
 
 def train_step(
@@ -60,11 +68,12 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Return the state after one update and the metrics of the step.
 
-    `batch` is {"image": uint8 [B H W C], "label": int [B]}; the teacher sees the very tensor that
-    the student sees, erased and mixed. Neither gradient nor state exists for the teacher. With
-    "teacher_target" in the batch, what distillation makes of the teacher's answer ([B] labels or
-    [B K] logits), the teacher is not asked. With `settings.record` the metrics hold the target that
-    was used, in the order of the batch.
+    `batch` is {"image": uint8 [B H W C], "label": int [B]}, or uint8 [B K] where images have
+    several labels; the teacher sees the very tensor that the student sees, erased and mixed.
+    Neither gradient nor state exists for the teacher. With "teacher_target" in the batch, what
+    distillation makes of the teacher's answer ([B] labels or [B K] logits), the teacher is not
+    asked. With `settings.record` the metrics hold the target that was used, in the order of the
+    batch.
     """
     images, targets, key = model_inputs(state.step, batch, settings)
     inputs = (images, targets, batch.get("teacher_target"))
@@ -99,7 +108,7 @@ def teacher_targets(
     teacher: Teacher, params, images: Float[Array, "B H W C"], settings: StepConfig
 ):
     """Return what distillation makes of the teacher's answers, in the order of the batch."""
-    kind = DISTILLATIONS[settings.distill.kind]
+    kind = settings.kind
 
     def ask(part):
         return kind.target(jax.lax.stop_gradient(teacher.outputs(params, part, kind.features)))
@@ -136,7 +145,14 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: S
             kinds = (settings.distill, settings.label_loss, settings.label_heads)
             extras = params[EXTRAS] if settings.features else None
             total, terms = objective(
-                outputs.heads, targets, teacher_target, *kinds, outputs.features, extras
+                outputs.heads,
+                targets,
+                teacher_target,
+                *kinds,
+                outputs.features,
+                extras,
+                settings.class_weights,
+                settings.several,
             )
             return total, ({"loss": total, **terms}, new_stats)
 

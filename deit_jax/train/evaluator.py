@@ -1,15 +1,18 @@
-"""Top-1 and top-5 of every head over a data set."""
+"""Top-1 and top-5 of every head over a data set; of images with several labels, mAP."""
 
 import contextlib
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deit_jax.config.serialize import flatten
 from deit_jax.data.batches import EvalBatches
 from deit_jax.data.loader import load
+from deit_jax.data.sources.splits import listed
 from deit_jax.data.view import EvalView, reading_of
 from deit_jax.errors import Interrupted, UserError
 from deit_jax.models.attention_maps import attention_entropy
@@ -18,6 +21,7 @@ from deit_jax.models.vit import VisionTransformer
 from deit_jax.parallel import sharding
 from deit_jax.step import eval_step, micro_batches
 from deit_jax.train import memory, parts
+from deit_jax.train.average_precision import figures
 
 ATTENTION_IMAGES = 32  # that the attention's entropy is measured on
 NAMES = {"teacher": "teacher", "cls": "class head", "dist": "distillation head", "fused": "fused"}
@@ -30,9 +34,19 @@ class Evaluator:
     """
 
     def __init__(
-        self, source, data, batch_size: int, image_size: int, mesh, stopping=lambda: False
+        self,
+        source,
+        data,
+        batch_size: int,
+        image_size: int,
+        mesh,
+        stopping=lambda: False,
+        classes: Sequence[str] = (),
     ):
-        """Take examples of a source; `data` is config.data, for normalisation, crop and loading."""
+        """Take examples of a source; `data` is config.data, for normalisation, crop and loading.
+
+        `classes` are named where images have several labels.
+        """
         rows = sharding.local_rows(mesh, batch_size)
         view = EvalView(image_size, data.eval_crop_ratio, reading_of(data))
         self._batches = EvalBatches(source, batch_size, view, rows, data.skip_unreadable)
@@ -40,6 +54,7 @@ class Evaluator:
         self._data, self._mesh, self._examples = data, mesh, len(source)
         self._stopping, self.held = stopping, 0
         self._counted = self._examples  # of them, those that could be read
+        self._classes, self._without = classes, list[str]()
         self._few: jax.Array | None = None  # the first images, once they were met
         self._share = batch_size // (mesh.size // mesh.shape["tensor"])
 
@@ -50,17 +65,38 @@ class Evaluator:
             static_argnames=("model", "parts"),
         )
 
+    @functools.cached_property
+    def _answer(self):
+        return jax.jit(
+            functools.partial(eval_step.eval_logits, mean=self._data.mean, std=self._data.std),
+            static_argnames=("model", "parts"),
+            out_shardings=sharding.replicated(self._mesh),  # every process ranks all examples
+        )
+
     def model(self, model, variables) -> dict[str, Any]:
-        """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in percent of the examples."""
+        """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in percent of the examples.
+
+        Of images with several labels {"mAP", "AP": {class: …}}.
+        """
         count = self._parts(model, self.image_size)
+        if self._data.multi_label:
+            answer = functools.partial(self._answer, variables, model=model, parts=count)
+            return self._rank(answer)
         return self._evaluate(functools.partial(self._count, variables, model=model, parts=count))
 
-    def examples(self) -> dict[str, int]:
-        """Return how many examples were counted last and, if any were not, how many were not."""
-        left_out = self._examples - self._counted
-        return {"examples": self._counted, **({"unreadable": left_out} if left_out else {})}
+    def examples(self) -> dict[str, Any]:
+        """Return how many examples were counted last and, if any were not, how many were not.
 
-    def read(self, index: int) -> tuple[np.ndarray, int] | None:
+        With several labels an image, also the names of "without_positives": classes without any.
+        """
+        left_out = self._examples - self._counted
+        return {
+            "examples": self._counted,
+            **({"unreadable": left_out} if left_out else {}),
+            **({"without_positives": self._without} if self._without else {}),
+        }
+
+    def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray] | None:
         """Return an example as it is evaluated and its label, None where it is left out."""
         return self._batches.read(index)
 
@@ -87,30 +123,87 @@ class Evaluator:
         entropy = jax.device_get(self._entropy(variables, self._few, model=model))
         return {"mean": entropy.mean().item(), "lowest_head": entropy.min().item()}
 
-    def teacher(self, teacher, params) -> dict[str, float]:
-        """Return the teacher's {"top1", "top5"} on images as a student's step hands them over."""
+    def teacher(self, teacher, params) -> dict[str, Any]:
+        """Return the teacher's {"top1", "top5"} on images as a student's step hands them over.
 
+        Of images with several labels {"mAP", "AP"}.
+        """
         count_of_parts = self._parts(teacher.model, teacher.image_size or self.image_size)
+
+        def predict(params, batch):
+            def predict_part(images):
+                return teacher.logits(params, self._normalise(images))
+
+            return micro_batches.in_parts(predict_part, batch["image"], count_of_parts)
+
+        if self._data.multi_label:
+
+            @functools.partial(jax.jit, out_shardings=sharding.replicated(self._mesh))
+            def answer(params, batch):
+                known = {"label": batch["label"], "valid": batch["valid"]}
+                return {"teacher": predict(params, batch), **known}
+
+            return self._rank(functools.partial(answer, params))["teacher"]
 
         @jax.jit
         def count(params, batch):
-            def predict(images):
-                return teacher.logits(params, self._normalise(images))
-
-            logits = micro_batches.in_parts(predict, batch["image"], count_of_parts)
+            logits = predict(params, batch)
             right = eval_step.count_correct(logits, batch["label"], batch["valid"])
             return {"teacher": right, "examples": jnp.sum(batch["valid"])}
 
         return self._evaluate(functools.partial(count, params))["teacher"]
 
     def _evaluate(self, count) -> dict[str, Any]:
-        smaller = max(1, self._batch_size // 2)
-        remedy = f"try --config.train.eval_batch_size={smaller}"
-        with memory.explained("evaluation", remedy):
-            return self._count_all(count)
+        """Return the sums of what is counted in each batch, in percent of the examples."""
+        totals: Any = None
 
-    def _count_all(self, count) -> dict[str, Any]:
-        totals = None
+        def add(counts) -> None:
+            nonlocal totals
+            totals = counts if totals is None else jax.tree.map(jnp.add, totals, counts)
+
+        with self._explained():
+            self._each(count, add)
+            totals = jax.device_get(totals)
+        self._tell_count(int(totals.pop("examples")))  # those of every process
+        return jax.tree.map(lambda n: 100.0 * int(n) / self._counted, totals)
+
+    def _rank(self, answer) -> dict[str, Any]:
+        """Return the average precisions of every head's logits of all examples."""
+        parts: list[dict[str, np.ndarray]] = []
+
+        def keep(answers) -> None:
+            answers = jax.device_get(answers)
+            valid = answers.pop("valid")
+            parts.append({name: x[valid] for name, x in answers.items()})
+
+        with self._explained():
+            self._each(answer, keep)
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        labels = whole.pop("label")
+        self._tell_count(len(labels))
+        there = np.asarray(labels.any(axis=0))
+        self._without = [self._classes[i] for i in np.flatnonzero(~there).tolist()]
+        if not there.any():
+            raise UserError(
+                f"config.data.source={self._data.source}: none of its {len(labels)} images for "
+                "evaluation has a label; take others, or a larger config.data.eval_fraction"
+            )
+        return {name: figures(x, labels, self._classes) for name, x in whole.items()}
+
+    def _tell_count(self, counted: int) -> None:
+        self._counted = counted
+        if not counted:
+            raise UserError(
+                f"config.data.source={self._data.source}: none of its {self._examples} images for "
+                "evaluation can be read; repair them"
+            )
+
+    def _explained(self) -> contextlib.AbstractContextManager:
+        smaller = max(1, self._batch_size // 2)
+        return memory.explained("evaluation", f"try --config.train.eval_batch_size={smaller}")
+
+    def _each(self, function, take: Callable[[Any], None]) -> None:
+        """Take what a function makes of each batch on the devices."""
         loader = load(
             self._batches, 0, len(self._batches), self._data.threads, self._data.prefetch_batches
         )
@@ -120,18 +213,9 @@ class Evaluator:
                 del read  # or its memory would not be free while the next is loaded
                 if self._few is None:
                     self._few = self._first_images(batch["image"], batch["valid"])
-                counts = count(batch=batch)
-                totals = counts if totals is None else jax.tree.map(jax.numpy.add, totals, counts)
+                take(function(batch=batch))
                 if self._stopping():
                     raise Interrupted("stopped while evaluating")
-        totals = jax.device_get(totals)
-        self._counted = counted = int(totals.pop("examples"))  # those of every process
-        if not counted:
-            raise UserError(
-                f"config.data.source={self._data.source}: none of its {self._examples} images for "
-                "evaluation can be read; repair them"
-            )
-        return jax.tree.map(lambda n: 100.0 * int(n) / counted, totals)
 
     def _first_images(self, images: jax.Array, valid: jax.Array) -> jax.Array:
         count = min(ATTENTION_IMAGES, self._examples, len(images))
@@ -144,14 +228,47 @@ class Evaluator:
         return jax.jit(lambda x: x[:count], out_shardings=everywhere)(images)
 
 
+def told(results: dict[str, Any]) -> dict[str, float]:
+    """Return what of an evaluation is followed as a run goes on: {"fused.top1": …}.
+
+    The average precision of single classes is that of the fused prediction.
+    """
+    heads = {
+        key: value
+        for key, value in flatten(results).items()
+        if "." in key and ".AP." not in key  # of a head, not counts
+    }
+    each = results["fused"].get("AP", {})
+    return heads | {f"fused.AP.{name}": v for name, v in each.items() if v is not None}
+
+
 def table(results: dict[str, Any]) -> str:
     """Return the results as lines for people."""
     left_out = results.get("unreadable", 0)
     beside = f", besides {left_out} that cannot be read" if left_out else ""
-    lines = [f"{results['examples']} examples{beside}", f"{'':24}{'top-1 %':>9}{'top-5 %':>9}"]
+    lines = [f"{results['examples']} examples{beside}"]
+    if "mAP" in results["fused"]:
+        return "\n".join([*lines, *_precisions(results)])
+    lines.append(f"{'':24}{'top-1 %':>9}{'top-5 %':>9}")
     for label, group in (("", results), (" (EMA)", results.get("ema", {}))):
         for key, name in NAMES.items():
             if key in group:
                 top1, top5 = group[key]["top1"], group[key]["top5"]
                 lines.append(f"{name + label:24}{top1:9.2f}{top5:9.2f}")
     return "\n".join(lines)
+
+
+def _precisions(results: dict[str, Any]) -> list[str]:
+    """Return lines of the mean average precision of every head, and of each class in the best."""
+    named = {
+        name + label: group[key]
+        for label, group in (("", results), (" (EMA)", results.get("ema", {})))
+        for key, name in NAMES.items()
+        if key in group
+    }
+    lines = [f"{'':24}{'mAP %':>9}", *(f"{k:24}{v['mAP']:9.2f}" for k, v in named.items())]
+    if without := results.get("without_positives"):
+        lines.append(f"mean without {len(without)} classes of no positives: {listed(without)}")
+    lines += ["", f"{'fused, by class':24}{'AP %':>9}"]
+    known = [(k, v) for k, v in results["fused"]["AP"].items() if v is not None]
+    return lines + [f"{name:24}{value:9.2f}" for name, value in known]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from deit_jax.config.serialize import BEFORE, from_json
 from deit_jax.data.batches import Batch, Batches, TrainBatches
+from deit_jax.data.class_weights import class_weights
 from deit_jax.data.decoders import choose
 from deit_jax.data.loader import load
 from deit_jax.data.order import EpochOrder, whole_steps
@@ -31,7 +32,6 @@ from deit_jax.models.heads import Heads
 from deit_jax.parallel import sharding
 from deit_jax.step.compile import jit_train_step
 from deit_jax.step.distill.base import Outputs
-from deit_jax.step.objective import DISTILLATIONS
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import TrainState, init_state
 from deit_jax.step.teacher import Teacher, apply_with_features
@@ -193,11 +193,12 @@ def resolve(
     images: int,
     devices: Sequence | None = None,
     whole: bool = False,
+    weights: tuple[float, ...] | None = None,
 ) -> Experiment:
     """Return what a validated config means for data of so many classes and images.
 
     `devices` need not be there (`deit plan`); None are those at hand. Raise UserError where nothing
-    fits into their memory. `whole` is for who compiles no step: nothing is asked of memory.
+    fits into their memory, unless `whole`, for who compiles no step. `weights`: see settings_of.
     """
     config = config.copy_and_resolve_references()
     mesh = sharding.make_mesh(config.mesh, devices=devices)
@@ -206,8 +207,7 @@ def resolve(
     optimizer = make_optimizer(config.optim, schedule)
     model = build_model(config.model, classes, config.dtype)
     size, spec = image_size(config.model), teacher_spec(config)
-    settings = settings_of(config, classes, mesh)
-    teacher = abstract_teacher(spec, classes)
+    teacher, settings = abstract_teacher(spec, classes), settings_of(config, classes, mesh, weights)
     load = Load(
         name=config.model.name,
         mesh=mesh,
@@ -273,7 +273,11 @@ def prepare(
     spec = teacher_spec(config)
     if spec and spec.answers and not spec.weights:
         resolve(teacher_config(config), *size, devices)  # raises if no image fits
-    return resolve(config, *size, devices), dataset
+    weights = class_weights(config.loss.class_weights, dataset)
+    experiment = resolve(config, *size, devices, weights=weights)
+    if experiment.order.balance != "none":
+        experiment.order.images(dataset.train)  # raises if the source does not tell its labels
+    return experiment, dataset
 
 
 def sketch(
@@ -319,12 +323,18 @@ def resolved_rules(given: int | None, workdir: Path | None, teacher: ConfigDict)
 
 def length_of(config: ConfigDict, images: int) -> tuple[EpochOrder, int]:
     """Return the order of a run's examples and the number of its steps."""
-    order = EpochOrder(images, config.batch_size, config.augment.repeats, config.seed)
+    sizes = (images, config.batch_size, config.augment.repeats)
+    order = EpochOrder(*sizes, config.seed, config.data.balance)
     return order, whole_steps(config.epochs, order.steps_per_epoch)
 
 
-def settings_of(config: ConfigDict, num_classes: int, mesh=None) -> StepConfig:
-    """Gather what train_step reads; a device takes its share in `optim.accum_steps` parts."""
+def settings_of(config: ConfigDict, num_classes: int, mesh=None, weights=None) -> StepConfig:
+    """Gather what train_step reads; a device takes its share in `optim.accum_steps` parts.
+
+    `weights` are what `loss.class_weights` means for the data, ones for who has none.
+    """
+    if config.loss.class_weights and weights is None:
+        weights = (1.0,) * num_classes
     return StepConfig(
         seed=config.seed,
         num_classes=num_classes,
@@ -340,6 +350,8 @@ def settings_of(config: ConfigDict, num_classes: int, mesh=None) -> StepConfig:
         teacher_parts=config.optim.accum_steps,
         mesh=mesh,
         ema_decay=config.optim.ema_decay,
+        class_weights=weights,
+        several=config.data.multi_label,
     )
 
 
@@ -350,7 +362,7 @@ def target_shape(teacher: tuple[Teacher, Any] | None, settings: StepConfig, size
     """
     if settings.distill.kind == "none":
         return None
-    kind = DISTILLATIONS[settings.distill.kind]
+    kind = settings.kind
 
     def target(params, images):
         if teacher is None:
@@ -367,7 +379,7 @@ def init_extras(
     """Return the trainable parameters of the kind of distillation; {} for most."""
     if settings.distill.kind == "none":
         return {}
-    kind = DISTILLATIONS[settings.distill.kind]
+    kind = settings.kind
     if not kind.features:
         return {}
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)

@@ -23,7 +23,8 @@ class TeacherSpec:
     """What a config says of its teacher.
 
     `weights` are as configured, "" where the teacher is trained first; `image_size` is that of the
-    images that it is shown; `student_mean` and `student_std` normalise those it is handed.
+    images that it is shown; `student_mean` and `student_std` normalise those it is handed;
+    `several` says that images have several labels.
     """
 
     model_config: ConfigDict
@@ -34,6 +35,7 @@ class TeacherSpec:
     dtype: str
     tape: str
     source: str
+    several: bool = False
 
     def build(self, num_classes: int):
         """Return the model as the config knows it, with its batch norm folded."""
@@ -74,6 +76,7 @@ def teacher_spec(config: ConfigDict) -> TeacherSpec | None:
         # A run older than the field has no tape.
         tape=config.teacher.tape if "tape" in config.teacher else "off",
         source=config.data.source,
+        several=config.data.get("multi_label", False),
     )
 
 
@@ -106,6 +109,12 @@ def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[T
     opened, note = in_order(opened, classes, whose, spec.source)
     if note:
         log.info(note)
+    if opened.multi_label not in (None, spec.several):
+        says = "any number of classes" if opened.multi_label else "one class"
+        raise UserError(
+            f"config.teacher.weights={weights}: the teacher answers {says} an image; take one that "
+            f"was trained with data.multi_label={spec.several}, as the student is"
+        )
     if getattr(opened.model, "image_size", spec.image_size) != spec.image_size:
         raise UserError(
             f"config.teacher.weights={weights}: the teacher takes {opened.image_size} px images, "

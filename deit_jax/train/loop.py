@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from deit_jax.config.serialize import flatten
 from deit_jax.data.batches import TrainBatches
 from deit_jax.data.order import offset_seed
 from deit_jax.data.sources.base import Dataset
@@ -20,7 +19,7 @@ from deit_jax.parallel.signals import StopRequest
 from deit_jax.step.state import EXTRAS
 from deit_jax.step.teacher import Teacher
 from deit_jax.train import divergence, memory
-from deit_jax.train.evaluator import NAMES, Evaluator
+from deit_jax.train.evaluator import NAMES, Evaluator, told
 from deit_jax.train.experiment import Experiment
 from deit_jax.train.tape.session import NoTape
 from deit_jax.workdir.checkpoints import Checkpointer
@@ -60,8 +59,11 @@ class Trainer:
             experiment.image_size,
             experiment.mesh,
             stopping,
+            dataset.classes,
         )
-        self.checkpointer = Checkpointer(workdir, experiment.train.keep_checkpoints, read_only)
+        self.figure = ("mAP", "mAP") if experiment.data.multi_label else ("top1", "top-1")
+        kept = experiment.train.keep_checkpoints
+        self.checkpointer = Checkpointer(workdir, kept, read_only, best=self.figure[0])
         if not read_only:
             self.checkpointer.notify_with(functools.partial(log_event, workdir))
         for line in experiment.unsplit():
@@ -224,21 +226,21 @@ class Trainer:
     def _evaluate_and_save(self, step: int, writer, stopping: bool = False) -> None:
         """Do what is due after a step; raise Interrupted, the state saved, if asked to stop."""
         self.tape.flush()  # before the state: a run that goes on from it has all before on its tape
-        top1, eval_due = None, self._due(step, "eval")
+        score, eval_due = None, self._due(step, "eval")
         if eval_due and not stopping:
             try:
-                top1 = self._log_evaluation(step, writer)
+                score = self._log_evaluation(step, writer)
             except Interrupted:
                 stopping = True
         # A state of bad steps is the one before them: kept out of the plan, that one stays.
         planned = self._due(step, "save") and (self._in_row == 0 or step == self.total_steps)
         if not stopping:
             if planned:
-                self.checkpointer.save(step, self.state, top1)
+                self.checkpointer.save(step, self.state, score)
             return
-        pending = eval_due and top1 is None
+        pending = eval_due and score is None
         interim = pending or not planned
-        self.checkpointer.save(step, self.state, top1, interim=interim, eval_pending=pending)
+        self.checkpointer.save(step, self.state, score, interim=interim, eval_pending=pending)
         self.checkpointer.require_saved(step)
         log_event(self.workdir, "stopped", step=step, signal=self.stop.name)
         raise Interrupted(
@@ -249,15 +251,14 @@ class Trainer:
 
     def _log_evaluation(self, step: int, writer) -> float:
         results = self.evaluate()
-        flat = flatten(results)
-        counts = ("examples", "unreadable")
-        values = {f"eval/{k}": v for k, v in flat.items() if k not in counts}
+        values = {f"eval/{k}": v for k, v in told(results).items()}
         attention = self.evaluator.attention(self.experiment.model, self.state.variables)
         values |= {f"attention_entropy/{k}": v for k, v in attention.items()}
         writer.write(step, values)
-        heads = ", ".join(f"{NAMES[k]} {v['top1']:.2f}" for k, v in results.items() if k in NAMES)
-        writer.say(f"step {step}/{self.total_steps}: top-1 {heads}")
-        return results["fused"]["top1"]
+        key, name = self.figure
+        heads = ", ".join(f"{NAMES[k]} {v[key]:.2f}" for k, v in results.items() if k in NAMES)
+        writer.say(f"step {step}/{self.total_steps}: {name} {heads}")
+        return results["fused"][key]
 
     def evaluate(self) -> dict[str, Any]:
         """Return the accuracy of the weights and, if there is one, of their moving average."""

@@ -137,7 +137,14 @@ class Load:
             kinds = (settings.distill, settings.label_loss, settings.label_heads)
             extras = params[EXTRAS] if settings.features else None
             return objective(
-                outputs.heads, targets, teacher_target, *kinds, outputs.features, extras
+                outputs.heads,
+                targets,
+                teacher_target,
+                *kinds,
+                outputs.features,
+                extras,
+                settings.class_weights,
+                settings.several,
             )[0]
 
         return jax.value_and_grad(loss)(variables["params"])

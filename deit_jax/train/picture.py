@@ -2,6 +2,7 @@
 
 import functools
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def draw(trainer, results: dict[str, Any], path: Path) -> None:
     """
     figure = plt.figure(figsize=(16, 7.5), layout="constrained")
     curves, grid = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.6))[0]
-    _draw_curves(curves.subplots(2, 1, sharex=True), trainer.workdir, results)
+    _draw_curves(curves.subplots(2, 1, sharex=True), trainer, results)
     _draw_grid(grid, trainer)
     figure.suptitle(f"{trainer.experiment.name} on {trainer.experiment.data.source}")
     if jax.process_index() == 0:
@@ -38,17 +39,17 @@ def draw(trainer, results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_curves(axes, workdir: Path, results: dict[str, Any]) -> None:
-    records = read_lines(workdir / "metrics.jsonl")
-    accuracy, loss = axes
+def _draw_curves(axes, trainer, results: dict[str, Any]) -> None:
+    records = read_lines(trainer.workdir / "metrics.jsonl")
+    (accuracy, loss), (figure, name) = axes, trainer.figure
     for head in ("cls", "dist", "fused"):
-        points = [(r["step"], r[k]) for r in records if (k := f"eval/{head}.top1") in r]
+        points = [(r["step"], r[k]) for r in records if (k := f"eval/{head}.{figure}") in r]
         if points:
             accuracy.plot(*zip(*points, strict=True), color=COLOURS[head], label=NAMES[head])
     if "teacher" in results:
-        top1 = results["teacher"]["top1"]
-        accuracy.axhline(top1, color=COLOURS["teacher"], linestyle="--", label="teacher")
-    accuracy.set(ylabel="top-1 on held-out images, %", ylim=(None, 101))
+        score = results["teacher"][figure]
+        accuracy.axhline(score, color=COLOURS["teacher"], linestyle="--", label="teacher")
+    accuracy.set(ylabel=f"{name} on held-out images, %", ylim=(None, 101))
     for key in ("loss", "loss_label", "loss_teacher"):
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
@@ -74,16 +75,27 @@ def _draw_grid(figure, trainer) -> None:
         panel.axis("off")
     for i, (panel, (_, own)) in enumerate(zip(panels, read, strict=False)):
         panel.imshow(images[i])
-        said = {who: int(labels[i]) for who, labels in answers.items()}
-        right = all(label == own for label in said.values())
-        lines = [f"{names[who]}: {classes[label][:14]}" for who, label in said.items()]
+        said = {who: labels[i] for who, labels in answers.items()}
+        right = all(np.array_equal(label, own) for label in said.values())
+        lines = [f"{names[who]}: {_named(label, classes)}" for who, label in said.items()]
         panel.set_title("\n".join(lines), fontsize=7, color="black" if right else "#d62728")
     figure.suptitle("held-out images; red: an answer is wrong", fontsize=9)
 
 
+def _named(label: np.ndarray | np.generic, classes: Sequence[str]) -> str:
+    """Return the name of a label, or those of several, shortened."""
+    if label.ndim == 0:
+        return classes[int(label)][:14]
+    return (", ".join(classes[i] for i in np.flatnonzero(label).tolist()) or "none")[:22]
+
+
 def answer(trainer, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the labels that teacher (if there is one) and student give to uint8 images."""
+    """Return the labels that teacher (if there is one) and student give to uint8 images.
+
+    Where images have several, those whose sigmoid is above a half, [n K].
+    """
     experiment, everywhere = trainer.experiment, replicated(trainer.experiment.mesh)
+    several = experiment.settings.several
 
     # Labels that every process has whole: logits would be split as the heads' weights are.
     @functools.partial(jax.jit, out_shardings=everywhere)
@@ -97,7 +109,7 @@ def answer(trainer, images: np.ndarray) -> dict[str, np.ndarray]:
             mean=experiment.settings.mean,
             std=experiment.settings.std,
         )
-        return {name: x.argmax(-1) for name, x in logits.items()}
+        return {name: x > 0 if several else x.argmax(-1) for name, x in logits.items()}
 
     placed = jax.device_put(images, everywhere)
     found = jax.device_get(labels(trainer.state.variables, trainer.teacher_params, placed))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from deit_jax.data import card
@@ -52,7 +53,7 @@ def train(
         teacher = None  # the tape keeps it on hand
     with directory.locked(workdir):
         directory.bind_config(workdir, config, dataset.classes, allowed)
-        for line in held_out.note(workdir, dataset):
+        for line in held_out.note(workdir, dataset, experiment.settings.class_weights):
             log.warning(line)
         if announce:
             _announce(dataset, config.data.source, workdir)
@@ -122,6 +123,25 @@ def summary(trainer: Trainer) -> str:
     )
 
 
+def uneven(experiment: Experiment, dataset: Dataset) -> list[str]:
+    """Return lines on classes that are met or weighed otherwise than they have images."""
+    classes, order, lines = dataset.classes, experiment.order, []
+    if order.balance != "none":
+        share = order.images(dataset.train).share(epoch=0)
+        fewest, most = int(np.argmin(share)), int(np.argmax(share))
+        lines.append(
+            f"data.balance={order.balance}: the first epoch meets {share[fewest]} "
+            f"({classes[fewest]}) to {share[most]} ({classes[most]}) images of a class"
+        )
+    if weights := experiment.settings.class_weights:
+        low, high = int(np.argmin(weights)), int(np.argmax(weights))
+        lines.append(
+            f"loss.class_weights: {weights[low]:.3g} ({classes[low]}) to {weights[high]:.3g} "
+            f"({classes[high]})"
+        )
+    return lines
+
+
 def _in_parts(experiment: Experiment) -> str:
     """Return how a device takes its share of a batch, and what memory that is expected to need."""
     share, count = experiment.load.share, experiment.settings.micro_batches
@@ -135,6 +155,8 @@ def _in_parts(experiment: Experiment) -> str:
 def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
     experiment, dataset, workdir = trainer.experiment, trainer.dataset, trainer.workdir
     log.info(summary(trainer))
+    for line in uneven(experiment, dataset):
+        log.info(line)
     if len(dataset.train) < experiment.batch_size:
         log.warning(
             "a batch repeats images: there are %d, config.batch_size=%d; a lower multiple of "

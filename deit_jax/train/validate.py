@@ -1,5 +1,6 @@
 """Checks that no single room can make: fields in range, and fit for each other."""
 
+import inspect
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,6 +8,8 @@ from ml_collections import ConfigDict
 from deit_jax.config.schema import CHOICES, INT32, OPTIONAL, RANGES
 from deit_jax.config.serialize import flatten
 from deit_jax.data.augment import make_augment
+from deit_jax.data.balance import WEIGHTS
+from deit_jax.data.class_weights import BALANCED
 from deit_jax.data.decoders import DECODERS
 from deit_jax.data.order import whole_steps
 from deit_jax.errors import UserError
@@ -14,7 +17,7 @@ from deit_jax.models import cudnn, vit
 from deit_jax.models.build import build_model, without_bfloat16
 from deit_jax.parallel.sharding import mesh_sizes
 from deit_jax.step.losses import LABEL_LOSSES
-from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
 from deit_jax.train.load_teacher import teacher_config
 
@@ -38,6 +41,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     """Raise UserError naming the first key whose value is out of range or contradicts another."""
     flat = flatten(config)
     choices_of = CHOICES | {
+        "data.balance": ("none", *WEIGHTS),
         "data.decoder": ("auto", *reversed(DECODERS)),
         "distill.kind": ("none", *DISTILLATIONS),
         "loss.kind": tuple(LABEL_LOSSES),
@@ -64,6 +68,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "loss.smoothing",
         "must be 0 with loss.kind=binary, where it would make every class a target",
     )
+    _check_labels(check)
     if config.loss.heads == "both":
         model = build_model(config.model, num_classes=2)
         two = getattr(model, "distilled", False) and model.dist_head
@@ -82,7 +87,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "init.weights",
         "this config starts from trained weights: give a run's workdir or a weight file",
     )
-    _check_tape(config.teacher, config.distill.kind, check)
+    _check_tape(config.teacher, config.distill.kind, config.data.multi_label, check)
     check(
         config.distill.kind == "none"
         or bool(config.teacher.weights)
@@ -94,12 +99,48 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     )
 
 
-def _check_tape(teacher, kind: str, check: Check) -> None:
-    recordable = kind == "none" or DISTILLATIONS[kind].tape is not None
+def _check_labels(check: Check) -> None:
+    """Check what is asked of images of several labels, and of classes of unequal size."""
+    balance, kind, several = check["data.balance"], check["loss.kind"], check["data.multi_label"]
+    check(
+        kind == "binary" or not several,
+        "loss.kind",
+        "one label an image; data.multi_label=True takes loss.kind=binary, loss.smoothing=0",
+    )
+    check(
+        balance == "none" or not several,
+        "data.balance",
+        "images of several labels cannot be shared out by class; take loss.class_weights instead",
+    )
+    distill = check["distill.kind"]
+    check(
+        distill == "none" or distillation(distill, several) is not None,
+        "distill.kind",
+        "knows no images of several labels; leave config.data.multi_label out",
+    )
+    if not check["loss.class_weights"]:
+        return
+    check(
+        check["loss.class_weights"] != BALANCED or balance == "none",
+        "loss.class_weights",
+        f"data.balance={balance} meets small classes more often already; take one of "
+        "the two, or give numbers",
+    )
+    check(
+        "weights" in inspect.signature(LABEL_LOSSES[kind]).parameters,
+        "loss.class_weights",
+        f"loss.kind={kind} knows no weights of classes; leave it out",
+    )
+
+
+def _check_tape(teacher, kind: str, several: bool, check: Check) -> None:
+    form = distillation(kind, several)
+    recordable = kind == "none" or (form is not None and form.tape is not None)
+    of = " of several labels an image" if several else ""
     check(
         teacher.tape == "off" or recordable,
         "teacher.tape",
-        f"what distill.kind={kind} learns cannot be recorded; leave it off",
+        f"what distill.kind={kind} learns{of} cannot be recorded; leave it off",
     )
     check(
         teacher.tape == "off" or kind != "none",

@@ -77,6 +77,8 @@ def convert(
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     reading = dataclasses.asdict(opened.reading)
     unsaid = [f"data.{k}={reading[k]}" for k, v in _PLAIN.items() if reading[k] != v]
+    if opened.multi_label and to == "deit":
+        log.warning("%s cannot say that its classes are answered each by itself (sigmoid)", path)
     if unsaid and to != "deit_jax":
         log.warning("%s cannot say %s: prepare its images so", path, ", ".join(unsaid))
     return to

@@ -41,6 +41,7 @@ class LoadedWeights:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_ratio: float
+    multi_label: bool | None = None  # whether each class is answered by itself; None: not said
     reading: Reading = PLAIN
     notes: tuple[str, ...] = ()
     run: Run | None = None

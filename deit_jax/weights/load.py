@@ -38,7 +38,7 @@ from deit_jax.workdir.saved_run import load_run
 HUB = "hf-hub:"
 
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
-_IN_METADATA = ("format", "classes", "image_size", "mean", "std", "crop_ratio")
+_IN_METADATA = ("format", "classes", "image_size", "mean", "std", "crop_ratio", "multi_label")
 
 _HUB_FILES = ("config.json", "preprocessor_config.json")
 
@@ -148,6 +148,7 @@ def _open(source: str, model, default, head: str, dtype: str) -> LoadedWeights:
         mean=metadata.mean or spec.mean,
         std=metadata.std or spec.std,
         crop_ratio=metadata.crop_ratio or spec.crop_ratio,
+        multi_label=metadata.multi_label,
         notes=metadata.notes,
     )
 
@@ -169,6 +170,7 @@ def _open_run(source: str, path: Path, model, dtype: str) -> LoadedWeights:
         mean=data.mean,
         std=data.std,
         crop_ratio=data.eval_crop_ratio,
+        multi_label=data.multi_label,
     )
     if isinstance(model, str) and model != name:
         raise ValueError(f"{source} holds the run of a {name}, not of a {model}")

@@ -40,6 +40,7 @@ class Metadata:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     crop_ratio: float | None = None
+    multi_label: bool | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -47,6 +48,8 @@ class Metadata:
         _must(name is None or isinstance(name, str), "name", name, "a string")
         _must(_names(self.overrides), "overrides", self.overrides, "fields of the model")
         _must(classes is None or _names(classes), "classes", classes, "a list of names")
+        several = self.multi_label
+        _must(several is None or isinstance(several, bool), "multi_label", several, "true or false")
         for key, low in (("mean", -math.inf), ("std", 0.0)):
             value = getattr(self, key)
             fine = isinstance(value, tuple) and len(value) == 3
@@ -111,8 +114,8 @@ def read_metadata(path: Path) -> Metadata:
     except SafetensorError:
         return Metadata(format="PyTorch file")
     described = _read_object(described, f"the metadata {METADATA!r}")
-    known = ("name", "overrides", "classes", "image_size", "mean", "std", "crop_ratio")
-    unknown = sorted(described.keys() - {*known})
+    known = {"name", "overrides", "classes", "image_size", "mean", "std", "crop_ratio"}
+    unknown = sorted(described.keys() - known - {"multi_label"})
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r:.60} in the metadata {METADATA!r}")
     if isinstance(described.get("overrides"), dict):
@@ -173,8 +176,13 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
         mean=_tuple(inputs.get("image_mean")),
         std=_tuple(inputs.get("image_std")),
         crop_ratio=_crop_ratio(inputs),
+        multi_label=_PROBLEMS.get(str(described.get("problem_type"))),
         notes=() if epsilon == 1e-6 else (note,),
     )
+
+
+# transformers' words for how labels are meant.
+_PROBLEMS = {"multi_label_classification": True, "single_label_classification": False}
 
 
 def _crop_ratio(inputs: dict[str, Any]) -> float | None:

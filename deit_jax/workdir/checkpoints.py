@@ -25,9 +25,13 @@ logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(rec
 
 @dataclasses.dataclass
 class KeepPolicy:
-    """Keep the latest planned checkpoints, the best one and the newest, planned or not."""
+    """Keep the latest planned checkpoints, the best one and the newest, planned or not.
+
+    `best` is the figure that ranks them.
+    """
 
     keep: int
+    best: str = "top1"
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Return for each checkpoint, oldest first, whether it stays."""
@@ -37,9 +41,9 @@ class KeepPolicy:
         # what a run finds to roll back to would depend on when it was stopped.
         kept = {s for s in steps if not facts[s].get("interim")}
         kept = set(sorted(kept)[-self.keep :]) | set(steps[-1:])
-        ranked = [s for s in steps if facts[s].get("top1") is not None]
+        ranked = [s for s in steps if facts[s].get(self.best) is not None]
         if ranked:
-            kept.add(max(ranked, key=lambda s: (facts[s]["top1"], s)))
+            kept.add(max(ranked, key=lambda s: (facts[s][self.best], s)))
         return [s in kept for s in steps]
 
 
@@ -50,8 +54,9 @@ class Checkpointer:
     directory that is gone or read-only raises UserError.
     """
 
-    def __init__(self, workdir: Path, keep: int, read_only: bool = False):
+    def __init__(self, workdir: Path, keep: int, read_only: bool = False, best: str = "top1"):
         self._saving: int | None = None
+        self._best = best
         self._read_only = read_only
         self._notify = lambda event, **facts: None
         options = {"read_only": True, "create": False} if read_only else {}
@@ -67,8 +72,8 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=KeepPolicy(keep),
-                    best_fn=lambda facts: facts["top1"],  # without one, no facts are saved
+                    preservation_policy=KeepPolicy(keep, best),
+                    best_fn=lambda facts: facts[best],  # without one, no facts are saved
                     **options,
                 ),
             )
@@ -88,16 +93,16 @@ class Checkpointer:
         self,
         step: int,
         state,
-        top1: float | None,
+        score: float | None,
         interim: bool = False,
         eval_pending: bool = False,
     ) -> None:
-        """Start saving; `top1` (percent) ranks the checkpoint if it was just evaluated.
+        """Start saving; `score` (percent) ranks the checkpoint if it was just evaluated.
 
         `interim` marks a checkpoint outside the plan, `eval_pending` one whose evaluation is due.
         """
         self.settle()
-        facts = {"top1": top1, "interim": interim, "eval_pending": eval_pending}
+        facts = {self._best: score, "interim": interim, "eval_pending": eval_pending}
         self._saving = step
         try:
             backend(self._directory).must_be_writable(self._directory)
@@ -201,7 +206,7 @@ class Checkpointer:
         return [s for s in steps if not (planned and self.facts(s).get("interim"))]
 
     def facts(self, step: int) -> dict[str, Any]:
-        """Return what was saved beside a state: top1, interim, eval_pending."""
+        """Return what was saved beside a state: its figure, interim, eval_pending."""
         return self._manager.metrics(step) or {}
 
     def _restore(self, step: int, abstract_state):

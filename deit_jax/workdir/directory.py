@@ -28,7 +28,7 @@ from deit_jax.data.classes import align
 from deit_jax.data.sources.registry import SOURCES
 from deit_jax.data.sources.splits import listed
 from deit_jax.errors import UserError
-from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.step.objective import distillation
 from deit_jax.storage import (
     LockedError,
     append_line,
@@ -146,16 +146,17 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     for key in sorted(old.keys() | new.keys()):
         before = old.get(key, defaults.get(key, "(no such field)"))
         after = new.get(key, "(no such field)")
-        if key == "teacher.tape" and _same_bits(before, after, new["distill.kind"]):
+        if key == "teacher.tape" and _same_bits(before, after, new):
             continue
         if before != after and key not in MAY_CHANGE and not key.startswith("mesh."):
             changed[key] = f"{key}: {before} -> {after}"
     return changed
 
 
-def _same_bits(before: str, after: str, kind: str) -> bool:
+def _same_bits(before: str, after: str, new: dict[str, Any]) -> bool:
     """Return whether another use of the label tape trains the same: some tapes are rounded."""
-    form = DISTILLATIONS[kind].tape if kind in DISTILLATIONS else None
+    kind = distillation(new["distill.kind"], bool(new.get("data.multi_label")))
+    form = kind.tape if kind else None
     return (form is not None and form.exact) or "replay" not in (before, after)
 
 

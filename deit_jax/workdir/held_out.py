@@ -5,6 +5,7 @@ Where a part of the data was held out, its names are in WORKDIR/held_out.txt.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from deit_jax.data.sources.base import Dataset, Labelled, Source, key_of
+from deit_jax.data.sources.splits import listed
 from deit_jax.storage import backend, exists, read_json, read_text, write_json
 
 DATA, NAMES = "data.json", "held_out.txt"
@@ -24,23 +26,33 @@ def identity(source: Source) -> dict[str, Any]:
     """
     if not isinstance(source, Labelled):
         return {"images": len(source), "sha256": None}
-    digest = hashlib.sha256(np.asarray(source.labels, np.int64).tobytes())
+    digest = hashlib.sha256(label_bytes(source.labels))
     digest.update("\n".join(_names(source)).encode(errors="surrogateescape"))
     return {"images": len(source), "sha256": digest.hexdigest()}
+
+
+def label_bytes(labels: np.ndarray) -> bytes:
+    """Return labels as checksums take them."""
+    return np.asarray(labels, np.int64 if labels.ndim == 1 else np.uint8).tobytes()
 
 
 def _names(source: Source) -> list[str]:
     return [key_of(source, i) for i in range(len(source))]
 
 
-def note(workdir: Path, dataset: Dataset) -> list[str]:
-    """Note a new run's data; return what has changed since then in that of one that goes on."""
+def note(workdir: Path, dataset: Dataset, weights: Sequence[float] | None = None) -> list[str]:
+    """Note a new run's data; return what has changed since then in that of one that goes on.
+
+    `weights` are those of the classes in the loss, None without any.
+    """
     if exists(workdir / DATA):
-        return changes(workdir, dataset)
+        return changes(workdir, dataset) + _other_weights(workdir, dataset.classes, weights)
     if jax.process_index() == 0:
         reading = dataset.reading
-        found = {"train": identity(dataset.train), "eval": identity(dataset.eval)}
-        write_json(workdir / DATA, {**found, "held_out": reading.held_out})
+        facts: dict[str, Any] = {"train": identity(dataset.train), "eval": identity(dataset.eval)}
+        facts |= {"held_out": reading.held_out}
+        facts |= {"class_weights": list(weights)} if weights else {}
+        write_json(workdir / DATA, facts)
         if reading.held_out:
             text = "".join(f"{name}\n" for name in _names(dataset.eval))
             backend(workdir).write(workdir / NAMES, text.encode(errors="surrogateescape"))
@@ -61,6 +73,21 @@ def changes(workdir: str | Path, dataset: Dataset) -> list[str]:
                 f"{now['images']} now{_moved(workdir, source) if part == 'evaluation' else ''}"
             )
     return lines
+
+
+def _other_weights(workdir: Path, classes: list[str], weights: Sequence[float] | None):
+    """Return a line where the weights of classes, of a file or of the data, have changed."""
+    then = read_json(workdir / DATA).get("class_weights")
+    if not then or not weights or len(then) != len(weights):  # which is another config
+        return []
+    changed = [
+        f"{name}: {was:g} then, {now:g} now"
+        for name, was, now in zip(classes, then, weights, strict=True)
+        if was != now
+    ]
+    if not changed:
+        return []
+    return [f"other weights of classes than this run began with: {listed(changed, 3)}"]
 
 
 def _moved(workdir: Path, source: Source) -> str:

@@ -11,7 +11,7 @@ from deit_jax.errors import UserError
 from deit_jax.storage import exists, read_json, read_lines, read_text
 
 DATA_CARD = "data_card.json"
-TABLE = re.compile(r"eval/((?:ema\.)?)(cls|dist|fused)\.(top[15])")
+TABLE = re.compile(r"eval/((?:ema\.)?)(cls|dist|fused)\.(top[15]|mAP)")
 
 
 def names(workdirs: Sequence[Path]) -> list[str]:

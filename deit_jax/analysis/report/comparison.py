@@ -18,16 +18,19 @@ HEADS = {
     "ema.dist": "distillation head, EMA",
     "ema.fused": "fused, EMA",
 }
+FIGURES = {"top1": "top-1, %", "top5": "top-5, %", "mAP": "mAP, %"}
 LOSSES = {"loss": "loss", "loss_label": "of the labels", "loss_teacher": "of the teacher"}
 ENTROPY = {
     "attention_entropy/mean": "mean of all heads",
     "attention_entropy/lowest_head": "lowest head",
 }
 ACCURACY = {f"eval/{key}.top1": name for key, name in HEADS.items()}
+PRECISION = {f"eval/{key}.mAP": name for key, name in HEADS.items()}
 CHARTS = (
     # (title, {curve: name}, unit, factor, logarithmic if it spans decades)
     ("Training loss", LOSSES, "nats", 1, False),
     ("Accuracy on held-out images", ACCURACY, "top-1, %", 1, False),
+    ("Average precision on held-out images", PRECISION, "mAP, %", 1, False),
     ("Learning rate", {"lr": "learning rate"}, "learning rate", 1, False),
     ("Gradient norm", {"grad_norm": "gradient norm"}, "norm of the gradient", 1, True),
     ("Throughput", {"images_per_second": "throughput"}, "images/s", 1, False),
@@ -35,11 +38,12 @@ CHARTS = (
     ("Entropy of attention", ENTROPY, "nats", 1, False),
 )
 DASHES = {  # of several runs' curves; 0, a whole line, for the rest
+    **{"eval/cls.mAP": 1, "eval/dist.mAP": 2},
     **{"eval/cls.top1": 1, "eval/dist.top1": 2, "loss_label": 1, "loss_teacher": 2},
     "attention_entropy/lowest_head": 1,
 }
 FEW = 3  # runs of which a chart shows every curve; of more, only the one that matters most
-MAIN = ("loss", "eval/fused.top1", "attention_entropy/mean")
+MAIN = ("loss", "eval/fused.top1", "eval/fused.mAP", "attention_entropy/mean")
 DECADES = 30  # times that a curve's largest value is its smallest, for a logarithmic axis
 
 
@@ -79,6 +83,8 @@ def _shown(curves: Mapping[str, Any], keys: Mapping[str, str], runs: int) -> lis
     same = [] if "loss_teacher" in curves else ["loss_label"]
     if "eval/dist.top1" not in curves:  # the fused prediction is that of the only head
         same += ["eval/fused.top1", "eval/ema.fused.top1"]
+    if "eval/dist.mAP" not in curves:
+        same += ["eval/fused.mAP", "eval/ema.fused.mAP"]
     shown = [key for key in keys if key in curves and key not in same]
     if runs > 1:
         shown = [key for key in shown if "/ema." not in key]
@@ -89,6 +95,10 @@ def _shown(curves: Mapping[str, Any], keys: Mapping[str, str], runs: int) -> lis
 
 def accuracies(runs: Sequence[Mapping[str, Any]]) -> Element | None:
     """Return the table of every run's last accuracies, None before the first evaluation."""
+    told = [run["accuracy"]["heads"] for run in runs if run["accuracy"]]
+    known = [
+        k for k in FIGURES if any(k in figures for heads in told for figures in heads.values())
+    ]
     rows = []
     for run in runs:
         if not run["accuracy"]:
@@ -96,7 +106,7 @@ def accuracies(runs: Sequence[Mapping[str, Any]]) -> Element | None:
         heads = run["accuracy"]["heads"]
         for key in (k for k in HEADS if k in heads):
             cells = [element("td", run["name"])] if len(runs) > 1 else []
-            figures = [heads[key].get(k) for k in ("top1", "top5")]
+            figures = [heads[key].get(k) for k in known]
             texts = ["" if v is None else f"{v:.2f}" for v in figures]
             rows.append(
                 element(
@@ -110,7 +120,7 @@ def accuracies(runs: Sequence[Mapping[str, Any]]) -> Element | None:
     if not rows:
         return None
     first = ["run"] if len(runs) > 1 else []
-    return table([*first, "", "top-1, %", "top-5, %", "after step"], rows, "accuracies")
+    return table([*first, "", *(FIGURES[k] for k in known), "after step"], rows, "accuracies")
 
 
 def table(headings: Sequence[str], rows: Sequence[Element], class_: str) -> Element:

@@ -102,15 +102,16 @@ def _shared(figures: Mapping[str, Any]) -> list[Element]:
 
 
 def _disagreement(figures: Mapping[str, Any], several: bool) -> Element | None:
-    found, evaluated = figures["disagreement"], [r for r in figures["runs"] if r["evaluation"]]
-    if found is None and not (several and evaluated):
+    differing = figures["disagreement"]
+    evaluated = [r for r in figures["runs"] if "top1" in (r["evaluation"] or {})]
+    if differing is None and not (several and evaluated):
         return None
-    if found is None:
+    if differing is None:
         why = "The runs were not evaluated on the same images of the same classes."
         return _section(2, "disagreement", "Disagreement", element("p", why))
-    text = f"The share of {found['images']} held-out images, in percent, that each two classifiers "
-    text += "give different labels (DeiT, table 4)."
-    matrix = comparison.disagreement(found, several)
+    text = f"The share of {differing['images']} held-out images, in percent, that each two "
+    text += "classifiers give different labels (DeiT, table 4)."
+    matrix = comparison.disagreement(differing, several)
     return _section(2, "disagreement", "Disagreement", element("p", text), matrix)
 
 
@@ -118,12 +119,15 @@ def _of_run(run: Mapping[str, Any], pictures, name: str) -> list[Element]:
     """Return a run's sections: what it is, then those that there are figures for."""
     found = [_introduction(run, name)]
     evaluation = run["evaluation"] and run["evaluation"]["images"]
+    several = evaluation and "mAP" in run["evaluation"]  # labels an image: nothing to confuse
+    single = evaluation and not several
     for key, heading, there, content in (
-        ("confusion", "Confusion", evaluation, lambda: single_run.confusion(run)),
+        ("precision", "Average precision", several, lambda: single_run.precisions(run)),
+        ("confusion", "Confusion", single, lambda: single_run.confusion(run)),
         (
             "mistakes",
             "Most confident mistakes",
-            evaluation,
+            single,
             lambda: single_run.mistakes(run, pictures),
         ),
         ("tokens", "The two tokens", run["tokens"], lambda: single_run.tokens(run)),

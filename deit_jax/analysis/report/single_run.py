@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from deit_jax.analysis.report import html
-from deit_jax.analysis.report.comparison import heat_table, table
+from deit_jax.analysis.report.comparison import HEADS, heat_table, table
 from deit_jax.analysis.report.html import Element, element
 from deit_jax.analysis.report.svg_charts import Line, line_chart
 from deit_jax.config.serialize import flatten
@@ -73,6 +73,21 @@ def confusion(run: Run) -> list[Element]:
         element("div", second, table(["class", "right"], low, "pairs")),
     ]
     return [*parts, element("div", columns, class_="side-by-side")]
+
+
+def precisions(run: Run) -> list[Element]:
+    """Return the average precision of every class, for images with several labels."""
+    evaluation = run["evaluation"]
+    heads = [head for head in HEADS if head in evaluation["AP"]]
+    text = (
+        f"On {images_text(evaluation)}, in percent; the first row is the mean over the classes "
+        "that are there. Classes that no image has are left empty."
+    )
+    rows = [_row("mean (mAP)", *(f"{evaluation['mAP'][head]:.2f}" for head in heads))]
+    for name in evaluation["AP"][heads[0]]:
+        values = [evaluation["AP"][head][name] for head in heads]
+        rows.append(_row(name, *("" if v is None else f"{v:.2f}" for v in values)))
+    return [element("p", text), table(["class", *(HEADS[h] for h in heads)], rows, "list")]
 
 
 def _row(*cells: str) -> Element:

@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from deit_jax.data.sources.base import Dataset, Labelled, Source, SourceReading, Subset, key_of
+from deit_jax.data.sources.base import (
+    Dataset,
+    Labelled,
+    Source,
+    SourceReading,
+    Subset,
+    key_of,
+    label_counts,
+)
 from deit_jax.data.sources.splits import kind_of, listed
 from deit_jax.errors import UserError
 
@@ -35,7 +43,7 @@ def assemble(
     """
     reading = reading or SourceReading(train="all of it")
     least = max(data.min_images, 0 if may_lack else 1)
-    counts = np.bincount(train.labels, minlength=len(classes))
+    counts = label_counts(train.labels, len(classes))
     small = np.flatnonzero(counts < least)
     left_out = dict(reading.left_out)
     if len(small) and not data.min_images:
@@ -57,7 +65,8 @@ def assemble(
         )
     parts = hold_out(train, classes, data)
     if not reading.eval:
-        text = f"{data.eval_fraction:.0%} of the images of each class, held out"
+        of = "" if train.labels.ndim == 2 else " of each class"
+        text = f"{data.eval_fraction:.0%} of the images{of}, held out"
         reading = dataclasses.replace(reading, eval=text, held_out=True)
     return Dataset(*parts, classes, reading)
 
@@ -69,6 +78,8 @@ def _without(small: np.ndarray, train: Labelled | Subset, held, classes: list[st
     relabel[kept] = np.arange(len(kept))
 
     def part(source):
+        if source.labels.ndim == 2:  # the image stays, with its other labels
+            return Subset(source, np.arange(len(source)), relabel)
         return Subset(source, np.flatnonzero(np.isin(source.labels, kept)), relabel)
 
     return part(train), None if held is None else part(held), [classes[i] for i in kept]
@@ -80,10 +91,14 @@ def hold_out(source: Labelled | Subset, classes: list[str], data: Any) -> tuple[
     An example is held out for its own name and class: of each class those whose hashes are the
     lowest. One more or one less of a class moves at most one other of it to the other side. Raise
     UserError if a class has a single example or the fraction leaves nothing on a side.
+
+    Where images have several labels, only their names decide, and classes are not looked at.
     """
     fraction = data.eval_fraction
     if not 0 < fraction < 1:
         raise UserError(f"config.data.eval_fraction={fraction}: must be between 0 and 1, exclusive")
+    if source.labels.ndim == 2:
+        return _hold_out_by_name(source, fraction)
     if rules_of(data) == 1:
         order = np.random.default_rng(0).permutation(len(source))
     else:
@@ -101,6 +116,20 @@ def hold_out(source: Labelled | Subset, classes: list[str], data: Any) -> tuple[
     mask = np.zeros(len(source), bool)
     mask[np.concatenate(held)] = True
     return Subset(source, np.flatnonzero(~mask)), Subset(source, np.flatnonzero(mask))
+
+
+def _hold_out_by_name(source: Labelled | Subset, fraction: float) -> tuple[Subset, Subset]:
+    count = len(source)
+    if count < 2:
+        raise UserError(
+            f"{source.describe(0)}: the only image; add a second, since one is held out for "
+            "evaluation"
+        )
+    texts = (key_of(source, i).encode(errors="surrogateescape") for i in range(count))
+    hashes = [hashlib.blake2b(text, digest_size=8).digest() for text in texts]
+    order = np.argsort(np.frombuffer(b"".join(hashes), "<u8"), kind="stable")
+    held = order[: min(count - 1, max(1, round(fraction * count)))]
+    return Subset(source, np.setdiff1d(order, held)), Subset(source, np.sort(held))
 
 
 def _hashes(source: Labelled | Subset, classes: list[str]) -> np.ndarray:

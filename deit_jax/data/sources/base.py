@@ -9,6 +9,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from deit_jax.errors import UserError
+
+MOST_CELLS = 2**33  # bytes of the labels of images that have several
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -19,7 +23,10 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: int) -> dict:
-        """Return {"image": encoded bytes or a uint8 array [H W] or [H W C], "label": int}."""
+        """Return {"image": encoded bytes or a uint8 array [H W] or [H W C], "label": int}.
+
+        Where an image has several labels, "label" is a uint8 array [K] of zeros and ones.
+        """
         ...
 
     def describe(self, index: int) -> str:
@@ -29,9 +36,43 @@ class Source(Protocol):
 
 @runtime_checkable
 class Labelled(Source, Protocol):
-    """A source that knows its labels without reading its images."""
+    """A source that knows its labels without reading its images.
+
+    They are numbers of classes, [n] integers, or with several labels an image uint8 [n K], 1 where
+    an image has a class.
+    """
 
     labels: np.ndarray
+
+
+def label_at(labels: np.ndarray, index: int) -> int | np.ndarray:
+    """Return the label of one example, its own row of [n K] where images have several."""
+    return int(labels[index]) if labels.ndim == 1 else labels[index].copy()
+
+
+def no_labels(images: int, classes: int, where: str) -> np.ndarray:
+    """Return uint8 [n K] of zeros; raise UserError where that is more than memory is likely to."""
+    if images * classes > MOST_CELLS:
+        raise UserError(
+            f"{where}: {images} images with {classes} classes each, a byte for each of them, are "
+            f"{images * classes / 2**30:.0f} GB; take fewer classes or fewer images"
+        )
+    return np.zeros((images, classes), np.uint8)
+
+
+def label_room(source: Source, count: int) -> np.ndarray:
+    """Return room for the labels of so many of a source's examples."""
+    labels = getattr(source, "labels", None)  # without, each has one: TFDS
+    if labels is None or labels.ndim == 1:
+        return np.empty(count, np.int32)
+    return np.empty((count, labels.shape[1]), np.uint8)
+
+
+def label_counts(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return how many examples have each class, [K]."""
+    if labels.ndim == 1:
+        return np.bincount(labels, minlength=classes)
+    return labels.sum(0, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +110,7 @@ class ArraySource:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self._images[index], "label": int(self.labels[index])}
+        return {"image": self._images[index], "label": label_at(self.labels, index)}
 
     def describe(self, index: int) -> str:
         return f"{self._name} example {index}"
@@ -104,7 +145,8 @@ class PackedStrings(Sequence[str]):
 class Subset:
     """Some examples of another source; it knows their labels if that does.
 
-    `relabel` gives the new label of each old one.
+    `relabel` gives the new label of each old one, -1 for one that is none any more; an image of
+    several labels loses those.
     """
 
     def __init__(self, source: Source, indices: np.ndarray, relabel: np.ndarray | None = None):
@@ -115,7 +157,7 @@ class Subset:
         if not isinstance(self._source, Labelled):
             raise AttributeError("labels")  # as that source would
         labels = self._source.labels[self._indices]
-        return labels if self._relabel is None else self._relabel[labels]
+        return labels if self._relabel is None else self._renamed(labels)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -124,7 +166,13 @@ class Subset:
         example = self._source[int(self._indices[index])]
         if self._relabel is None:
             return example
-        return {**example, "label": int(self._relabel[example["label"]])}
+        return {**example, "label": label_at(self._renamed(np.asarray([example["label"]])), 0)}
+
+    def _renamed(self, labels: np.ndarray) -> np.ndarray:
+        assert self._relabel is not None  # or nobody would ask
+        if labels.ndim == 2:
+            return labels[:, self._relabel >= 0]  # the rest keep their order
+        return self._relabel[labels]
 
     def describe(self, index: int) -> str:
         return self._source.describe(int(self._indices[index]))

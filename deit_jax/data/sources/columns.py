@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deit_jax.data.classes import natural_key
+from deit_jax.data.sources.base import no_labels
 from deit_jax.errors import UserError
 
 CONFIG_FIELDS = ("config.data.image_column", "config.data.label_column")
@@ -30,11 +31,13 @@ def choose_columns(
     image: str = "",
     label: str = "",
     fields: tuple[str, str] = CONFIG_FIELDS,
+    several: bool | None = None,
 ) -> Columns:
     """Return the columns that are named, or else those of a fitting type in an Arrow schema.
 
-    `where` is what errors name, `fields` are the two in which a user names columns. Raise
-    UserError where none fits, or several do.
+    `where` is what errors name, `fields` are the two in which a user names columns. The labels'
+    holds lists where images have `several`, None where they cannot. Raise UserError where none
+    fits, or several do.
     """
     described = _features(schema)
     kinds = {field.name: _kind(field.type, described.get(field.name)) for field in schema}
@@ -50,13 +53,27 @@ def choose_columns(
     if not image:
         image = _only(kinds, (("image",), ("bytes",)), "images", where, fields[0], known)
     if not label:
-        wanted = (("class",), ("integer", "string"), ("list",))
+        single = (("class",), ("integer", "string"))
+        wanted = (("list",), *single) if several else (*single, ("list",))
         label = _only(kinds, wanted, "labels", where, fields[1], known)
-    if kinds[label] == "list":
+    if several and kinds[label] != "list":
         raise UserError(
-            f"{where}: column {label!r} has several labels an image, which cannot be trained on; "
-            f"name a column of one label an image with {fields[1]}"
+            f"{where}: column {label!r} has one label an image; leave config.data.multi_label out, "
+            f"or name a column of lists with {fields[1]}"
         )
+    if kinds[label] == "list" and not several:
+        remedy = (
+            "train from it with config.data.source=hf: and config.data.multi_label=True"
+            if several is None
+            else "set --config.data.multi_label=True"
+        )
+        raise UserError(
+            f"{where}: column {label!r} has several labels an image; {remedy}, or name a column of "
+            f"one label an image with {fields[1]}"
+        )
+    if several:
+        names = (_inner(described.get(label)) or {}).get("names")
+        return Columns(image, label, list(names) if names else None)
     if kinds[label] not in ("class", "integer", "string", "null"):
         raise UserError(
             f"{fields[1]}={label}: {where} has {_type(schema.field(label).type)} there; a label is "
@@ -113,11 +130,45 @@ def _kind(type_: Any, feature: Any) -> str:
         "string": lambda t: types.is_string(t) or types.is_large_string(t),
     }
     found = next((name for name, holds in checks.items() if holds(type_)), None)
-    if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+    if is_list(type_):
         # Of numbers of classes or names; others, such as boxes, could be no labels.
         inner = _kind(type_.value_type, _inner(feature))
         return "list" if inner in ("class", "integer", "string") else "other"
     return found or "other"
+
+
+def is_list(type_: Any) -> bool:
+    """Return whether an Arrow type is of lists."""
+    from pyarrow import types
+
+    return types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_)
+
+
+def flat_labels(labels: Any) -> tuple[Any, np.ndarray]:
+    """Return the labels in a column of lists one after the other, and how many each list has."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    counts = pc.fill_null(pc.list_value_length(labels), 0).to_numpy().astype(np.int64)
+    flat = pc.list_flatten(labels)
+    return pa.chunked_array([flat]) if isinstance(flat, pa.Array) else flat, counts
+
+
+def multi_hot(numbers: np.ndarray, counts: np.ndarray, classes: int, where: str) -> np.ndarray:
+    """Return uint8 [n K] of the labels of n examples, so many each, one after the other."""
+    labels = no_labels(len(counts), classes, where)
+    labels[np.repeat(np.arange(len(counts)), counts), numbers] = 1
+    return labels
+
+
+def refuse_zeros_and_ones(numbers: np.ndarray, counts: np.ndarray, where: str, field: str) -> None:
+    """Raise UserError where lists hold not numbers of classes, but a 0 or 1 for each class."""
+    length = int(counts.max(initial=0))
+    if length > 2 and (counts == length).all() and numbers.max(initial=0) <= 1:
+        raise UserError(
+            f"{where}: every list has {length} values of 0 and 1, as if one for each class; make "
+            f"them lists of the classes' numbers or names, or choose another column with {field}"
+        )
 
 
 def _inner(feature: Any) -> Any:
@@ -143,6 +194,8 @@ def count_missing(labels: Any) -> int:
     from pyarrow import types
 
     present = _plain(labels).drop_null()
+    if is_list(present.type):  # an empty list says that an image has none
+        return labels.null_count
     if types.is_null(present.type):
         return labels.null_count
     bad = pc.less(present, 0) if types.is_integer(present.type) else pc.equal(present, "")
@@ -156,7 +209,7 @@ def class_names(labels: Any, names: list[str] | None) -> list[str] | None:
     plain = _plain(labels)
     if names is not None or types.is_integer(plain.type):
         return names
-    return sorted(plain.unique().to_pylist(), key=natural_key)
+    return sorted(plain.drop_null().unique().to_pylist(), key=natural_key)
 
 
 def number_labels(labels: Any, classes: list[str] | None, where: str, field: str) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deit_jax.data.sources.base import PackedStrings
+from deit_jax.data.sources.base import PackedStrings, label_at
 from deit_jax.errors import UserError
 
 
@@ -27,7 +27,7 @@ class FolderSource:
                 image = file.read()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        return {"image": image, "label": int(self.labels[index])}
+        return {"image": image, "label": label_at(self.labels, index)}
 
     def describe(self, index: int) -> str:
         return self._paths[index]

@@ -21,6 +21,11 @@ def open_source(rest: str, data) -> Dataset:
     root = Path(rest).expanduser()
     if not root.is_dir():
         raise UserError(f"config.data.source=folder:{rest}: no such folder")
+    if rules_of(data) == 1 and data.labels:
+        raise UserError(
+            f"config.data.labels={data.labels}: config.data.rules=1 knows class folders only; "
+            "leave rules out"
+        )
     if rules_of(data) == 1:
         from deit_jax.data.sources import folder_rules1
 

@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 
 from deit_jax.data.sources.assemble import assemble
-from deit_jax.data.sources.base import Dataset, SourceReading
+from deit_jax.data.sources.base import Dataset, SourceReading, label_at, label_counts
 from deit_jax.data.sources.columns import (
     CONFIG_FIELDS,
     Columns,
     choose_columns,
     class_names,
     count_missing,
+    flat_labels,
+    is_list,
+    multi_hot,
     number_labels,
+    refuse_zeros_and_ones,
 )
 from deit_jax.data.sources.splits import choose_split
 from deit_jax.errors import UserError
@@ -53,7 +57,7 @@ class HuggingFaceSource:
         if not image:
             paths = self._paths[chunk]
             image = self._read(index, paths[row].as_py() if paths is not None else None)
-        return {"image": image, "label": int(self.labels[index])}
+        return {"image": image, "label": label_at(self.labels, index)}
 
     def describe(self, index: int) -> str:
         return f"{self._name}[{index}]"
@@ -91,22 +95,30 @@ def open_source(rest: str, data) -> Dataset:
         _cut(name, tables, field, data[field])
     train = _train_split(name, tables, data.train_split)
     schema = tables[train].features.arrow_schema
-    columns = choose_columns(schema, f"{name} {train}", data.image_column, data.label_column)
+    several, asked = data.multi_label, (data.image_column, data.label_column)
+    columns = choose_columns(schema, f"{name} {train}", *asked, several=several)
     labels = tables[train].data.column(columns.label)
-    classes = class_names(labels, columns.names)
+    classes = class_names(flat_labels(labels)[0] if several else labels, columns.names)
     held = _eval_split(name, tables, train, columns.label, data.eval_split)
 
     def source(split: str) -> HuggingFaceSource:
         table, where = tables[split].data, f"{name} {split}"
-        own = choose_columns(tables[split].features.arrow_schema, where, *columns[:2])
+        schema = tables[split].features.arrow_schema
+        own = choose_columns(schema, where, *columns[:2], several=several)
         values = table.column(own.label)
         _check_alike(where, labels, values, own)
+        if several:
+            sets = _sets(where, values, own.names, classes, most)
+            return HuggingFaceSource(where, table.column(own.image), sets, root)
         numbers = _numbers(where, values, own.names, classes)
         return HuggingFaceSource(where, table.column(own.image), numbers, root)
 
-    sources = [source(split) for split in (train, held) if split is not None]
+    splits = [split for split in (train, held) if split is not None]
+    most = _most(name, tables, splits, columns.label) if several and classes is None else 0
+    sources = [source(split) for split in splits]
     if classes is None:
-        classes = [str(i) for i in range(1 + max(int(s.labels.max(initial=-1)) for s in sources))]
+        most = most or 1 + max(int(s.labels.max(initial=-1)) for s in sources)
+        classes = [str(i) for i in range(most)]
     log.info(
         "%s: images in column %r, labels in %r; training on %r, evaluating on %s",
         *(name, columns.image, columns.label, train, repr(held) if held else "a part held out"),
@@ -283,7 +295,8 @@ def _check_alike(where: str, trained: Any, labels: Any, own: Columns) -> None:
     """Raise UserError if one split has integers without names where the other has strings."""
     from pyarrow import types
 
-    kinds = [types.is_integer(column.type) for column in (trained, labels)]
+    inner = [t.value_type if is_list(t) else t for t in (trained.type, labels.type)]
+    kinds = [types.is_integer(t) for t in inner]
     if own.names is None and kinds[0] != kinds[1]:
         raise UserError(
             f"{where}: column {own.label!r} has labels of {labels.type}, the training images of "
@@ -305,8 +318,34 @@ def _numbers(
     return np.array([known.get(name, -1) for name in names], np.int32)[numbers]
 
 
+def _sets(
+    where: str, labels: Any, names: list[str] | None, classes: list[str] | None, most: int
+) -> np.ndarray:
+    """Return lists of labels as uint8 [n K]; `most` is K where classes have no names."""
+    if missing := count_missing(labels):
+        raise UserError(
+            f"{where}: {missing} of {len(labels)} examples have no list of labels (null); an empty "
+            f"list says that there are none; or choose another column with {CONFIG_FIELDS[1]}"
+        )
+    flat, counts = flat_labels(labels)
+    numbers = _numbers(where, flat, names, classes)
+    if names is None and classes is None:
+        refuse_zeros_and_ones(numbers, counts, where, CONFIG_FIELDS[1])
+    return multi_hot(numbers, counts, most if classes is None else len(classes), where)
+
+
+def _most(name: str, tables: dict[str, Any], splits: list[str], label: str) -> int:
+    """Return how many classes there are where labels are numbers in lists."""
+    largest = -1
+    for split in splits:
+        flat, _ = flat_labels(tables[split].data.column(label))
+        numbers = _numbers(f"{name} {split}", flat, None, None)
+        largest = max(largest, int(numbers.max(initial=-1)))
+    return 1 + largest
+
+
 def _tell_gaps(name: str, labels: np.ndarray, classes: int) -> None:
-    missing = np.setdiff1d(np.arange(classes), labels)
+    missing = np.flatnonzero(label_counts(labels, classes) == 0)
     if len(missing):
         some = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
         log.warning(

@@ -6,15 +6,17 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from deit_jax.data.classes import natural_key, read_classes
 from deit_jax.data.formats import image_suffixes
+from deit_jax.data.sources import label_sets
 from deit_jax.data.sources.assemble import assemble
 from deit_jax.data.sources.base import Dataset, SourceReading
 from deit_jax.data.sources.files import FolderSource
+from deit_jax.data.sources.label_sets import Row
 from deit_jax.data.sources.scan import Scan
 from deit_jax.data.sources.splits import choose_split, kind_of, kinds_in, listed
 from deit_jax.errors import UserError
@@ -28,16 +30,8 @@ LABELS = (
     *("label", "labels", "class", "classes", "target", "category", "class_name", "label_name"),
     *("class_id", "label_id", "wnid", "species", "breed"),
 )
+SEVERAL = "for several labels an image set --config.data.multi_label=True"
 SPLITS = ("split", "set", "subset", "partition", "data_split")
-
-
-class Row(NamedTuple):
-    """One image as a file of labels has it."""
-
-    path: str
-    label: str
-    split: str
-    where: str  # file and line, for messages
 
 
 def open_labelled(root: Path, data) -> Dataset:
@@ -52,9 +46,14 @@ def open_labelled(root: Path, data) -> Dataset:
     scan = Scan(root)
     there = [f"{f.path}/{n}" if f.path else n for f in scan.walk() for n in f.files]
     paths = _resolve(root, rows, there, data.labels)
-    rows, paths, repeated = _unique(rows, paths)
-    classes, numbers = _numbers(rows, data)
+    repeated = 0
+    if data.multi_label:
+        rows, paths, classes, numbers = label_sets.joined(rows, paths, data)
+    else:
+        rows, paths, repeated = _unique(rows, paths)
+        classes, numbers = _numbers(rows, data)
     train, held, notes = _parts(rows, paths, data)
+    notes += _note_on_sets(classes, data)
     left_out = dict(scan.left_out)
     named = set(paths)
     left_out |= _counted("images that data.labels does not name", len(set(there) - named))
@@ -72,6 +71,14 @@ def open_labelled(root: Path, data) -> Dataset:
     )
 
 
+def _note_on_sets(classes: list[str], data) -> tuple[str, ...]:
+    """Return a note on classes whose names look like several."""
+    sets = [name for name in classes if "|" in name or ";" in name]
+    if not sets or data.multi_label:
+        return ()
+    return (f"{listed(sets, 2)}: one class each; --config.data.multi_label=True takes them apart",)
+
+
 def _counted(what: str, count: int) -> dict[str, int]:
     return {what: count} if count else {}
 
@@ -84,11 +91,11 @@ def _read(file: str, data) -> Iterator[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            yield from _json_rows(json.loads(text), file, split)
+            yield from _json_rows(json.loads(text), file, split, data.multi_label)
         elif path.suffix in (".csv", ".tsv"):
             yield from _table_rows(text, "\t" if path.suffix == ".tsv" else ",", file, split, data)
         else:
-            yield from _line_rows(text, file, split)
+            yield from _line_rows(text, file, split, data.multi_label)
     except OSError as error:
         raise UserError(f"config.data.labels={file}: cannot be read ({error.strerror})") from error
     except (ValueError, csv.Error) as error:
@@ -96,17 +103,20 @@ def _read(file: str, data) -> Iterator[Row]:
         raise UserError(f"config.data.labels={file}: not understood ({reason})") from error
 
 
-def _line_rows(text: str, file: str, split: str) -> Iterator[Row]:
+def _line_rows(text: str, file: str, split: str, several: bool) -> Iterator[Row]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        parts = line.rsplit("," if "," in line else None, 1)
+        between = "," if "," in line else None
+        parts = line.rsplit(between, 1)
+        if several:  # any number of labels after the path, also none
+            parts = [*line.strip().split(between, 1), ""][:2]
         if len(parts) != 2:
             raise ValueError(f"line {number}, {line.strip()!r}, is no path with a label after it")
         yield Row(parts[0].strip(), parts[1].strip(), split, f"{file}:{number}")
 
 
-def _json_rows(content: Any, file: str, split: str) -> Iterator[Row]:
+def _json_rows(content: Any, file: str, split: str, several: bool) -> Iterator[Row]:
     if isinstance(content, dict) and isinstance(content.get("labels"), list):
         content = content["labels"]  # StyleGAN's dataset.json
     pairs = content.items() if isinstance(content, dict) else content
@@ -116,13 +126,19 @@ def _json_rows(content: Any, file: str, split: str) -> Iterator[Row]:
         where = f"{file}, entry {number}"
         if isinstance(pair, dict):
             fields = {k.lower(): v for k, v in pair.items()}
-            path, label = _one(fields, PATHS, "path", where), _one(fields, LABELS, "label", where)
+            paths, labels = _known(several)
+            path, label = _one(fields, paths, "path", where), _one(fields, labels, "label", where)
             given = next((fields[k] for k in SPLITS if k in fields), split)
             pair, row_split = (fields[path], fields[label]), str(given)
         else:
             row_split = split
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             raise ValueError(f"entry {number} is no path with a label")
+        if isinstance(pair[1], list):
+            if not several:
+                raise ValueError(f"{pair[0]} has several labels; {SEVERAL}")
+            yield Row(pair[0], "", row_split, where, label_sets.names_of(pair[1], where))
+            continue
         if isinstance(pair[1], bool) or not isinstance(pair[1], str | int):
             raise ValueError(f"the label of {pair[0]}, {pair[1]!r}, is neither a name nor a number")
         yield Row(pair[0], str(pair[1]), row_split, where)
@@ -133,14 +149,18 @@ def _table_rows(text: str, separator: str, file: str, split: str, data) -> Itera
     if not rows:
         return
     head = [cell.strip().lower() for cell in rows[0]]
-    named = set(head) & {*PATHS, *LABELS} or data.image_column or data.label_column
+    paths, labels = _known(data.multi_label)
+    named = set(head) & {*paths, *labels} or data.image_column or data.label_column
     if named:
         columns = {name: i for i, name in enumerate(head)}
         where = f"{file}, columns {', '.join(rows[0])}"
-        path = columns[_one(columns, PATHS, "path", where, data.image_column)]
-        label = columns[_one(columns, LABELS, "label", where, data.label_column)]
+        path = columns[_one(columns, paths, "path", where, data.image_column)]
         split_column = next((columns[k] for k in SPLITS if k in columns), None)
         body = rows[1:]
+        if data.multi_label and not data.label_column and not set(columns) & set(labels):
+            yield from label_sets.one_hot_rows(rows[0], body, file, path, split_column, split)
+            return
+        label = columns[_one(columns, labels, "label", where, data.label_column)]
     else:
         if len(head) != 2:
             raise ValueError(f"{len(head)} columns without known names; expected path and label")
@@ -152,6 +172,11 @@ def _table_rows(text: str, separator: str, file: str, split: str, data) -> Itera
             raise ValueError(f"line {number} has {len(row)} cells, column {needed + 1} is needed")
         of = row[split_column].strip() if split_column is not None else split
         yield Row(row[path].strip(), row[label].strip(), of, f"{file}:{number}")
+
+
+def _known(several: bool) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the usual names of the columns of paths and of labels."""
+    return (*PATHS, *(label_sets.PATHS * several)), (*LABELS, *(label_sets.LABELS * several))
 
 
 def _is_image(name: str) -> bool:
@@ -166,7 +191,10 @@ def _one(columns, known: Sequence[str], what: str, where: str, wanted: str = "")
     if len(found) != 1:
         several = f"{listed(found)} could each be the {what}" if found else f"no column of {what}s"
         given = f" called {wanted}" if wanted and not found else ""
-        raise UserError(f"config.data.labels={where}: {several}{given}; choose with {field}=NAME")
+        sets = f"; {SEVERAL}" if what == "label" and not found and not wanted else ""
+        raise UserError(
+            f"config.data.labels={where}: {several}{given}; choose with {field}=NAME{sets}"
+        )
     return found[0]
 
 
@@ -216,7 +244,7 @@ def _unique(rows: list[Row], paths: list[str]) -> tuple[list[Row], list[str], in
             )
             raise UserError(
                 f"{row.where}: {path} is {row.label} here and {label_of[path]} before "
-                f"({count} such rows); an image has one label"
+                f"({count} such rows); an image has one label. {SEVERAL}"
             )
     return [rows[i] for i in kept], [paths[i] for i in kept], len(rows) - len(kept)
 
@@ -245,7 +273,8 @@ def _numbers(rows: list[Row], data) -> tuple[list[str], np.ndarray]:
             f"config.data.classes={data.classes} ({len(unknown)} such rows)"
         )
     if empty := [row for row in rows if not row.label]:
-        raise UserError(f"{empty[0].where}: no label ({len(empty)} such rows)")
+        sets = f"; {SEVERAL}" if any("|" in r.label or ";" in r.label for r in rows) else ""
+        raise UserError(f"{empty[0].where}: no label ({len(empty)} such rows){sets}")
     classes = sorted({row.label for row in rows}, key=natural_key)
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[row.label] for row in rows], np.int32)

@@ -28,6 +28,8 @@ OPTIONS = {
     "label_column": "",
     "nested": "auto",
     "min_images": 0,
+    "multi_label": False,
+    "label_separator": "",
 }
 
 SOURCES = {
@@ -41,7 +43,7 @@ SOURCES = {
         "deit_jax.data.sources.huggingface",
         "hf:PATH|ORG/NAME",
         ("datasets",),
-        ("image_column", "label_column", "min_images"),
+        ("image_column", "label_column", "min_images", "multi_label"),
     ),
     "fashion_mnist": Entry("deit_jax.data.sources.idx", "fashion_mnist", options=()),
     "mnist": Entry("deit_jax.data.sources.idx", "mnist", options=()),
@@ -71,10 +73,25 @@ def _check_fields(entry: Entry, data) -> None:
     for field, unset in OPTIONS.items():
         # The config of an older run lacks some.
         if field in data and data[field] != unset and field not in entry.options:
+            if field == "multi_label":
+                raise UserError(
+                    f"config.data.multi_label=True: config.data.source={data.source} has one label "
+                    "an image; leave it out, or take a folder: with data.labels, or an hf:"
+                )
             raise UserError(
                 f"config.data.{field}={data[field]}: config.data.source={data.source} has no use "
                 "for it; leave it out"
             )
+    if data.get("multi_label") and "labels" in entry.options and not data.labels:
+        raise UserError(
+            f"config.data.multi_label=True: a folder a class, config.data.source={data.source} "
+            "gives an image one label; name a table with --config.data.labels=FILE, or leave it out"
+        )
+    if data.get("label_separator") and not data.multi_label:
+        raise UserError(
+            f"config.data.label_separator={data.label_separator}: an image has one label; set "
+            "--config.data.multi_label=True, or leave it out"
+        )
     columns = [f for f in ("image_column", "label_column") if data.get(f)]
     if columns and "labels" in entry.options and not data.labels:
         raise UserError(

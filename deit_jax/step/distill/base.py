@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Num
+from jaxtyping import Array, Shaped
 
 from deit_jax.models.heads import Heads
 
@@ -23,12 +23,16 @@ class Outputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The size of a label tape's steps; `top_k` is the number of classes kept where not all are."""
+    """The size of a label tape's steps; `top_k` is the number of classes kept where not all are.
+
+    `several` says that it is of images with several labels.
+    """
 
     kind: str
     batch_size: int
     num_classes: int
     top_k: int
+    several: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class TapeForm:
     exact: bool
     arrays: Callable[[Layout], dict[str, tuple[np.dtype, tuple[int, ...]]]]
     pack: Callable[[Array, Layout], dict[str, Array]]
-    unpack: Callable[[dict[str, Num[np.ndarray, "b ..."]], Layout], np.ndarray]
+    unpack: Callable[[dict[str, Shaped[np.ndarray, "b ..."]], Layout], np.ndarray]
     keeps: Callable[[int, int], int]
 
 
@@ -60,7 +64,8 @@ class Distillation:
     `loss` compares the student's outputs with it, under `config.distill` and the parameters that
     `init` made of the shapes of both (a projection, say: trained with the student, in its state
     under "distill", and left out of what is exported). `features` asks for features besides logits.
-    Without a `tape` form a kind cannot be recorded.
+    Without a `tape` form a kind cannot be recorded. `several` is the same kind where images have
+    several labels, whose teacher answers each class by itself; None where there is none.
     """
 
     target: Callable[[Outputs], Array]
@@ -68,3 +73,4 @@ class Distillation:
     tape: TapeForm | None = None
     features: bool = False
     init: Callable[[Any, Outputs, Any], dict[str, Any]] = no_extras
+    several: "Distillation | None" = None

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deit_jax.step.distill.base import Distillation, Layout, Outputs, TapeForm
-from deit_jax.step.losses import cross_entropy
+from deit_jax.step.losses import binary_cross_entropy, cross_entropy
 
 
 def hard_distillation(
@@ -41,8 +41,36 @@ def _keeps(top_k: int, num_classes: int) -> int:
     return 1
 
 
+def _target_of_each(outputs: Outputs) -> Bool[Array, "B K"]:
+    """Return which classes the teacher sees: those whose sigmoid is above a half."""
+    return outputs.heads.fused() > 0.0
+
+
+def _loss_of_each(outputs: Outputs, target, settings, extras) -> Float[Array, ""]:
+    return binary_cross_entropy(outputs.heads.taught, target.astype(jnp.float32))
+
+
+def _bits(layout: Layout) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    width = -(-layout.num_classes // 8)
+    return {"labels": (np.dtype(np.uint8), (layout.batch_size, width))}
+
+
+def _pack_bits(target: Bool[Array, "B K"], layout: Layout) -> dict[str, UInt8[Array, "B k"]]:
+    return {"labels": jnp.packbits(target, axis=-1)}
+
+
+def _unpack_bits(parts, layout: Layout) -> Bool[np.ndarray, "b K"]:
+    return np.unpackbits(parts["labels"], axis=-1, count=layout.num_classes).astype(bool)
+
+
+SEVERAL = Distillation(
+    target=_target_of_each,
+    loss=_loss_of_each,
+    tape=TapeForm(True, arrays=_bits, pack=_pack_bits, unpack=_unpack_bits, keeps=_keeps),
+)
 HARD = Distillation(
     target=_target,
     loss=_loss,
     tape=TapeForm(exact=True, arrays=_arrays, pack=_pack, unpack=_unpack, keeps=_keeps),
+    several=SEVERAL,
 )

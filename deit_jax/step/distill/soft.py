@@ -66,8 +66,29 @@ def _unpack(parts, layout: Layout) -> Float[np.ndarray, "b K"]:
     return logits
 
 
+def soft_distillation_of_each(
+    logits: Float[Array, "B K"], teacher_logits: Float[Array, "B K"], tau: float
+) -> Float[Array, ""]:
+    """Return tau^2 KL(teacher || student) of each class's sigmoid at temperature `tau`.
+
+    The mean over examples and classes, as the binary loss of labels is.
+    """
+    logs = [
+        (jax.nn.log_sigmoid(x / tau), jax.nn.log_sigmoid(-x / tau))
+        for x in (teacher_logits, logits)
+    ]
+    (yes, no), (said_yes, said_no) = logs
+    divergence = jnp.exp(yes) * (yes - said_yes) + jnp.exp(no) * (no - said_no)
+    return jnp.mean(divergence) * tau**2
+
+
+def _loss_of_each(outputs: Outputs, target, settings, extras) -> Float[Array, ""]:
+    return soft_distillation_of_each(outputs.heads.taught, target, settings.tau)
+
+
 SOFT = Distillation(
     target=_target,
     loss=_loss,
     tape=TapeForm(exact=False, arrays=_arrays, pack=_pack, unpack=_unpack, keeps=min),
+    several=Distillation(target=_target, loss=_loss_of_each),
 )

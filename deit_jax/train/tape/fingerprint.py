@@ -11,6 +11,7 @@ from deit_jax.config.serialize import flatten, meanings, to_json
 from deit_jax.errors import UserError
 from deit_jax.parallel.sharding import path_name
 from deit_jax.train.experiment import Experiment
+from deit_jax.workdir.held_out import label_bytes
 
 # One more with every change that makes other views of the same fields: 2 draws mixup's lambda anew.
 VIEWS = 2
@@ -23,8 +24,8 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     """
     flat = flatten(to_json(experiment.config))
     names = [
-        *("seed", "batch_size", "distill.kind", "data.source", "data.train_split"),
-        *("data.rules", "data.labels", "data.classes", "data.image_column"),
+        *("seed", "batch_size", "distill.kind", "data.source", "data.train_split", "data.balance"),
+        *("data.rules", "data.multi_label", "data.labels", "data.classes", "data.image_column"),
         *("data.decoder", "data.mean", "data.std", "data.exif", "data.resize", "data.bits"),
         *(k for k in flat if k.startswith(("augment.", "mixing."))),
     ]
@@ -32,7 +33,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     found = {name: flat[name] for name in names} | {
         "views": VIEWS,
         "data.images": len(dataset.train),
-        "data.labels": None if labels is None else _sha256(np.asarray(labels, np.int64)),
+        "data.labels": None if labels is None else hashlib.sha256(label_bytes(labels)).hexdigest(),
         "data.num_classes": len(dataset.classes),
         "data.classes": _sha256(np.frombuffer("\n".join(dataset.classes).encode(), np.uint8)),
         "image_size": experiment.image_size,

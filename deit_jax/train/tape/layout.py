@@ -4,15 +4,15 @@ import zlib
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Num
+from jaxtyping import Array, Shaped
 
 from deit_jax.step.distill.base import Layout, TapeForm
-from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.step.objective import chosen
 
 
 def form_of(layout: Layout) -> TapeForm:
     """Return how the targets of a layout's kind lie on a tape."""
-    form = DISTILLATIONS[layout.kind].tape
+    form = chosen(layout.kind, layout.several).tape
     assert form is not None  # validate has refused the others
     return form
 
@@ -22,12 +22,12 @@ def arrays_of(layout: Layout) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     return form_of(layout).arrays(layout)
 
 
-def pack(target: Num[Array, "B ..."], layout: Layout) -> dict[str, Array]:
+def pack(target: Shaped[Array, "B ..."], layout: Layout) -> dict[str, Array]:
     """Return a teacher's labels or logits in the form of the tape's arrays, on the device."""
     return form_of(layout).pack(target, layout)
 
 
-def unpack(parts: dict[str, Num[np.ndarray, "b ..."]], layout: Layout) -> Any:
+def unpack(parts: dict[str, Shaped[np.ndarray, "b ..."]], layout: Layout) -> Any:
     """Return what was packed, or for a tape that is not exact, what it knows of it."""
     return form_of(layout).unpack(parts, layout)
 

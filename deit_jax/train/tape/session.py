@@ -12,7 +12,6 @@ from jax.experimental import multihost_utils
 
 from deit_jax.errors import UserError
 from deit_jax.step.distill.base import Layout
-from deit_jax.step.objective import DISTILLATIONS
 from deit_jax.storage import exists, steps_in
 from deit_jax.train.experiment import Experiment
 from deit_jax.train.tape.fingerprint import check_fingerprint, fingerprint
@@ -169,10 +168,10 @@ def tape_path(experiment: Experiment, workdir: Path) -> Path:
 def layout_of(experiment: Experiment) -> Layout:
     """Return the size of a tape's steps."""
     kind, classes = experiment.settings.distill.kind, experiment.num_classes
-    form = DISTILLATIONS[kind].tape
+    form = experiment.settings.kind.tape
     assert form is not None  # validate has refused the others
     top_k = form.keeps(experiment.config.teacher.tape_top_k, classes)
-    return Layout(kind, experiment.batch_size, classes, top_k)
+    return Layout(kind, experiment.batch_size, classes, top_k, experiment.settings.several)
 
 
 def stand_in(experiment: Experiment, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -180,7 +179,7 @@ def stand_in(experiment: Experiment, labels: np.ndarray) -> dict[str, np.ndarray
     if experiment.teacher is None or experiment.teacher.answers:
         return {}
     shape = experiment.load.target(len(labels))
-    if np.issubdtype(shape.dtype, np.integer):
+    if np.issubdtype(shape.dtype, np.integer) or labels.ndim == 2:
         return {"teacher_target": labels.astype(shape.dtype)}
     return {"teacher_target": np.eye(experiment.num_classes, dtype=shape.dtype)[labels]}
 

@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from deit_jax.errors import UserError
-from deit_jax.step.objective import DISTILLATIONS
+from deit_jax.step.objective import distillation
 from deit_jax.storage import backend, exists, read_json, write_json
 from deit_jax.train.tape.layout import Layout, arrays_of, checksum, unpack
 
@@ -65,11 +65,12 @@ class Tape:
         numbers = (given.get("batch_size"), given.get("data.num_classes"), content.get("top_k"))
         fine = all(type(n) is int and n > 0 for n in numbers)
         name = given.get("distill.kind")
-        kind = DISTILLATIONS.get(name) if isinstance(name, str) else None
+        several = given.get("data.multi_label") is True
+        kind = distillation(name, several) if isinstance(name, str) else None
         if not fine or kind is None or kind.tape is None:
             raise UserError(f"{file}: says no kind, batch, classes or top_k; {REMEDY}")
         size = given["batch_size"], given["data.num_classes"], content["top_k"]
-        return cls(path, Layout(given["distill.kind"], *size), given)
+        return cls(path, Layout(given["distill.kind"], *size, several), given)
 
     @classmethod
     def create(cls, path: Path, layout: Layout, given: dict[str, Any], steps: int) -> "Tape":
@@ -81,7 +82,7 @@ class Tape:
                 if there - arrays:
                     raise UserError(f"{path}: holds other files; choose another tape_path")
             for name, (dtype, shape) in arrays_of(layout).items():
-                fill = -1 if np.issubdtype(dtype, np.integer) else "NaN"
+                fill = {"i": -1, "u": 255, "f": "NaN"}[dtype.kind]
                 _make(path / name, dtype, (steps, *shape), CHUNK_STEPS, fill)
             _make(path / "recorded", np.dtype(np.int64), (steps, 2), CLAIM_STEPS, -1)
             content = {"format": FORMAT, "top_k": layout.top_k, "fingerprint": given}
@@ -119,7 +120,8 @@ class Tape:
         return unpack({name: part[list(rows)] for name, part in parts.items()}, self.layout)
 
     def _makes_sense(self, parts) -> bool:
-        classes = [part for part in parts.values() if np.issubdtype(part.dtype, np.integer)]
+        # Bytes are bits, one a class, which all make sense.
+        classes = [part for part in parts.values() if part.dtype.kind == "i"]
         return all(np.all((x >= 0) & (x < self.layout.num_classes)) for x in classes)
 
     def must_be_writable(self) -> None:

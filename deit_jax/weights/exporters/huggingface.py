@@ -39,7 +39,8 @@ def _hugging_face_class(model) -> str:
 
 def _hugging_face_config(opened: LoadedWeights) -> dict[str, Any]:
     model, classes = opened.model, opened.classes
-    return {
+    several = {"problem_type": "multi_label_classification"} if opened.multi_label else {}
+    return several | {
         "architectures": [_hugging_face_class(model)],
         "model_type": "deit" if model.distilled else "vit",
         "attention_probs_dropout_prob": 0.0,

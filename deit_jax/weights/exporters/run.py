@@ -37,6 +37,8 @@ def _run_config(opened: LoadedWeights):
         config.model[key] = value
     config.data.mean, config.data.std = opened.mean, opened.std
     config.data.eval_crop_ratio, reading = opened.crop_ratio, opened.reading
+    if opened.multi_label:
+        config.data.multi_label, config.loss.kind, config.loss.smoothing = True, "binary", 0.0
     config.data.resize, config.data.exif, config.data.bits = (
         reading.resize,
         reading.exif,

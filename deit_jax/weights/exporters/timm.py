@@ -24,6 +24,8 @@ def write_timm(opened: LoadedWeights, path: Path) -> None:
     }
     if opened.classes != default_classes(len(opened.classes)):
         described["classes"] = opened.classes
+    if opened.multi_label:
+        described["multi_label"] = True
     metadata = {"format": "pt", METADATA: json.dumps(described)}
     write_safetensors(to_torch(opened.variables), path, metadata)
 
