@@ -148,7 +148,9 @@ class Chain:
 
     steps: tuple[Augment, ...]
 
-    def __call__(self, image: Image, rng: np.random.Generator) -> Image:
+    def __call__(
+        self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "H W C"]:
         for step in self.steps:
             image = step(image, rng)
         return image

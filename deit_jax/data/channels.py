@@ -60,9 +60,12 @@ def is_stack(file: bytes, channels: int) -> bool:
     """Return whether a file is a TIFF of more channels than Pillow would keep."""
     if file[:4] not in _TIFF or channels in (1, 3):
         return False
+    if channels != 4:
+        return True
     try:
         with Image.open(io.BytesIO(file)) as image:
-            return channels != 4 or image.mode == "RGBX"
+            frames = getattr(image, "n_frames", 1)  # each a channel
+            return image.mode == "RGBX" or (frames == channels and len(image.getbands()) == 1)
     except UnidentifiedImageError:
         return True
 
@@ -119,7 +122,7 @@ def of_array(array: np.ndarray, bits: int, channels: int) -> Stack:
     return fitted(np.ascontiguousarray(array), channels)
 
 
-def fitted(pixels: Stack, channels: int) -> Stack:
+def fitted(pixels: UInt8[np.ndarray, "H W c"], channels: int) -> Stack:
     """Return an image with the data's channels; raise MixedChannels where there is no such."""
     have = pixels.shape[2]
     if have == channels:
