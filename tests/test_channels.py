@@ -3,6 +3,7 @@
 import builtins
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from deit_jax import __main__ as program
 from deit_jax.configs import base
 from deit_jax.data import augment, card, decode, decoders, image_ops
 from deit_jax.data.batches import EvalBatches, TrainBatches
-from deit_jax.data.channels import MixedChannels, as_colours
+from deit_jax.data.channels import MixedChannels, array_in, as_colours
 from deit_jax.data.decode import Reading
 from deit_jax.data.order import EpochOrder
 from deit_jax.data.sources.registry import open_dataset
@@ -138,6 +139,25 @@ def test_arrays_and_tiffs_are_as_numpy_and_tifffile_have_them(channels):
     for file in (npy(deep), tiff(deep, planarconfig="contig", **contig)):
         assert np.array_equal(decode.pixels_of(file, "x", of(channels)), deep >> 2)
         assert np.array_equal(decode.pixels_of(file, "x", of(channels, bits=16)), deep >> 8)
+
+
+@pytest.mark.parametrize("dtype", ["|b1", "<u2", ">u2", "<i4", "<f2", "<f4", ">f8", "|u1", "|i1"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_arrays_are_numpys_in_every_type_and_version(dtype, version):
+    for shape, order in (((7, 5), "C"), ((7, 5, 3), "C"), ((7, 5, 3), "F"), ((0, 5), "C")):
+        values = np.asarray(numbers(*shape, most=100).astype(dtype), order=order)
+        stream = io.BytesIO()
+        np.lib.format.write_array(stream, values, version)
+        ours = array_in(stream.getvalue())
+        assert ours.dtype == values.dtype
+        assert np.array_equal(ours, values)
+
+
+def test_arrays_are_read_by_many_threads_at_once():
+    files = [npy(numbers(4, 4, 5) + i) for i in range(50)]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda i: array_in(files[i % 50]), range(5000)))
+    assert all(np.array_equal(x, numbers(4, 4, 5) + i % 50) for i, x in enumerate(read))
 
 
 BAD = {

@@ -107,16 +107,16 @@ def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[T
         if weights != spec.weights:
             raise
         raise UserError(f"config.teacher.weights={weights}: {error}") from error
-    whose = f"config.teacher.weights={weights}: the teacher"
-    opened, note = in_order(opened, classes, whose, spec.source)
-    if note:
-        log.info(note)
     taken = getattr(opened.model, "in_channels", 3)
     if taken != spec.channels:
         raise UserError(
             f"config.teacher.weights={weights}: the teacher takes images of {taken} channels, and "
             f"config.data.channels={spec.channels}; take a teacher of the same images"
         )
+    whose = f"config.teacher.weights={weights}: the teacher"
+    opened, note = in_order(opened, classes, whose, spec.source)
+    if note:
+        log.info(note)
     try:
         opened.check_convention()
     except ValueError as error:
