@@ -16,7 +16,7 @@ def simplest(size: Size) -> Size:
 
 def text(size: Size) -> str:
     """Return `224`, or `224x320` of an oblong, as people write it."""
-    return "x".join(map(str, sides(size))) if isinstance(simplest(size), tuple) else str(size)
+    return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

@@ -217,6 +217,7 @@ def run(fields, tmp_path_factory):
     """A finished run of student and teacher on five channels."""
     c = many()
     c.data.source, c.data.bits = f"folder:{fields}", 10
+    c.model.image_size = (12, 16)
     c.epochs, c.teacher.epochs, c.augment.repeats = 6.0, 4.0, 1
     c.optim.warmup_epochs, c.optim.lr, c.batch_size = 1.0, 3e-3, 16
     c.mixing.prob, c.train.eval_batch_size = 0.5, 16
@@ -252,7 +253,7 @@ def test_a_run_is_evaluated_predicted_reported_and_converted(run, fields, tmp_pa
     assert program.main(["analyze", f"--workdir={workdir}"]) == 0
     (figures,) = json.loads(capsys.readouterr().out)["runs"]
     assert figures["evaluation"]["top1"]["fused"] == 100
-    assert figures["patch_grid"] == [4, 4]
+    assert figures["patch_grid"] == [3, 4]
     assert np.array(figures["patch_filters"]).shape[-1] == 5
     assert program.main(["report", f"--workdir={workdir}"]) == 0
     assert "5 channels an image" in (workdir / "report.html").read_text()

@@ -142,7 +142,7 @@ def _open(source: str, model, default, image_size: Size | None, dtype: str) -> L
     if path.is_dir() and not any(exists(path / name) for name in _IN_FOLDER):
         return _open_run(source, path, model, dtype)
     metadata, flat = read_metadata(path), readers.read(path)
-    name, overrides = _identify(flat, metadata, model, default, image_size)
+    name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
     variables = from_torch(flat, name, **overrides)
     classes = num_classes_of(variables, registry.create_model(name, **overrides))
     model = registry.create_model(name, classes, dtype=compute_dtype(dtype), **overrides)
@@ -238,7 +238,7 @@ def _locate(source: str) -> Path:
 
 
 def _identify(
-    flat, metadata: Metadata, model, default, image_size: Size | None
+    flat, metadata: Metadata, model, default, sizes: tuple[Size | None, ...]
 ) -> tuple[str, dict[str, Any]]:
     """Return the registered name and the overrides of the model that tensors belong to."""
     name, overrides = _described(model)
@@ -260,7 +260,7 @@ def _identify(
             raise ValueError(f"has {heads} heads of attention, {name} has {own.num_heads}")
         if hasattr(own, "distilled"):
             overrides |= {k: fields[k] for k in ("distilled", "dist_head") if k in fields}
-            overrides |= _resolution(fields, name, overrides, image_size)
+            overrides |= _resolution(fields, name, overrides, sizes)
     own = registry.create_model(name, **overrides)
     canonical = {k: flat[v] for k, v in torch_names.canonical_names(flat, own).items()}
     if (channels := torch_names.input_channels(canonical, own)) not in (None, 3):
@@ -268,10 +268,12 @@ def _identify(
     return name, overrides
 
 
-def _resolution(fields, name: str, overrides: dict[str, Any], asked: Size | None) -> dict[str, Any]:
+def _resolution(
+    fields, name: str, overrides: dict[str, Any], sizes: tuple[Size | None, ...]
+) -> dict[str, Any]:
     """Return the image size that positions tell of, {} where the name's or the file's own fits.
 
-    An oblong grid cannot be seen: it is that of the size that was asked for, if it fits.
+    An oblong grid cannot be seen: it is that of the first of some `sizes` that fits.
     """
     own = registry.create_model(name, **overrides)
 
@@ -282,8 +284,9 @@ def _resolution(fields, name: str, overrides: dict[str, Any], asked: Size | None
         return {}
     if "grid" in fields:
         return {"image_size": fields["grid"] * own.patch_size}
-    if asked is not None and positions(own.clone(image_size=asked)) == fields["positions"]:
-        return {"image_size": simplest(asked)}
+    for size in sizes:
+        if size is not None and positions(own.clone(image_size=size)) == fields["positions"]:
+            return {"image_size": simplest(size)}
     raise ValueError(
         f"a position embedding of {fields['positions']} tokens is no square grid; give the size "
         "of the images that it is for, (height, width)"
