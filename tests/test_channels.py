@@ -2,7 +2,10 @@
 
 import builtins
 import io
+import logging
 import pickle
+import struct
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -219,6 +222,50 @@ def test_a_missing_tifffile_is_named_with_its_extra(monkeypatch):
         decode.pixels_of(file, "x", of(5))
 
 
+def outcome(file, channels):
+    """Return the number of channels that are read, or what is said instead."""
+    try:
+        return decode.pixels_of(file, "x.tif", of(channels)).shape[2]
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5])
+def test_damaged_files_are_read_or_named(channels):
+    """No byte that is turned, and no file that ends early, gives anything but one line."""
+    rng, values = np.random.default_rng(0), numbers(9, 11, 5)
+    packed = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
+    files = [npy(values), tiff(values, **packed), tiff(np.moveaxis(values, -1, 0).copy())]
+    files += [tiff(values[..., :4], photometric="rgb"), encoded(Image.new("RGBA", (9, 9)), "png")]
+    logging.disable(logging.ERROR)  # of tifffile and Pillow, which say more than they raise
+    for file in files:
+        for _ in range(150):
+            broken = bytearray(file)
+            for at in rng.integers(0, min(len(file), 400), rng.integers(1, 4)):
+                broken[at] = rng.integers(256)
+            data = bytes(broken[: rng.integers(10, len(file))] if rng.random() < 0.2 else broken)
+            said = outcome(data, channels)
+            assert said == channels or said.startswith("x.tif: "), said
+            assert said == channels or len(said.splitlines()) == 1, said
+    logging.disable(logging.NOTSET)
+
+
+def test_a_tiff_that_claims_gigabytes_is_refused():
+    packed = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
+    page = tiff(np.zeros((2000, 2000, 5), np.uint8), **packed)
+    assert decode.pixels_of(page, "x", of(5)).shape == (2000, 2000, 5)
+    claims, changed = bytearray(page), 0
+    for number in (256, 257):  # width and height, as SHORT or LONG
+        for kind in (3, 4):
+            at = claims.find(struct.pack("<HHII", number, kind, 1, 2000))
+            if at >= 0:
+                claims[at : at + 12] = struct.pack("<HHII", number, kind, 1, 9000)
+                changed += 1
+    assert changed == 2
+    with pytest.raises(UserError, match="405000000 bytes of pixels in a file of"):
+        decode.pixels_of(bytes(claims), "x", of(5))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 4, 7, 16])
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
 def test_every_channel_is_seen_as_it_would_be_alone(channels, resize):
@@ -354,6 +401,32 @@ def test_folders_of_arrays_go_through_the_pipeline(write, channels, kind):
     if kind == "npy":  # which are no images then, as ever
         with pytest.raises(UserError, match="no class folders"):
             open_dataset(c.data)
+
+
+def test_arrays_are_images_in_tables_and_tars_too(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    c = write(5)
+    rows = [f"{name}/{i}.npy,{name}" for name in ("low", "high") for i in range(6)]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))  # without a head
+    c.data.labels = str(tmp_path / "labels.csv")
+    dataset = open_dataset(c.data)
+    assert len(dataset.train) + len(dataset.eval) == 12
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    with tarfile.open(tars / "train-0.tar", "w") as tar:
+        for i, row in enumerate(rows):
+            path, name = row.split(",")
+            tar.add(tmp_path / path, f"{i}.npy")
+            (tmp_path / "cls").write_text(str(int(name == "low")))
+            tar.add(tmp_path / "cls", f"{i}.cls")
+    c.data.labels, c.data.source = "", f"wds:{tars}"
+    dataset = open_dataset(c.data)
+    assert len(dataset.train) + len(dataset.eval) == 12
+    pixels = decode.pixels_of(dataset.train[0]["image"], "x", of(5))
+    assert pixels.shape == (12, 14, 5)
+    c.data.channels = 3  # the index that was kept is not taken
+    with pytest.raises(UserError, match="no images in its tars"):
+        open_dataset(c.data)
 
 
 def test_the_card_tells_channels_and_counts_those_that_do_not_fit(write, tmp_path, capsys):

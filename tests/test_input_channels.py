@@ -15,10 +15,11 @@ from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
 from deit_jax.models.registry import create_model
-from deit_jax.perf import flops, plan
+from deit_jax.perf import flops, input_rate, plan
 from deit_jax.shapes import input_shape
-from deit_jax.train import memory
-from deit_jax.train.run import train
+from deit_jax.train import memory, step_dump
+from deit_jax.train.experiment import prepare
+from deit_jax.train.run import starting_weights, train
 from deit_jax.train.validate import validate
 from deit_jax.weights import convert
 from deit_jax.weights.fit import adapt_channels
@@ -26,7 +27,7 @@ from deit_jax.weights.load import load_variables, open_model
 from deit_jax.weights.torch_names import to_torch
 from tests.test_convert import FAMILIES, SMALL, opened
 from tests.timm_reference import import_timm, import_torch, import_transformers
-from tests.tiny import make_tiny_config, resolved
+from tests.tiny import make_tiny_config, measured, resolved
 
 VIT = {"img_size": 32, "depth": 2}
 CHANNELS = [1, 2, 4, 13]
@@ -275,6 +276,40 @@ def test_a_teacher_of_other_channels_is_refused(run, tmp_path, capsys):
     c.teacher.weights, c.teacher.epochs = str(workdir / "teacher"), 0.0
     with pytest.raises(UserError, match=r"takes images of 5 channels, and config\.data"):
         train(c, tmp_path / "other")
+
+
+def test_a_run_starts_from_weights_of_colours(run, tmp_path, caplog):
+    """The adapted layer is where training begins; the rest is as it was."""
+    c = many()
+    c.init.head = "drop"
+    first = opened("deit_tiny_distilled_patch16_224", SMALL)
+    convert.convert(first, tmp_path / "w.safetensors")
+    c.model.image_size, c.model.patch_size, c.model.width = (32, 48), None, None
+    c.distill.kind, c.init.weights = "none", str(tmp_path / "w.safetensors")
+    experiment = resolved(c, open_dataset(c.data))
+    with caplog.at_level("INFO", logger="deit_jax"):
+        variables = starting_weights(experiment, tmp_path / "run", [str(i) for i in range(10)])
+    assert "first layer adapted from 3 to 5 channels" in caplog.text
+    assert "position embedding resized from 2x2 to 2x3" in caplog.text
+    shapes = jax.tree.map(lambda x: x.shape, experiment.abstract_state.params)
+    assert jax.tree.map(lambda x: x.shape, variables["params"]) == shapes
+    old = first.variables["params"]["patch_embed"]["proj"]
+    kernel = variables["params"]["patch_embed"]["proj"]["kernel"]
+    np.testing.assert_allclose(kernel[:, :, 3], old["kernel"][:, :, 0] * 0.6, rtol=1e-6)
+    np.testing.assert_array_equal(variables["params"]["patch_embed"]["proj"]["bias"], old["bias"])
+
+
+def test_the_benchmark_and_a_dumped_step_have_the_channels(run, tmp_path):
+    workdir, c, _ = run
+    result = measured(c, 0.05)
+    assert result["images_per_second"] > 0
+    experiment, dataset = prepare(c, workdir)
+    assert step_dump.dump_step(experiment, dataset, workdir, 1)
+    with np.load(workdir / "replay" / "step_1" / "batch.npz") as arrays:
+        assert arrays["image"].shape == (16, 12, 16, 5)
+        assert arrays["model_input"].shape == (16, 12, 16, 5)
+    rates = input_rate.measure(experiment, dataset, 0.3)
+    assert rates["images_per_second"] > 0
 
 
 def test_estimates_know_the_channels():

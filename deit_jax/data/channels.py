@@ -27,6 +27,7 @@ _HEADER = (  # of numbers alone: their type, whether columns come first, their s
     re.compile(rb"'shape': *\(([\d, ]{0,60})\)"),
 )
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MOST_PACKED = 1100  # times that Deflate makes bytes smaller: 1032, and some
 _STACKS = ("CYX", "QYX", "IYX", "ZYX", "SYX")  # tifffile's axes of channels before rows
 
 Stack = UInt8[np.ndarray, "H W C"]
@@ -91,6 +92,8 @@ def tiff_in(file: bytes, channels: int) -> np.ndarray:
         check_size(sizes.get("Y", 0), sizes.get("X", 0))
         if (turn := _tag(tiff.pages[0], "Orientation")) not in (0, 1):
             raise ValueError(f"it notes orientation {turn}; save it upright")
+        if picture.nbytes > _MOST_PACKED * len(file):
+            raise ValueError(f"{picture.nbytes} bytes of pixels in a file of {len(file)}")
         if math.prod(shape) > math.prod((sizes["Y"], sizes["X"], channels)):
             raise misfit(math.prod(shape) // (sizes["Y"] * sizes["X"]), channels)
         values = picture.asarray(maxworkers=1)
