@@ -202,10 +202,11 @@ def _scale(low: float, high: float, unit: str) -> Element:
 def filters(run: Run) -> list[Element]:
     """Return the principal components of the patch embedding."""
     found = np.array(run["patch_filters"])
+    colours = "red, green and blue" if found.shape[-1] == 3 else "values, as its first channels"
     text = (
         f"The first {len(found)} principal components of the filters that turn a patch of "
         f"{found.shape[1]} x {found.shape[2]} pixels into a token, row by row, each scaled to its "
-        "own range of red, green and blue."
+        f"own range of {colours}."
     )
     tiles = as_colours(np.rint(255 * found).astype(np.uint8))
     return [element("p", text), _sheet(tiles, 7, "filters of the patch embedding")]
