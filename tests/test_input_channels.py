@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import deit_jax
@@ -13,7 +15,9 @@ from deit_jax import __main__ as program
 from deit_jax.config.serialize import from_json, to_json
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
+from deit_jax.models import registry
 from deit_jax.models.build import build_model
+from deit_jax.models.family import Family, ModelSpec
 from deit_jax.models.registry import create_model
 from deit_jax.perf import flops, input_rate, plan
 from deit_jax.shapes import input_shape
@@ -179,6 +183,24 @@ def test_what_contradicts_the_channels_is_refused(field, value, text):
         validate(c, 1)
     assert text in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_of_colours_alone_says_so(monkeypatch):
+    class Toy(nn.Module):
+        num_classes: int
+        dtype: Any = np.float32
+
+    family = Family(Toy, {"toy": ModelSpec(Toy, {})}, ("fc",))
+    monkeypatch.setitem(registry.FAMILIES, "toy", family)
+    c = many().model
+    c.name = "toy"
+    for key in ("image_size", "patch_size", "width", "depth", "drop_path"):
+        c[key] = None
+    build_model(c, 5, channels=3)
+    with pytest.raises(UserError, match="toy has no field in_channels and takes colours alone"):
+        build_model(c, 5, channels=5)
+    with pytest.raises(ValueError, match="toy has no such field"):
+        deit_jax.load("toy", in_channels=5)
 
 
 def test_imagenets_mean_is_not_taken_for_grey():

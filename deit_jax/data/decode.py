@@ -126,16 +126,16 @@ def read(
     JPEG files are read by libjpeg-turbo itself if the decoder says so, with the pixels of Pillow's
     own copy of it; all the rest, and what is not flawless, by Pillow.
     """
-    if reading.channels != 3:
-        return pixels_of(image, name, reading)
-    if decoder.jpeg and isinstance(image, bytes) and image[:2] == b"\xff\xd8":
+    fast = decoder.jpeg and reading.channels in (1, 3, 4)
+    if fast and isinstance(image, bytes) and image[:2] == b"\xff\xd8":
         try:
             pixels = _ordinary_jpeg(image, scratch)
         except ValueError:
             pixels = None  # Pillow decides whether the flaw matters, and puts it into words
         if pixels is not None:
-            return _upright(pixels, image, name) if reading.exif else pixels
-    return np.asarray(decode(image, name, reading))
+            pixels = _upright(pixels, image, name) if reading.exif else pixels
+            return channels.fitted(pixels, reading.channels)
+    return pixels_of(image, name, reading)
 
 
 def _ordinary_jpeg(file: bytes, scratch: np.ndarray | None) -> Pixels | None:

@@ -65,8 +65,11 @@ def build_model(
     if "image_size" not in fields:  # a convnet takes any size
         overrides.pop("image_size", None)
     overrides["in_channels"] = in_channels(model_config, channels, of)
-    if "in_channels" not in fields and overrides["in_channels"] == 3:
-        del overrides["in_channels"]
+    if "in_channels" not in fields and (taken := overrides.pop("in_channels")) != 3:
+        raise UserError(
+            f"config.data.channels={taken}: {model_config.name} has no field in_channels and takes "
+            "colours alone; choose another model"
+        )
     try:
         return registry.create_model(
             model_config.name, num_classes, dtype=compute_dtype(dtype), **overrides, **kwargs

@@ -195,7 +195,9 @@ def _fit_channels(params: dict[str, Any], old, model) -> list[str]:
     have, want = (getattr(m, "in_channels", 3) for m in (old, model))
     if have == want:
         return []
-    top, *rest = registry.family_of(model).stem.split("/")
+    if not (stem := registry.family_of(model).stem):
+        raise ValueError(f"weights of {have} channels, and a family whose first layer is not known")
+    top, *rest = stem.split("/")
     layer = params[top] = dict(params[top])
     for name in rest:
         layer[name] = dict(layer[name])

@@ -75,11 +75,10 @@ def load(
         return folded(opened.model, opened.variables)
     if name is None:
         raise WeightsError("neither a model's name nor weights; give one")
-    model = registry.create_model(name, 1000 if num_classes is None else num_classes)
+    overrides = {} if in_channels is None else {"in_channels": in_channels}
+    model = registry.create_model(name, 1000 if num_classes is None else num_classes, **overrides)
     if image_size is not None and hasattr(model, "image_size"):
         model = model.clone(image_size=simplest(image_size))
-    if in_channels is not None:
-        model = model.clone(in_channels=in_channels)
     return folded(model, init_variables(model, 0))
 
 
