@@ -13,7 +13,8 @@ def get_model_config(name: str) -> ConfigDict:
     """Return the fields that choose and reshape an architecture."""
     m = ConfigDict()
     m.name = name  # see `python -c "import deit_jax; print(deit_jax.list_models())"`
-    m.image_size = placeholder(int)  # pixels, square
+    m.image_size = placeholder(object)  # pixels: a side of a square, or (height, width)
+    m.in_channels = placeholder(int)  # None = data.channels
     m.drop_path = placeholder(float)  # stochastic depth, rate of the last block
     m.dropout = placeholder(float)
     m.remat = placeholder(bool)  # recompute activations in the backward pass: less memory, slower
@@ -75,7 +76,10 @@ def get_config() -> ConfigDict:
     # How folders are read and parts held out. None = the newest, or those a run began with; 1 is
     # what was done until 2026. See deit_jax/data/sources/assemble.py.
     c.data.rules = placeholder(int)
-    c.data.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    # 3 = RGB, 1 = grey, 4 = RGB and alpha as it is stored; another number, or 4, also of arrays
+    # (.npy) and TIFF files. See deit_jax/data/channels.py.
+    c.data.channels = 3
+    c.data.mean = (0.485, 0.456, 0.406)  # of each channel in [0, 1]; one value is for all
     c.data.std = (0.229, 0.224, 0.225)
     c.data.eval_crop_ratio = 0.875  # resize=crop: shorter side to image_size / ratio, centre
     # How training images become pixels. Decoders differ by rounding, so a run keeps the one that it
@@ -129,7 +133,8 @@ def get_config() -> ConfigDict:
     c.teacher = ConfigDict()
     c.teacher.weights = ""  # workdir of a finished `deit train`
     c.teacher.epochs = 0.0  # without weights: first train teacher.model so long, in WORKDIR/teacher
-    c.teacher.image_size = placeholder(int)  # resize its images on device; None = the student's
+    # Resize its images on device: a side or (height, width); None = the student's.
+    c.teacher.image_size = placeholder(object)
     # What the teacher says, on disk: record writes it to tape_path ("" = WORKDIR/tape) in training,
     # replay trains from there without running the teacher. See docs/tape.md.
     c.teacher.tape = "off"

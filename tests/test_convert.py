@@ -14,6 +14,7 @@ from deit_jax.data.decode import Reading
 from deit_jax.data.view import EvalView
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
+from deit_jax.shapes import input_shape
 from deit_jax.train.load_teacher import load_teacher, teacher_spec
 from deit_jax.weights import convert, readers
 from deit_jax.weights.exporters import huggingface
@@ -39,7 +40,7 @@ def opened(name, overrides, classes=("cat", "dog", "owl"), std=0.1):
     """Return a model with random weights as if it had been read from somewhere."""
     model = create_model(name, num_classes=len(classes), **overrides)
     size = getattr(model, "image_size", 64)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, size, size, 3)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros(input_shape(model, size)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda leaf: (

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "deit_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import besides itself. The rooms of a line import none of the same line.
 FLOORS = (
-    ("errors", "configs"),
+    ("errors", "configs", "shapes"),
     ("models", "parallel", "storage"),
     ("step", "data", "config"),
     ("workdir",),
@@ -22,10 +22,10 @@ FLOORS = (
 )
 # Where less is allowed than what lies below.
 NARROW = {
-    "models": {"errors"},
+    "models": {"errors", "shapes"},
     "parallel": {"errors"},
     "step": {"models", "parallel"},
-    "data": {"errors", "storage", "configs"},
+    "data": {"errors", "storage", "configs", "shapes"},
     "config": {"errors", "storage", "configs"},
 }
 REACH = 15  # files that a reader of train_step may come to

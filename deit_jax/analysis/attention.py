@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from deit_jax.models import vit
 from deit_jax.models.attention_maps import log_attention
 from deit_jax.models.vit import VisionTransformer
+from deit_jax.shapes import Size, sides
 
 
 def attention_maps(
@@ -91,7 +92,7 @@ def disagreement(predictions: Mapping[str, Int[np.ndarray, "n"]]) -> Float[np.nd
 
 def position_similarity(model: VisionTransformer, params) -> Float[np.ndarray, "P P"]:
     """Return the cosine of every two patches' position embeddings."""
-    embedding = np.asarray(params["pos_embed"][0], np.float64)[-(model.grid_size**2) :]
+    embedding = np.asarray(params["pos_embed"][0], np.float64)[-model.num_patches :]
     unit = embedding / np.linalg.norm(embedding, axis=-1, keepdims=True)
     return unit @ unit.T
 
@@ -110,11 +111,12 @@ def patch_filters(params, count: int = 28) -> Float[np.ndarray, "n p p C"]:
 
 
 def attention_on_image(
-    weights: Float[Array, "*batch P"], image_size: int
-) -> Float[Array, "*batch S S"]:
+    weights: Float[Array, "*batch P"], image_size: Size
+) -> Float[Array, "*batch H W"]:
     """Spread one row of attention over patches to pixels, nearest patch, its largest weight 1."""
-    side = round(weights.shape[-1] ** 0.5)
-    grid = weights.reshape(*weights.shape[:-1], side, side)
+    height, width = sides(image_size)
+    rows = round((weights.shape[-1] * height / width) ** 0.5)
+    grid = weights.reshape(*weights.shape[:-1], rows, -1)
     grid = grid / jnp.maximum(grid.max(axis=(-2, -1), keepdims=True), 1e-12)
-    shape = (*grid.shape[:-2], image_size, image_size)
+    shape = (*grid.shape[:-2], height, width)
     return jax.image.resize(grid, shape, "nearest")

@@ -30,6 +30,10 @@ def classify(
     before any result is computed.
     """
     opened = open_model(source, model)
+    try:
+        opened.check_convention()
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
     images = np.stack([_read(path, opened.view) for path in paths])
 
     variables, convention = jax.device_put(opened.variables), (opened.mean, opened.std)

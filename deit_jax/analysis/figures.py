@@ -17,6 +17,7 @@ import numpy as np
 from deit_jax import __version__
 from deit_jax.analysis import attention, predictions, transformer
 from deit_jax.config.serialize import from_json
+from deit_jax.data.channels import as_colours
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
@@ -35,7 +36,7 @@ ATTENTION_IMAGES = 5
 TRIES = 3
 _COMPUTED = (
     *("checkpoint_step", "total_steps", "steps_per_epoch", "evaluation", "tokens", "attention"),
-    *("position_similarity", "patch_filters"),
+    *("patch_grid", "position_similarity", "patch_filters"),
 )
 
 
@@ -174,7 +175,8 @@ def _look(seen: _Seen, opened, dataset: Dataset, workdir: Path, images: int) -> 
     figures["attention"] = transformer.attention(opened, source, shown, photographs)
     wrong = [m["example"] for m in answers.get("mistakes", [])]
     pictures = [*photographs, *(predictions.pixels(source, wrong, opened) if wrong else [])]
-    seen.pictures = dict(zip([*map(int, shown), *wrong], pictures, strict=True))
+    colours = map(as_colours, pictures)
+    seen.pictures = dict(zip([*map(int, shown), *wrong], colours, strict=True))
     seen.classes, seen.said = opened.classes, said
 
 

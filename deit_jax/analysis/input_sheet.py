@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from deit_jax.data.channels import as_colours
 from deit_jax.data.sources.base import Dataset
 from deit_jax.errors import UserError
 from deit_jax.step import train_step
@@ -19,7 +20,7 @@ ROWS = COLUMNS = 8
 def model_inputs(
     experiment: Experiment, dataset: Dataset, number: int, count: int
 ) -> tuple[np.ndarray, ...]:
-    """Return the first `count` examples of a step: uint8 images [n H W 3] and targets [n K].
+    """Return the first `count` examples of a step: uint8 images [n H W C] and targets [n K].
 
     They are what train_step hands to the model there, back in pixels. The targets are not smoothed,
     so that they tell the shares in a mixture.
@@ -72,7 +73,7 @@ def draw(images: np.ndarray, titles: list[str], heading: str, path: Path) -> Non
     for panel in panels.ravel():
         panel.axis("off")
     for panel, image, title in zip(panels.ravel(), images, titles, strict=False):
-        panel.imshow(image)
+        panel.imshow(as_colours(image))
         parts = [part if len(part) < 26 else f"{part[:24]}…" for part in title.split(" + ")]
         panel.set_title(" +\n".join(parts), fontsize=8)
     figure.suptitle(heading)

@@ -30,7 +30,7 @@ def spaced(total: int, count: int) -> Int[np.ndarray, "n"]:
 
 def pixels(
     source: Source, numbers: Sequence[int] | np.ndarray, opened
-) -> UInt8[np.ndarray, "n H W 3"]:
+) -> UInt8[np.ndarray, "n H W C"]:
     """Return images as a model is given them in evaluation, before normalisation."""
     some = Subset(source, np.asarray(numbers, np.int64))
     batches = EvalBatches(some, len(some), opened.view, range(len(some)))
@@ -53,8 +53,8 @@ class Predictions:
 def infer(
     model,
     variables,
-    images: UInt8[np.ndarray, "B H W 3"],
-    convention: tuple[tuple[float, float, float], tuple[float, float, float]],
+    images: UInt8[np.ndarray, "B H W C"],
+    convention: tuple[tuple[float, ...], tuple[float, ...]],
     teacher=None,
     teacher_params=None,
 ) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ BATCH = 16
 TOKENS = ("cls", "dist")
 
 
-def tokens(opened, images: UInt8[np.ndarray, "n H W 3"]) -> dict[str, Any] | None:
+def tokens(opened, images: UInt8[np.ndarray, "n H W C"]) -> dict[str, Any] | None:
     """Return the cosine of class and distillation token after every layer, None with one token.
 
     `cosines` begins with the tokens as they enter the first block; `learned_cosine` is that of the
@@ -48,7 +48,7 @@ def _normalising(opened, function: Callable) -> Callable:
 
 
 def attention(
-    opened, source: Source, numbers: np.ndarray, images: UInt8[np.ndarray, "n H W 3"]
+    opened, source: Source, numbers: np.ndarray, images: UInt8[np.ndarray, "n H W C"]
 ) -> dict[str, Any] | None:
     """Return what the tokens read on a few images, as grids of patches; None without attention.
 
@@ -58,13 +58,13 @@ def attention(
     model = opened.model
     if not isinstance(model, VisionTransformer):
         return None
-    prefix, side = model.num_prefix_tokens, model.grid_size
+    prefix, grid = model.num_prefix_tokens, model.grid_size
 
     def look(params, images):
         maps = analysis.attention_maps(model, params, images)
         last = maps[0, -1, :, :prefix, prefix:].swapaxes(0, 1)
         mixed = analysis.rollout(maps)[0, :prefix, prefix:]
-        return last.reshape(prefix, -1, side, side), mixed.reshape(prefix, side, side)
+        return last.reshape(prefix, -1, *grid), mixed.reshape(prefix, *grid)
 
     look, params = _normalising(opened, look), jax.device_put(opened.variables["params"])
     found = []
@@ -90,14 +90,15 @@ def _class_of(label: int | np.ndarray, classes: Sequence[str]) -> str:
 
 
 def learned(opened) -> dict[str, Any]:
-    """Return the similarity of position embeddings and the patch embedding's filters.
+    """Return the grid of patches, the similarity of their positions and the embedding's filters.
 
     None in their place for a model that has none.
     """
     model, params = opened.model, opened.variables["params"]
     if not isinstance(model, VisionTransformer):
-        return {"position_similarity": None, "patch_filters": None}
+        return {"patch_grid": None, "position_similarity": None, "patch_filters": None}
     return {
+        "patch_grid": list(model.grid_size),
         "position_similarity": rounded(analysis.position_similarity(model, params)),
         "patch_filters": rounded(analysis.patch_filters(params)),
     }

@@ -7,7 +7,7 @@ from deit_jax.weights.convert import EXPORTERS, convert
 from deit_jax.weights.fit import HEAD_POLICIES
 from deit_jax.weights.load import load_variables
 
-CONVERT_DOC = """usage: deit convert SRC DST [--to=FORMAT] [--model=NAME] [--image_size=N] ...
+CONVERT_DOC = """usage: deit convert SRC DST [--to=FORMAT] [--model=NAME] [--image_size=N|H,W] ...
 
 Convert weights. SRC is a .pth or .safetensors file, a Hugging Face or timm folder, hf-hub:ORG/NAME
 or the workdir of a run; its content tells which. DST is written as its name says, or as --to does:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     command = Command("convert", CONVERT_DOC)
     command.string("model", None, "SRC's model, where SRC does not say it")
     command.choice("to", None, list(EXPORTERS), "format of DST")
-    command.integer("image_size", None, "resize the position embedding")
+    command.size("image_size", "resize the position embedding for it: N, or HEIGHT,WIDTH")
     command.integer("num_classes", None, "with --head=drop: classes of DST")
     policies = "; ".join(f"{k} = {v}" for k, v in HEAD_POLICIES.items())
     command.choice("head", "error", list(HEAD_POLICIES), policies)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, config_flags
 
 from deit_jax.config import files
 from deit_jax.errors import UserError
+from deit_jax.shapes import Size, simplest
 from deit_jax.storage import write_text
 
 _LIST = "configs/base.py lists them all"
@@ -19,6 +20,21 @@ _REMEDIES = {  # for what the flags' libraries say of a value
     r"Non-boolean argument": "give true or false",
     r"is not a dict": f"a group of fields; set one of them, {_LIST}",
 }
+
+
+class _SizeParser(flags.ArgumentParser):
+    """`224` as a number, `224,320` or `224x320` as (height, width)."""
+
+    def parse(self, argument: str) -> Size:
+        """Return the size that is meant; raise ValueError for what is none."""
+        numbers = [int(word) for word in argument.strip("()").replace("x", ",").split(",")]
+        if len(numbers) > 2 or min(numbers) < 1:
+            raise ValueError("a size is one number, or height and width, each above 0")
+        return simplest((numbers[0], numbers[-1]))
+
+    def flag_type(self) -> str:
+        """Return what --help calls it."""
+        return "size"
 
 
 class UsageError(UserError):
@@ -46,6 +62,10 @@ class Command:
     ) -> None:
         """Define a flag that is a whole number."""
         flags.DEFINE_integer(name, default, text, lower_bound, flag_values=self.flags)
+
+    def size(self, name: str, text: str) -> None:
+        """Define a flag that is a size of images: one side, or height and width."""
+        flags.DEFINE(_SizeParser(), name, None, text, self.flags)
 
     def number(
         self,

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         config = from_json(records.config_of(Path(values.workdir)))
     validate(config, num_devices=1)
     dataset = open_dataset(config.data)
-    found = card.make(dataset, config.data.source, values.check)
+    found = card.make(dataset, config.data.source, values.check, config.data.channels)
     path = values.card or (values.workdir and Path(values.workdir) / records.DATA_CARD)
     if path:
         _write(found, Path(path))

@@ -40,6 +40,7 @@ CHOICES = {
 }
 
 INT32 = 2**31 - 1  # what the step and the counters are
+ANY = 0  # length of a tuple
 LARGE = 1e6  # for what has no limit but float32's, which its products must not reach either
 
 
@@ -47,7 +48,7 @@ LARGE = 1e6  # for what has no limit but float32's, which its products must not 
 class Range:
     """Numbers between two bounds; `above` and `below` leave the bounds themselves out.
 
-    `length` is that of a tuple of such numbers, None for a single one.
+    `length` is that of a tuple of such numbers, ANY for one of any length, None for a single one.
     """
 
     low: int | float
@@ -61,7 +62,8 @@ class Range:
         if self.length is not None:
             return (
                 isinstance(value, tuple)
-                and len(value) == self.length
+                and self.length in (len(value), ANY)
+                and len(value) > 0
                 and all(map(self._holds, value))
             )
         return self._holds(value)
@@ -74,12 +76,28 @@ class Range:
 
     def __str__(self) -> str:
         low, high = (str(x) if isinstance(x, int) else f"{x:g}" for x in (self.low, self.high))
-        many = "" if self.length is None else f"{self.length} numbers, each "
+        length = "one or more" if self.length == ANY else self.length
+        many = "" if self.length is None else f"{length} numbers, each "
         if not (self.above or self.below):
             return f"must be {many}between {low} and {high}"
         above = f"greater than {low}" if self.above else f"at least {low}"
         below = f"below {high}" if self.below else f"at most {high}"
         return f"must be {many}{above} and {below}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides(Range):
+    """A size of images: a whole number of pixels, or two, (height, width)."""
+
+    def holds(self, value) -> bool:
+        """Return whether a value is such a size."""
+        several = isinstance(value, tuple) and len(value) == 2
+        return all(
+            isinstance(side, int) and self._holds(side) for side in (value if several else (value,))
+        )
+
+    def __str__(self) -> str:
+        return f"must be a whole number between {self.low} and {self.high}, or (height, width)"
 
 
 _COUNT = Range(1, INT32)
@@ -88,7 +106,7 @@ _EPOCHS = Range(0, LARGE, above=True)
 _FRACTION = Range(0, 1)
 _NOT_QUITE_ONE = Range(0, 1, below=True)
 _SIZE = Range(0, LARGE)
-_SIDE = Range(1, 2**14)
+_SIDES = Sides(1, 2**14)
 _AXIS = Range(-1, INT32)  # more is asked of it in sharding.py
 
 RANGES = {
@@ -98,8 +116,9 @@ RANGES = {
     "data.eval_fraction": _FRACTION,
     "data.min_images": Range(0, INT32),
     "data.rules": Range(1, 2),
-    "data.mean": Range(0, 1, length=3),
-    "data.std": Range(0.001, 1, length=3),
+    "data.channels": Range(1, 512),
+    "data.mean": Range(0, 1, length=ANY),
+    "data.std": Range(0.001, 1, length=ANY),
     "data.eval_crop_ratio": Range(0.1, 1),  # below, a photograph is enlarged to gigabytes
     "data.bits": Range(0, 32),  # and not 1 … 8: validate.py
     "data.threads": Range(0, 1024),
@@ -119,11 +138,13 @@ RANGES = {
     "distill.alpha": _FRACTION,
     "distill.tau": Range(0.001, 1000),
     "teacher.epochs": _SIZE,
-    "teacher.image_size": _SIDE,
+    "teacher.image_size": _SIDES,
     "teacher.lr": _SIZE,
     "teacher.tape_top_k": _COUNT,
-    "teacher.model.image_size": _SIDE,
-    "model.image_size": _SIDE,
+    "teacher.model.image_size": _SIDES,
+    "teacher.model.in_channels": Range(1, 512),
+    "model.image_size": _SIDES,
+    "model.in_channels": Range(1, 512),
     "optim.lr": _SIZE,
     "optim.warmup_lr": _SIZE,
     "optim.warmup_epochs": _SIZE,
@@ -151,7 +172,9 @@ RANGES = {
 OPTIONAL = (
     "data.rules",
     "model.image_size",
+    "model.in_channels",
     "teacher.image_size",
     "teacher.model.image_size",
+    "teacher.model.in_channels",
     "train.micro_batch",
 )

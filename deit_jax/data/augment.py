@@ -8,9 +8,11 @@ Shapes: H W pixels.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
+from jaxtyping import UInt8
 
 from deit_jax.data import image_ops
 from deit_jax.data.image_ops import Image
@@ -95,6 +97,7 @@ class RandAugment:
     std: float = 0.0
     num_ops: int = 2
     prob: float = 0.5
+    grey: bool = False  # images of three equal channels, which they stay
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         image = np.ascontiguousarray(image)
@@ -102,6 +105,7 @@ class RandAugment:
             if rng.random() < self.prob:
                 level, sign = self.level(rng), 1 if rng.random() < 0.5 else -1
                 image = OPS[self.names[index]](image, level, sign)
+                image = image_ops.grayscale(image) if self.grey else image
         return image
 
     def level(self, rng: np.random.Generator) -> float:
@@ -144,7 +148,9 @@ class Chain:
 
     steps: tuple[Augment, ...]
 
-    def __call__(self, image: Image, rng: np.random.Generator) -> Image:
+    def __call__(
+        self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "H W C"]:
         for step in self.steps:
             image = step(image, rng)
         return image
@@ -176,12 +182,31 @@ def parse_rand_augment(spec: str) -> RandAugment:
     return RandAugment(names, values["m"], std, int(values["n"]), values["p"])
 
 
-def make_augment(spec: str, color_jitter: float = 0.0) -> Augment:
+@dataclass(frozen=True)
+class OfGrey:
+    """Augment an image of one channel [H W 1] as if it had three equal ones."""
+
+    augment: Augment
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "H W 1"], rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "H W 1"]:
+        three = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_GRAY2RGB)
+        return image_ops.luma(np.ascontiguousarray(self.augment(three, rng)))[:, :, None]
+
+
+def make_augment(spec: str, color_jitter: float = 0.0, channels: int = 3) -> Augment:
     """Return the augmentation `spec` names: "" (none), "rand-..." or "3aug".
 
     Colour jitter of the given strength follows, except after "rand-...", which replaces it (timm
-    and DeiT). Raises ValueError for any other spec or a negative strength.
+    and DeiT). Images are RGB, or grey with one of `channels`; of other channels only "" is known.
+    Raises ValueError for any other spec or a negative strength.
     """
+    if channels == 1:
+        augment = make_augment(spec, color_jitter)
+        if isinstance(augment, RandAugment):
+            augment = replace(augment, grey=True)
+        return augment if augment == Chain(()) else OfGrey(augment)
     if color_jitter < 0:
         raise ValueError(f"color_jitter must not be negative, got {color_jitter}")
     if spec.split("-")[0] == "rand":

@@ -19,11 +19,12 @@ import numpy as np
 from deit_jax.data import decode
 from deit_jax.data.augment import make_augment
 from deit_jax.data.decode import PLAIN, Reading
-from deit_jax.data.decoders import choose, resize_pillow
+from deit_jax.data.decoders import choose
 from deit_jax.data.order import EpochOrder, example_rngs
 from deit_jax.data.sources.base import Source, label_room
 from deit_jax.data.view import EvalView, random_view
 from deit_jax.errors import UserError
+from deit_jax.shapes import Size, sides
 
 log = logging.getLogger("deit_jax")
 
@@ -50,7 +51,7 @@ class Batches(Protocol):
 
 
 class TrainBatches:
-    """Load step -> {"image": uint8 [b H W 3], "label": int32 [b]}, this process's rows.
+    """Load step -> {"image": uint8 [b H W C], "label": int32 [b]}, this process's rows.
 
     Where images have several labels, "label" is uint8 [b K], 1 where an image has a class.
 
@@ -63,7 +64,7 @@ class TrainBatches:
         source: Source,
         order: EpochOrder,
         augment,
-        image_size: int,
+        image_size: Size,
         rows: Sequence[int],
         decoder: str = "auto",
         skip_unreadable: bool = False,
@@ -74,7 +75,7 @@ class TrainBatches:
         self._reading = reading
         self._config, self._image_size = augment, image_size
         self._indices = order.images(source)
-        self._augment = make_augment(augment.auto, augment.color_jitter)
+        self._augment = make_augment(augment.auto, augment.color_jitter, reading.channels)
         self._decoder, self._skip = choose(decoder), skip_unreadable
         self.unreadable: set[str] = set()
         self.blocks = -(-len(rows) // BLOCK)
@@ -85,9 +86,9 @@ class TrainBatches:
 
     def empty(self) -> Batch:
         """Return arrays for a batch, with any content."""
-        size = self._image_size
+        shape = (len(self._rows), *sides(self._image_size), self._reading.channels)
         return {
-            "image": np.empty((len(self._rows), size, size, 3), np.uint8),
+            "image": np.empty(shape, np.uint8),
             "label": np.empty_like(self._labels),
         }
 
@@ -123,9 +124,7 @@ class TrainBatches:
                     pixels = decode.read(
                         example["image"], name, self._decoder, scratch, self._reading
                     )
-                # Arrays are small and few: with Pillow, they look the same on every machine.
-                array = isinstance(example["image"], np.ndarray)
-                resize = resize_pillow if array else self._decoder.resize
+                resize = decode.resize_of(example["image"], self._decoder, self._reading)
                 return name, pixels, example["label"], resize
             except UserError as error:
                 if not self._skip:
@@ -138,7 +137,8 @@ class TrainBatches:
     def _view(self, image: np.ndarray, rng: np.random.Generator, resize) -> np.ndarray:
         pixels = random_view(image, self._image_size, self._config, rng, resize, self._reading)
         if rng.random() < self._config.flip_prob:
-            pixels = cv2.flip(pixels, 1)
+            # OpenCV would drop a single channel's axis.
+            pixels = cv2.flip(pixels, 1) if pixels.shape[2] == 3 else pixels[:, ::-1]
         return self._augment(pixels, rng)
 
 
@@ -172,9 +172,9 @@ class EvalBatches:
 
     def empty(self) -> Batch:
         """Return arrays for a batch, with any content."""
-        size = self._view.size
+        shape = (len(self._rows), *sides(self._view.size), self._view.reading.channels)
         return {
-            "image": np.empty((len(self._rows), size, size, 3), np.uint8),
+            "image": np.empty(shape, np.uint8),
             "label": np.empty_like(self._labels),
             "valid": np.empty(len(self._rows), bool),
         }

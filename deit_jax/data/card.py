@@ -17,6 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from deit_jax.data import decode
+from deit_jax.data.channels import MixedChannels, as_colours, is_array, is_stack
+from deit_jax.data.decode import Reading
 from deit_jax.data.loader import usable_cores
 from deit_jax.data.sources.base import Dataset, Labelled, Source, key_of, label_counts
 from deit_jax.errors import UserError
@@ -46,20 +48,22 @@ class Seen:
     mode: str = ""  # Pillow's: RGB, L, CMYK, I;16, …
     kind: str = ""  # the file's: JPEG, PNG, …; "array"
     fault: str = ""
+    misfit: bool = False  # whether the fault is another number of channels
 
 
-def make(dataset: Dataset, source: str, whole: bool) -> dict[str, Any]:
+def make(dataset: Dataset, source: str, whole: bool, channels: int = 3) -> dict[str, Any]:
     """Return the card of a data set, all of its images read if it is not large or `whole`."""
-    card = facts(dataset, source)
+    card = facts(dataset, source, channels)
     most = None if whole or len(dataset.train) + len(dataset.eval) <= MANY else SAMPLE
-    train = survey(dataset.train, "reading training images", most)
-    add_survey(card, dataset, train, survey(dataset.eval, "reading the others", most))
+    train = survey(dataset.train, "reading training images", most, channels)
+    held = survey(dataset.eval, "reading the others", most, channels)
+    add_survey(card, dataset, train, held)
     return card
 
 
-def quick(dataset: Dataset, source: str) -> dict[str, Any]:
+def quick(dataset: Dataset, source: str, channels: int = 3) -> dict[str, Any]:
     """Return a card for the start of a training: of images that are not too many, equal ones."""
-    card = facts(dataset, source)
+    card = facts(dataset, source, channels)
     if len(dataset.train) + len(dataset.eval) <= MANY:
         train = contents(dataset.train, "comparing training images")
         found = twins(train, contents(dataset.eval, "comparing the others"))
@@ -67,7 +71,7 @@ def quick(dataset: Dataset, source: str) -> dict[str, Any]:
     return card
 
 
-def facts(dataset: Dataset, source: str) -> dict[str, Any]:
+def facts(dataset: Dataset, source: str, channels: int = 3) -> dict[str, Any]:
     """Return what is known of a data set without reading its images."""
     parts = {"train": dataset.train, "eval": dataset.eval}
     counts = {
@@ -88,12 +92,15 @@ def facts(dataset: Dataset, source: str) -> dict[str, Any]:
         "reading": dataclasses.asdict(dataset.reading),
         "images": {part: len(examples) for part, examples in parts.items()},
         "classes": dataset.classes,
+        "channels": channels,
         "per_class": counts,  # {} where only reading all would tell
         **({"several_labels": several} if several else {}),
     }
 
 
-def survey(source: Source, title: str, most: int | None = None) -> dict[int, Seen]:
+def survey(
+    source: Source, title: str, most: int | None = None, channels: int = 3
+) -> dict[int, Seen]:
     """Read a part of the data, or `most` of its images evenly spaced, on all cores; by number."""
     count = len(source)
     numbers = np.arange(count)
@@ -101,7 +108,7 @@ def survey(source: Source, title: str, most: int | None = None) -> dict[int, See
         numbers = np.unique(np.linspace(0, count - 1, most).astype(np.int64))
 
     def look(number: int) -> Seen:
-        return _seen(source, int(number))
+        return _seen(source, int(number), channels)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         read = pool.map(look, numbers.tolist())
@@ -109,22 +116,35 @@ def survey(source: Source, title: str, most: int | None = None) -> dict[int, See
         return dict(zip(numbers.tolist(), bar, strict=True))
 
 
-def _seen(source: Source, number: int) -> Seen:
+def _seen(source: Source, number: int, channels: int) -> Seen:
     try:
         image = source[number]["image"]
         if isinstance(image, np.ndarray):
             height, width = image.shape[:2]
             mode = "L" if image.ndim == 2 else f"{image.shape[2]} channels"
-            small = decode.decode(image, source.describe(number))
+            small = _picture(image, source.describe(number), channels)
             return Seen(_digest(image.tobytes()), _look(small), (width, height), mode, "array")
-        pixels = decode.decode(image, source.describe(number))
-        with Image.open(io.BytesIO(image)) as header:
-            size, mode, kind = header.size, header.mode, header.format or ""
-        return Seen(_digest(image), _look(pixels), size, mode, kind)
+        pixels = _picture(image, source.describe(number), channels)
+        return Seen(_digest(image), _look(pixels), *_header(image, pixels, channels))
     except UserError as error:
-        return Seen(0, fault=str(error))
+        return Seen(0, fault=str(error), misfit=isinstance(error, MixedChannels))
     except Exception as error:  # Pillow's readers raise almost anything
         return Seen(0, fault=f"{source.describe(number)}: not a readable image ({error})")
+
+
+def _picture(image: bytes | np.ndarray, name: str, channels: int) -> Image.Image:
+    """Return an example as people would look at it."""
+    if channels == 3:
+        return decode.decode(image, name)
+    return Image.fromarray(as_colours(decode.pixels_of(image, name, Reading(channels=channels))))
+
+
+def _header(file: bytes, pixels: Image.Image, channels: int) -> tuple[tuple[int, int], str, str]:
+    """Return what a file says of itself: its size, its mode and its kind."""
+    if channels == 3 or not (is_array(file) or is_stack(file, channels)):
+        with Image.open(io.BytesIO(file)) as header:
+            return header.size, header.mode, header.format or ""
+    return pixels.size, f"{channels} channels", "NPY" if is_array(file) else "TIFF"
 
 
 def contents(source: Source, title: str) -> dict[int, Seen]:
@@ -176,7 +196,7 @@ def twins(train: dict[int, Seen], held: dict[int, Seen]) -> dict[str, list[tuple
     return {"train": inside, "between": between}
 
 
-def near_twins(train: dict[int, Seen], held: dict[int, Seen], dataset: Dataset):
+def near_twins(train: dict[int, Seen], held: dict[int, Seen], dataset: Dataset, channels: int = 3):
     """Return (training, evaluation) for each image held out that looks like one trained on.
 
     Candidates are those whose hashes differ in few bits; they are read again to be compared.
@@ -200,17 +220,17 @@ def near_twins(train: dict[int, Seen], held: dict[int, Seen], dataset: Dataset):
         apart = np.bitwise_count(looks[those] ^ np.uint64(look))
         closest = those[np.argsort(apart, kind="stable")[: min(int(np.sum(apart <= NEAR)), TRIES)]]
         for other in numbers[closest].tolist():
-            if _alike(dataset.train, other, dataset.eval, number):
+            if _alike(dataset.train, other, dataset.eval, number, channels):
                 found.append((other, number))
                 break
     return found
 
 
-def _alike(first: Source, number: int, second: Source, other: int) -> bool:
+def _alike(first: Source, number: int, second: Source, other: int, channels: int) -> bool:
     """Return whether two images are the same but for their size, compression and brightness."""
     grey = [
         np.asarray(
-            decode.decode(source[i]["image"], source.describe(i))
+            _picture(source[i]["image"], source.describe(i), channels)
             .convert("L")
             .resize((32, 32), Image.Resampling.BOX),
             np.float64,
@@ -238,14 +258,17 @@ def add_survey(
         }
         card["modes"] = dict(Counter(seen.mode for seen in good).most_common())
         card["formats"] = dict(Counter(seen.kind for seen in good).most_common())
-    card["unreadable"] = [seen.fault for seen in both if seen.fault]
+    card["unreadable"] = [seen.fault for seen in both if seen.fault and not seen.misfit]
+    card["mixed_channels"] = [seen.fault for seen in both if seen.misfit]
     whole = len(train) == len(dataset.train) and len(held) == len(dataset.eval)
     card["twins"] = None
     if whole:
         pairs = twins(train, held)
         same = {number for _, number in pairs["between"]}
         rest = {number: seen for number, seen in held.items() if number not in same}
-        card["twins"] = _named(pairs | {"near": near_twins(train, rest, dataset)}, dataset)
+        card["twins"] = _named(
+            pairs | {"near": near_twins(train, rest, dataset, card["channels"])}, dataset
+        )
 
 
 def _named(pairs: dict[str, list[tuple[int, int]]], dataset: Dataset) -> dict[str, Any]:
@@ -277,12 +300,19 @@ def lines(card: dict[str, Any]) -> list[str]:
             f"several labels an image: {several['labels'] / max(1, images['train']):.2f} on "
             f"average; {several['without']} training images have none"
         )
+    if (channels := card.get("channels", 3)) != 3:  # which older cards do not tell
+        text.append(f"{channels} channel{'s' * (channels > 1)} an image")
     left_out = [f"{count} {what}" for what, count in reading["left_out"].items()]
     if left_out or reading["notes"]:
         text.append(f"left aside: {'; '.join([*left_out, *reading['notes']])}")
     if card.get("unreadable"):
         count = len(card["unreadable"])
         text.append(f"{count} images cannot be read, the first: {card['unreadable'][0]}")
+    if card.get("mixed_channels"):
+        count = len(card["mixed_channels"])
+        text.append(
+            f"mixed channels: {count} images do not fit, the first: {card['mixed_channels'][0]}"
+        )
     if card.get("twins"):
         text.append(_of_twins(card["twins"], images["eval"]))
     else:

@@ -1,10 +1,11 @@
-"""From an example's bytes or array to an RGB crop in uint8, with Pillow's pixels.
+"""From an example's bytes or array to a crop in uint8, RGB unless asked for, with Pillow's pixels.
 
 The orientation that a camera notes in EXIF is left alone unless asked for: torchvision's and timm's
 loaders, and so the published models, see photographs as they are stored. (Pillow turns TIFF files
-in any case.) Pixels of more than 8 bits: depth.py.
+in any case.) Pixels of more than 8 bits: depth.py; other channels than three: channels.py.
 """
 
+import contextlib
 import io
 import math
 import warnings
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from deit_jax.data import depth, turns
+from deit_jax.data import channels, depth, turns
 from deit_jax.data.decoders import Decoder, Pixels, Resize, Resized, resize_pillow
 from deit_jax.errors import UserError
+from deit_jax.shapes import Size, sides
 
 # Pillow only warns of images of up to twice its limit; together with their copies they take
 # gigabytes. Set once, as warnings.catch_warnings is not for threads.
@@ -36,7 +38,8 @@ class Reading:
     resize: str = "crop"  # crop, squash or pad
     exif: bool = False
     bits: int = 0
-    fill: tuple[int, int, int] = (0, 0, 0)
+    fill: tuple[int, ...] = (0, 0, 0)
+    channels: int = 3
 
 
 PLAIN = Reading()
@@ -44,11 +47,39 @@ PLAIN = Reading()
 
 def decode(image: bytes | np.ndarray, name: str, reading: Reading = PLAIN) -> Image.Image:
     """Return an RGB image; raise UserError with the example's name if it cannot be read."""
-    try:
+    with _explained(name):
         if isinstance(image, np.ndarray):
             return _from_array(image, reading.bits)
         return _from_file(image, reading)
-    except depth.DepthError as error:
+
+
+def pixels_of(image: bytes | np.ndarray, name: str, reading: Reading = PLAIN) -> Pixels:
+    """Return the pixels of an example with `reading.channels`; raise UserError as `decode` does."""
+    if reading.channels == 3:
+        return np.asarray(decode(image, name, reading))
+    with _explained(name):
+        return _channels_of(image, reading)
+
+
+def _channels_of(image: bytes | np.ndarray, reading: Reading) -> Pixels:
+    count = reading.channels
+    if not isinstance(image, np.ndarray) and channels.is_array(image):
+        image = channels.array_in(image)
+    elif not isinstance(image, np.ndarray) and channels.is_stack(image, count):
+        image = channels.tiff_in(image, count)
+    if isinstance(image, np.ndarray):
+        return channels.of_array(image, reading.bits, count)
+    return channels.fitted(np.asarray(_from_file(image, reading)), count)
+
+
+@contextlib.contextmanager
+def _explained(name: str):
+    """Raise UserError with the example's name for whatever goes wrong in reading it."""
+    try:
+        yield
+    except channels.MixedChannels as error:
+        raise channels.MixedChannels(f"{name}: {error}") from error
+    except (depth.DepthError, UserError) as error:
         raise UserError(f"{name}: {error}") from error
     except Exception as error:  # damaged bytes make Pillow's readers raise almost anything
         unknown = isinstance(error, UnidentifiedImageError)
@@ -70,8 +101,16 @@ def _from_file(file: bytes, reading: Reading) -> Image.Image:
     image = depth.shallow(opened, file, reading.bits)
     if image.mode == "P":
         image = image.convert("RGBA")  # the same colours, without a warning on transparent ones
-    image = image.convert("RGB")
+    image = _with_alpha(image, opened) if reading.channels == 4 else image.convert("RGB")
     return turns.turned(image, turns.orientation(opened)) if reading.exif else image
+
+
+def _with_alpha(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """Return an image as RGBA; what made it shallow may have left its alpha behind."""
+    if image.mode == "RGB" and opened.mode == "RGBA":
+        image = image.copy()
+        image.putalpha(opened.getchannel("A"))
+    return image.convert("RGBA")
 
 
 def read(
@@ -87,14 +126,16 @@ def read(
     JPEG files are read by libjpeg-turbo itself if the decoder says so, with the pixels of Pillow's
     own copy of it; all the rest, and what is not flawless, by Pillow.
     """
-    if decoder.jpeg and isinstance(image, bytes) and image[:2] == b"\xff\xd8":
+    fast = decoder.jpeg and reading.channels in (1, 3, 4)
+    if fast and isinstance(image, bytes) and image[:2] == b"\xff\xd8":
         try:
             pixels = _ordinary_jpeg(image, scratch)
         except ValueError:
             pixels = None  # Pillow decides whether the flaw matters, and puts it into words
         if pixels is not None:
-            return _upright(pixels, image, name) if reading.exif else pixels
-    return np.asarray(decode(image, name, reading))
+            pixels = _upright(pixels, image, name) if reading.exif else pixels
+            return channels.fitted(pixels, reading.channels)
+    return pixels_of(image, name, reading)
 
 
 def _ordinary_jpeg(file: bytes, scratch: np.ndarray | None) -> Pixels | None:
@@ -145,40 +186,58 @@ def random_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def resized_crop(pixels: Pixels, box: Box, size: int, resize: Resize = resize_pillow) -> Resized:
-    """Return a part of an image at size x size; nothing from outside the part enters it."""
+def resize_of(image: bytes | np.ndarray, decoder: Decoder, reading: Reading) -> Resize:
+    """Return what resizes an example's parts: Pillow for arrays, and for other channels than RGB.
+
+    Arrays are small and few: with Pillow, they look the same on every machine.
+    """
+    plain = isinstance(image, np.ndarray) or reading.channels != 3
+    return resize_pillow if plain else decoder.resize
+
+
+def resized_crop(pixels: Pixels, box: Box, size: Size, resize: Resize = resize_pillow) -> Resized:
+    """Return a part of an image at a size; nothing from outside the part enters it."""
     left, top, width, height = box
-    return resize(pixels[top : top + height, left : left + width], size, size)
+    return resize(pixels[top : top + height, left : left + width], *sides(size)[::-1])
 
 
 def simple_random_crop(
     pixels: Pixels,
-    size: int,
+    size: Size,
     rng: np.random.Generator,
     resize: Resize = resize_pillow,
     squash: bool = False,
 ) -> Resized:
-    """Return a random size x size square after resizing the shorter side to `size`.
+    """Return a random part of a size after resizing the image to just cover it.
 
     The resized image is first padded by its reflection, four pixels on each side (DeiT III's
-    simple random crop). `squash` resizes both sides to `size`.
+    simple random crop). `squash` resizes both sides to those of `size`.
     """
     height, width, _ = pixels.shape
+    rows, columns = sides(size)
     if squash:
-        resized = resize(pixels, size, size)
+        resized = resize(pixels, columns, rows)
     else:
         left, top, width, height = _not_too_long(width, height)
         pixels = pixels[top : top + height, left : left + width]
-        resized = resize(pixels, *_shorter_at(width, height, size))
+        resized = resize(pixels, *_covering(width, height, rows, columns))
     padded = np.pad(resized, ((4, 4), (4, 4), (0, 0)), mode="reflect")
-    top, left = (int(rng.integers(side - size + 1)) for side in padded.shape[:2])
-    return padded[top : top + size, left : left + size]
+    top = int(rng.integers(padded.shape[0] - rows + 1))
+    left = int(rng.integers(padded.shape[1] - columns + 1))
+    return padded[top : top + rows, left : left + columns]
 
 
-def _shorter_at(width: int, height: int, short: int) -> tuple[int, int]:
+def _covering(width: int, height: int, rows: int, columns: int) -> tuple[int, int]:
+    """Return the width and height at which an image just covers rows x columns.
+
+    A square as torchvision's Resize does, which truncates; others as timm does, which rounds.
+    """
+    if rows != columns:
+        ratio = min(height / rows, width / columns)
+        return round(width / ratio), round(height / ratio)
     if width <= height:
-        return short, int(short * height / width)
-    return int(short * width / height), short
+        return rows, int(rows * height / width)
+    return int(rows * width / height), rows
 
 
 def _not_too_long(width: int, height: int) -> Box:
@@ -187,19 +246,24 @@ def _not_too_long(width: int, height: int) -> Box:
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def resize_shorter(image: Image.Image, short: int) -> Image.Image:
-    """Return the image with its shorter side at `short` pixels; bicubic with antialias."""
+def resize_shorter(image: Image.Image, size: Size) -> Image.Image:
+    """Return the image just covering a size, the shorter side that of a square.
+
+    Bicubic with antialias.
+    """
     left, top, width, height = _not_too_long(*image.size)
     if (width, height) != image.size:
         image = image.crop((left, top, left + width, top + height))
-    return image.resize(_shorter_at(*image.size, short), Image.Resampling.BICUBIC)
+    return image.resize(_covering(*image.size, *sides(size)), Image.Resampling.BICUBIC)
 
 
-def centre_crop(image: Image.Image, size: int, crop_ratio: float) -> Image.Image:
-    """Return the centre at size x size after resizing the shorter side to size / crop_ratio.
+def centre_crop(image: Image.Image, size: Size, crop_ratio: float) -> Image.Image:
+    """Return the centre of a size after resizing the image to cover size / crop_ratio.
 
-    Bicubic with antialias: torchvision's Resize and CenterCrop, as the reference evaluates.
+    Bicubic with antialias: torchvision's Resize and CenterCrop, as the reference evaluates; of
+    oblong sizes timm's ResizeKeepRatio.
     """
-    image = resize_shorter(image, int(size / crop_ratio))
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    rows, columns = sides(size)
+    image = resize_shorter(image, (int(rows / crop_ratio), int(columns / crop_ratio)))
+    left, top = round((image.width - columns) / 2), round((image.height - rows) / 2)
+    return image.crop((left, top, left + columns, top + rows))

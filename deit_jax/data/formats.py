@@ -25,9 +25,13 @@ def register() -> None:
 
 
 @functools.cache
-def image_suffixes() -> tuple[str, ...]:
-    """Return the endings of files that can be read here: .jpg, .png, .heic where a reader is, …"""
+def image_suffixes(channels: int = 3) -> tuple[str, ...]:
+    """Return the endings of files that can be read here: .jpg, .png, .heic where a reader is, …
+
+    Of other channels than three also arrays.
+    """
     register()
+    arrays = {".npy"} if channels != 3 else set()
     readable = {name for name in FORMATS if name in Image.OPEN}
     found = {end for end, name in Image.registered_extensions().items() if name in readable}
-    return tuple(sorted(found | {".jpg", ".jpeg", ".png"}))
+    return tuple(sorted(found | {".jpg", ".jpeg", ".png"} | arrays))

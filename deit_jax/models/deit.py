@@ -73,6 +73,7 @@ FAMILY = Family(
     cls=VisionTransformer,
     specs=_specs(),
     heads=("head", "head_dist"),
+    stem="patch_embed/proj",
     aliases=DEIT_NAMES + HUGGING_FACE_NAMES,
     rewrite=lambda name, model: re.sub(r"^(deit|vit)\.", "", name),
 )

@@ -96,6 +96,7 @@ class EfficientNetLite(nn.Module):
     remat: bool = False
     folded: bool = False
     dtype: DTypeLike = jnp.float32
+    in_channels: int = 3
 
     bn_epsilon: ClassVar[float] = 1e-3
     # Names are timm's, which do not pair them up: bn1 follows conv_pw or conv_dw.
@@ -115,6 +116,7 @@ class EfficientNetLite(nn.Module):
         if self.variant not in self.VARIANTS:
             raise ValueError(f"model.variant={self.variant!r} is none of {list(self.VARIANTS)}")
         limits.check_whole("num_classes", self.num_classes, limits.CLASSES)
+        limits.check_whole("in_channels", self.in_channels, limits.CHANNELS)
         limits.check_number("drop_path", self.drop_path, 0, 1)
         if self.dropout is not None:
             limits.check_number("dropout", self.dropout, 0, 1)
@@ -221,6 +223,7 @@ FAMILY = Family(
     cls=EfficientNetLite,
     specs={name: _spec(name) for name in EfficientNetLite.VARIANTS},
     heads=("classifier",),
+    stem="conv_stem",
     aliases=_PYPI_NAMES,
     rewrite=_split_index,
     block=r"(_blocks\.\d+|blocks\.\d+\.\d+)\.",

@@ -5,6 +5,7 @@ from typing import Any
 COUNT = 1000  # blocks: each costs seconds of compilation
 SIDE = 2**14  # pixels
 WIDTH = 2**16
+CHANNELS = 512
 CLASSES = 2**24
 
 
@@ -15,6 +16,15 @@ def check_whole(key: str, value: Any, most: int, least: int = 1) -> None:
         raise ValueError(
             f"model.{key}={value!r:.60}: must be a whole number between {least} and {most}"
         )
+
+
+def check_sides(value: Any) -> None:
+    """Raise ValueError unless an image's size is a whole number, or two, in the range of SIDE."""
+    if isinstance(value, tuple) and len(value) == 2:
+        for side in value:
+            check_whole("image_size", side, SIDE)
+    else:
+        check_whole("image_size", value, SIDE)
 
 
 def check_number(key: str, value: Any, low: int | float, high: int | float) -> None:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from deit_jax.shapes import Size, sides, text
+
 
 def grid_of(positions: int, prefix_tokens: int) -> int:
     """Return the side of the square grid behind the prefix; raise ValueError if it is none."""
@@ -18,20 +20,27 @@ def grid_of(positions: int, prefix_tokens: int) -> int:
 
 
 def resize_pos_embed(
-    pos_embed: Float[Array, "1 N D"], prefix_tokens: int, grid: int
+    pos_embed: Float[Array, "1 N D"], prefix_tokens: int, grid: Size, old: Size | None = None
 ) -> Float[Array, "1 M D"]:
-    """Return the embedding of a `grid` x `grid` image, resized as facebookresearch/deit does.
+    """Return the embedding of a `grid` of rows x columns, resized as facebookresearch/deit does.
 
     Bicubic with PyTorch's kernel (A = -0.75, align_corners=False) and no antialias: bilinear would
-    shrink the vectors (DeiT section 3). The first `prefix_tokens` rows are kept.
+    shrink the vectors (DeiT section 3). The first `prefix_tokens` rows are kept. `old` is the grid
+    that it has now, a square where it is not given.
     """
-    old = grid_of(pos_embed.shape[1], prefix_tokens)
+    count = pos_embed.shape[1]
+    rows, columns = sides(grid_of(count, prefix_tokens) if old is None else old)
+    if rows * columns != count - prefix_tokens:
+        raise ValueError(
+            f"a position embedding of {count} tokens is not {prefix_tokens} and a grid of "
+            f"{text((rows, columns))}"
+        )
     prefix, patches = jnp.split(jnp.asarray(pos_embed), [prefix_tokens], axis=1)
-    width = patches.shape[-1]
+    width, (height_to, width_to) = patches.shape[-1], sides(grid)
     patches = jax.image.resize(
-        patches.reshape(1, old, old, width),
-        (1, grid, grid, width),
+        patches.reshape(1, rows, columns, width),
+        (1, height_to, width_to, width),
         "cubic-pytorch",  # "bicubic" has A = -0.5 and other edges: a quarter sigma away
         antialias=False,
     )
-    return jnp.concatenate([prefix, patches.reshape(1, grid * grid, width)], axis=1)
+    return jnp.concatenate([prefix, patches.reshape(1, height_to * width_to, width)], axis=1)

@@ -7,8 +7,9 @@ from typing import Any
 
 from flax import linen as nn
 
-from deit_jax.models import deit, efficientnet_lite, regnet
+from deit_jax.models import deit, efficientnet_lite, limits, regnet
 from deit_jax.models.family import Family, ModelSpec
+from deit_jax.shapes import simplest
 
 FAMILIES: dict[str, Family] = {
     "deit": deit.FAMILY,
@@ -56,4 +57,7 @@ def create_model(name: str, num_classes: int = 1000, **overrides: Any) -> nn.Mod
                 f"model.{key}={value!r:.60}: {name} has no such field; leave it out "
                 f"(it has {known})"
             )
+    if "image_size" in overrides:
+        limits.check_sides(overrides["image_size"])
+        overrides["image_size"] = simplest(overrides["image_size"])
     return spec.cls(num_classes=num_classes, **(spec.kwargs | overrides))

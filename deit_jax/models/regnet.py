@@ -165,6 +165,7 @@ class RegNetY(nn.Module):
     remat: bool = False
     folded: bool = False
     dtype: DTypeLike = jnp.float32
+    in_channels: int = 3
 
     bn_epsilon: ClassVar[float] = 1e-5
     fold_orders: ClassVar[FoldOrders] = (("conv",),)
@@ -193,6 +194,7 @@ class RegNetY(nn.Module):
 
     def _check_fields(self) -> None:
         limits.check_whole("num_classes", self.num_classes, limits.CLASSES)
+        limits.check_whole("in_channels", self.in_channels, limits.CHANNELS)
         limits.check_whole("stem_width", self.stem_width, limits.WIDTH, _NARROWEST)
         limits.check_whole("stem_stride", self.stem_stride, 16)
         limits.check_number("drop_path", self.drop_path, 0, 1)
@@ -241,6 +243,7 @@ FAMILY = Family(
     cls=RegNetY,
     specs={name: ModelSpec(RegNetY, {"variant": name}) for name in RegNetY.VARIANTS},
     heads=("head/fc",),
+    stem="stem/conv",
     # DeiT's teachers (timm 0.3.2) already have today's names.
     block=r"(s\d+\.b\d+)\.",
     count_blocks=lambda model: sum(model.stages()[1]),

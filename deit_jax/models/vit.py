@@ -5,6 +5,7 @@ Shapes: B batch, H W pixels, C channels, N tokens, D width, K classes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from deit_jax.models import attention, kernels, limits
 from deit_jax.models.heads import Heads
+from deit_jax.shapes import Size, input_shape, sides
 
 # timm's trunc_normal_(std=.02) cuts at an absolute +-2, which is 100 sigma: a plain normal. JAX's
 # truncated_normal(.02) would cut at +-2 sigma and lose 12% of the standard deviation.
@@ -199,11 +201,12 @@ class VisionTransformer(nn.Module):
     Hugging Face's DeiTForImageClassification). `class_position=False` gives the position
     embedding to the patches alone (DeiT III). `drop_path` grows linearly from 0 over the depth
     (DeiT) or, with `constant_drop_path`, is the same everywhere (DeiT III). `attention` is which
-    kernel computes it, one of attention.CHOICES; no weight depends on it.
+    kernel computes it, one of attention.CHOICES; no weight depends on it. `image_size` is the side
+    of square images, or (height, width).
     """
 
     num_classes: int
-    image_size: int
+    image_size: Size
     patch_size: int
     width: int
     depth: int
@@ -219,6 +222,7 @@ class VisionTransformer(nn.Module):
     remat: bool = False
     attention: str = "auto"
     dtype: DTypeLike = jnp.float32
+    in_channels: int = 3
 
     def __post_init__(self):
         super().__post_init__()
@@ -227,12 +231,12 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"model.width={self.width} is not a multiple of model.num_heads={self.num_heads}"
             )
-        if self.image_size < self.patch_size:
+        if min(sides(self.image_size)) < self.patch_size:
             raise ValueError(
                 f"model.image_size={self.image_size} is smaller than one patch "
                 f"(model.patch_size={self.patch_size})"
             )
-        if self.image_size % self.patch_size:
+        if any(side % self.patch_size for side in sides(self.image_size)):
             raise ValueError(
                 f"model.image_size={self.image_size} is not a multiple of "
                 f"model.patch_size={self.patch_size}"
@@ -242,9 +246,10 @@ class VisionTransformer(nn.Module):
         if self.attention not in attention.CHOICES:
             choices = ", ".join(attention.CHOICES)
             raise ValueError(f"model.attention={self.attention!r:.60}: choose one of {choices}")
+        limits.check_sides(self.image_size)
         for key, most in (
             ("num_classes", limits.CLASSES),
-            ("image_size", limits.SIDE),
+            ("in_channels", limits.CHANNELS),
             ("patch_size", limits.SIDE),
             ("width", limits.WIDTH),
             ("depth", limits.COUNT),
@@ -258,9 +263,15 @@ class VisionTransformer(nn.Module):
             limits.check_number("layer_scale", self.layer_scale, 0, 1000)
 
     @property
-    def grid_size(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
+    def grid_size(self) -> tuple[int, int]:
+        """Patches along the height and along the width."""
+        height, width = sides(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.grid_size)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -274,7 +285,7 @@ class VisionTransformer(nn.Module):
 
     def attention_shape(self, batch: int) -> tuple[int, int, int, int]:
         """Return the shape [B N heads d] of the queries for so many images."""
-        tokens = self.grid_size**2 + self.num_prefix_tokens
+        tokens = self.num_patches + self.num_prefix_tokens
         return batch, tokens, self.num_heads, self.width // self.num_heads
 
     def drop_path_rates(self) -> list[float]:
@@ -298,8 +309,9 @@ class VisionTransformer(nn.Module):
 
         In training `scales` is what `draw_scales` returns; drawn here where it is not given.
         """
-        if images.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(f"expected {self.image_size} px images, got shape {images.shape}")
+        expected = input_shape(self, self.image_size, len(images))
+        if images.shape != expected:
+            raise ValueError(f"expected images of shape {expected}, got {images.shape}")
         x = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
         x = self._add_tokens_and_positions(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -7,6 +7,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from deit_jax.models.build import for_counting
+from deit_jax.shapes import Size, input_shape
 from deit_jax.train.experiment import Experiment
 
 
@@ -28,14 +29,14 @@ def teacher_flops_per_image(experiment: Experiment) -> float:
     return forward_flops(spec.build(experiment.num_classes), spec.image_size)
 
 
-def forward_flops(model, size: int) -> float:
+def forward_flops(model, size: Size) -> float:
     """Return the floating-point operations of a model's answer to one image of `size` pixels.
 
     Those of its products and convolutions, 2 per multiply-accumulate, as timm counts them.
     """
     # Not by Lowered.cost_analysis(), which is None behind a plugin: on every GPU and TPU.
     model = for_counting(model)
-    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    images = jax.ShapeDtypeStruct(input_shape(model, size), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
     return 2.0 * multiply_accumulates(traced.jaxpr)

@@ -13,7 +13,7 @@ import numpy as np
 from deit_jax.data import decode
 from deit_jax.data.augment import make_augment
 from deit_jax.data.decode import PLAIN, Reading
-from deit_jax.data.decoders import choose, resize_pillow
+from deit_jax.data.decoders import choose
 from deit_jax.data.loader import usable_cores
 from deit_jax.data.order import example_rng
 from deit_jax.data.sources.base import Dataset
@@ -21,6 +21,7 @@ from deit_jax.data.view import random_view, reading_of
 from deit_jax.errors import UserError
 from deit_jax.perf.chips import CHIPS
 from deit_jax.perf.flops import flops_per_image
+from deit_jax.shapes import Size
 from deit_jax.train.experiment import Experiment
 
 STAGES = ("read", "decode", "crop", "augment", "wait")
@@ -57,7 +58,10 @@ def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str
     """
     cv2.setNumThreads(0)  # as the pipeline does
     data, augment, size = experiment.data, experiment.augment, experiment.image_size
-    decoder, apply = choose(data.decoder), make_augment(augment.auto, augment.color_jitter)
+    decoder, apply = (
+        choose(data.decoder),
+        make_augment(augment.auto, augment.color_jitter, data.channels),
+    )
     reading = reading_of(data)
     indices, clock, times = (
         experiment.order.images(dataset.train),
@@ -77,7 +81,7 @@ def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str
             if not data.skip_unreadable:
                 raise
             continue
-        resize = resize_pillow if isinstance(example["image"], np.ndarray) else decoder.resize
+        resize = decode.resize_of(example["image"], decoder, reading)
         t2 = clock()
         spent = [t1 - t0, t2 - t1, 0.0, 0.0]
         for copy in range(augment.repeats):
@@ -96,7 +100,7 @@ def stages(experiment: Experiment, dataset: Dataset, seconds: float) -> dict[str
 
 
 def crop(
-    pixels: np.ndarray, augment, size: int, rng, resize, reading: Reading = PLAIN
+    pixels: np.ndarray, augment, size: Size, rng, resize, reading: Reading = PLAIN
 ) -> np.ndarray:
     """Crop, resize and flip an image as the config's `augment` says."""
     view = random_view(pixels, size, augment, rng, resize, reading)

@@ -22,6 +22,7 @@ from deit_jax.perf import hlo_cost
 from deit_jax.perf.chips import CHIPS, TPUS
 from deit_jax.perf.flops import flops_per_image, teacher_flops_per_image
 from deit_jax.perf.step_time import random_labels
+from deit_jax.shapes import input_shape
 from deit_jax.train.experiment import Experiment, sketch
 from deit_jax.train.tape.session import stand_in
 
@@ -110,9 +111,10 @@ def data_size(data, classes: int, images: int) -> tuple[int, int]:
 def lower_step(experiment: Experiment):
     """Return the step that a run would compile, lowered, and its abstract arguments."""
     teacher, params = experiment.abstract_teacher() or (None, None)
-    size, batch_size = experiment.image_size, experiment.batch_size
+    batch_size = experiment.batch_size
     labels = random_labels(experiment, batch_size, np.random.default_rng(0))
-    batch = {"image": jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)}
+    shape = input_shape(experiment.model, experiment.image_size, batch_size)
+    batch = {"image": jax.ShapeDtypeStruct(shape, np.uint8)}
     for name, x in {"label": labels, **stand_in(experiment, labels)}.items():
         batch[name] = jax.ShapeDtypeStruct(x.shape, x.dtype)
     places = (

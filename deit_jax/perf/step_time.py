@@ -20,6 +20,7 @@ from deit_jax.parallel import devices, sharding
 from deit_jax.perf import hlo_cost
 from deit_jax.perf.chips import CHIPS, device_of
 from deit_jax.perf.flops import flops_per_image
+from deit_jax.shapes import input_shape
 from deit_jax.storage import backend
 from deit_jax.train.experiment import Experiment
 from deit_jax.train.loop import Trainer
@@ -41,7 +42,7 @@ def data_or_random(data, batch_size: int) -> tuple[Dataset, str]:
         return open_dataset(data), ""
     except UserError as error:
         classes = [str(i) for i in range(UNKNOWN_CLASSES)]
-        images = np.zeros((batch_size, 1, 1, 3), np.uint8)
+        images = np.zeros((batch_size, 1, 1, data.channels), np.uint8)
         several = (UNKNOWN_CLASSES,) * data.multi_label
         labels = np.zeros((batch_size, *several), np.uint8 if several else np.int32)
         source = ArraySource("random", images, labels)
@@ -57,10 +58,11 @@ def random_labels(experiment: Experiment, count: int, rng: np.random.Generator) 
 
 def random_batch(experiment: Experiment) -> dict[str, jax.Array]:
     """Return random images and labels, on the devices as a training batch is."""
-    share, size = len(experiment.rows), experiment.image_size
+    share = len(experiment.rows)
+    shape = input_shape(experiment.model, experiment.image_size, share)
     rng = np.random.default_rng(0)
     batch = {
-        "image": rng.integers(0, 256, (share, size, size, 3), np.uint8),
+        "image": rng.integers(0, 256, shape, np.uint8),
         "label": random_labels(experiment, share, rng),
     }
     return experiment.on_devices(batch | stand_in(experiment, batch["label"]))

@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
 def init_state(
     key: Key[Array, ""],
     model,
-    image_size: int,
+    image_size: int | tuple[int, int],
     tx,
     ema_decay: float,
     init_extras: Callable[[Key[Array, ""]], dict[str, Any]] = lambda key: {},
@@ -50,7 +50,9 @@ def init_state(
 
     `init_extras` makes the trainable parameters of the kind of distillation, {} for none.
     """
-    variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)))
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    channels = getattr(model, "in_channels", 3)
+    variables = model.init(key, jnp.zeros((1, *sides, channels)))
     params, stats = variables["params"], variables.get("batch_stats", {})
     if extras := init_extras(jax.random.fold_in(key, 1)):
         params = {**params, EXTRAS: extras}

@@ -15,24 +15,26 @@ class Teacher:
     """A frozen network, and how the student's normalised images become its own.
 
     `mean` and `std` are the teacher's normalisation, `student_mean` and `student_std` that of the
-    images it is handed; `image_size` its resolution, None for theirs. Its parameters travel apart,
-    as an argument of the compiled step.
+    images it is handed; `image_size` its resolution, a side or (height, width), None for theirs.
+    Its parameters travel apart, as an argument of the compiled step.
     """
 
     model: Any
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    student_mean: tuple[float, float, float]
-    student_std: tuple[float, float, float]
-    image_size: int | None = None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    student_mean: tuple[float, ...]
+    student_std: tuple[float, ...]
+    image_size: int | tuple[int, int] | None = None
 
     def outputs(self, params, images: Float[Array, "B H W C"], features: bool = False) -> Outputs:
         """Return what the teacher says of the student's images."""
         if (self.mean, self.std) != (self.student_mean, self.student_std):
             pixels = images * jnp.array(self.student_std) + jnp.array(self.student_mean)
             images = (pixels - jnp.array(self.mean)) / jnp.array(self.std)
-        if self.image_size not in (None, images.shape[1]):
-            shape = (images.shape[0], self.image_size, self.image_size, images.shape[3])
+        size = self.image_size or images.shape[1:3]
+        height, width = (size, size) if isinstance(size, int) else size
+        if (height, width) != images.shape[1:3]:
+            shape = (images.shape[0], height, width, images.shape[3])
             images = jax.image.resize(images, shape, "cubic")
         return apply_with_features(self.model, {"params": params}, images, features)[0]
 

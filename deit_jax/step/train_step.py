@@ -29,8 +29,8 @@ class StepConfig:
 
     seed: int
     num_classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     erase_prob: float
     label_loss: str
     label_heads: str

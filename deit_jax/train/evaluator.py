@@ -19,6 +19,7 @@ from deit_jax.models.attention_maps import attention_entropy
 from deit_jax.models.preprocess import normalise
 from deit_jax.models.vit import VisionTransformer
 from deit_jax.parallel import sharding
+from deit_jax.shapes import Size
 from deit_jax.step import eval_step, micro_batches
 from deit_jax.train import memory, parts
 from deit_jax.train.average_precision import figures
@@ -38,7 +39,7 @@ class Evaluator:
         source,
         data,
         batch_size: int,
-        image_size: int,
+        image_size: Size,
         mesh,
         stopping=lambda: False,
         classes: Sequence[str] = (),
@@ -100,7 +101,7 @@ class Evaluator:
         """Return an example as it is evaluated and its label, None where it is left out."""
         return self._batches.read(index)
 
-    def _parts(self, model, size: int) -> int:
+    def _parts(self, model, size: Size) -> int:
         return parts.forward_parts(model, size, self._share, self._mesh, self.held)
 
     @functools.cached_property

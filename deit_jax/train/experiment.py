@@ -30,6 +30,7 @@ from deit_jax.errors import UserError
 from deit_jax.models.build import build_model, compute_dtype, image_size
 from deit_jax.models.heads import Heads
 from deit_jax.parallel import sharding
+from deit_jax.shapes import Size, input_shape, per_channel
 from deit_jax.step.compile import jit_train_step
 from deit_jax.step.distill.base import Outputs
 from deit_jax.step.optimizer import make_optimizer, make_schedule
@@ -63,7 +64,7 @@ class Experiment:
     train: ConfigDict
     name: str  # of the model
     model: Any
-    image_size: int
+    image_size: Size
     dtype: Any
     num_classes: int
     teacher: TeacherSpec | None
@@ -205,7 +206,7 @@ def resolve(
     order, total_steps = length_of(config, images)
     schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
     optimizer = make_optimizer(config.optim, schedule)
-    model = build_model(config.model, classes, config.dtype)
+    model = build_model(config.model, classes, config.dtype, channels=config.data.channels)
     size, spec = image_size(config.model), teacher_spec(config)
     teacher, settings = abstract_teacher(spec, classes), settings_of(config, classes, mesh, weights)
     load = Load(
@@ -220,7 +221,7 @@ def resolve(
         settings=settings,
         teacher=teacher,
         teacher_size=spec.image_size if spec else None,
-        target=functools.partial(target_shape, teacher, settings, size),
+        target=lambda batch: target_shape(teacher, settings, input_shape(model, size, batch)),
         extras=jax.eval_shape(
             functools.partial(init_extras, model, size, settings, spec), jax.random.key(0)
         ),
@@ -259,7 +260,9 @@ def prepare(
     """
     count = jax.device_count() if devices is None else len(devices)
     validate(config, count)
-    build_model(config.model, num_classes=2)  # a mistake in it should stop us here
+    build_model(
+        config.model, 2, channels=config.data.channels
+    )  # a mistake in it should stop us here
     check_teacher(config, count)
     config = config.copy_and_resolve_references()
     config.data.decoder = resolved_decoder(config.data.decoder, workdir)
@@ -338,8 +341,8 @@ def settings_of(config: ConfigDict, num_classes: int, mesh=None, weights=None) -
     return StepConfig(
         seed=config.seed,
         num_classes=num_classes,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=per_channel(config.data.mean, config.data.channels),
+        std=per_channel(config.data.std, config.data.channels),
         erase_prob=config.augment.erase_prob,
         label_loss=config.loss.kind,
         label_heads=config.loss.heads,
@@ -355,8 +358,8 @@ def settings_of(config: ConfigDict, num_classes: int, mesh=None, weights=None) -
     )
 
 
-def target_shape(teacher: tuple[Teacher, Any] | None, settings: StepConfig, size: int, batch: int):
-    """Return the shape of what distillation makes of the teacher's answers to so many images.
+def target_shape(teacher: tuple[Teacher, Any] | None, settings: StepConfig, shape: tuple[int, ...]):
+    """Return the shape of what distillation makes of the teacher's answers to images of a shape.
 
     Where a tape answers for the teacher, what it knows are logits.
     """
@@ -366,15 +369,15 @@ def target_shape(teacher: tuple[Teacher, Any] | None, settings: StepConfig, size
 
     def target(params, images):
         if teacher is None:
-            return kind.target(Outputs(Heads(jnp.zeros((batch, settings.num_classes)))))
+            return kind.target(Outputs(Heads(jnp.zeros((shape[0], settings.num_classes)))))
         return kind.target(teacher[0].outputs(params, images, kind.features))
 
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
+    images = jax.ShapeDtypeStruct(shape, np.float32)
     return jax.eval_shape(target, teacher and teacher[1], images)
 
 
 def init_extras(
-    model, size: int, settings: StepConfig, spec: TeacherSpec | None, key
+    model, size: Size, settings: StepConfig, spec: TeacherSpec | None, key
 ) -> dict[str, Any]:
     """Return the trainable parameters of the kind of distillation; {} for most."""
     if settings.distill.kind == "none":
@@ -382,8 +385,8 @@ def init_extras(
     kind = settings.kind
     if not kind.features:
         return {}
-    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    images = jax.ShapeDtypeStruct(input_shape(model, size), np.float32)
     variables = memory.abstract_variables(model, size)
     student = jax.eval_shape(lambda v, x: apply_with_features(model, v, x)[0], variables, images)
     teacher = abstract_teacher(spec, settings.num_classes)
-    return kind.init(key, student, target_shape(teacher, settings, size, 1))
+    return kind.init(key, student, target_shape(teacher, settings, images.shape))

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model, compute_dtype, for_counting, image_size
+from deit_jax.shapes import Size, input_shape, per_channel, simplest, text
 from deit_jax.step.teacher import Teacher
 from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import folded, open_model
@@ -22,16 +23,17 @@ log = logging.getLogger("deit_jax")
 class TeacherSpec:
     """What a config says of its teacher.
 
-    `weights` are as configured, "" where the teacher is trained first; `image_size` is that of the
-    images that it is shown; `student_mean` and `student_std` normalise those it is handed;
-    `several` says that images have several labels.
+    `weights` are as configured, "" where the teacher is trained first; `image_size` and `channels`
+    are those of the images that it is shown; `student_mean` and `student_std` normalise those it is
+    handed; `several` says that images have several labels.
     """
 
     model_config: ConfigDict
     weights: str
-    image_size: int
-    student_mean: tuple[float, float, float]
-    student_std: tuple[float, float, float]
+    image_size: Size
+    channels: int
+    student_mean: tuple[float, ...]
+    student_std: tuple[float, ...]
     dtype: str
     tape: str
     source: str
@@ -39,7 +41,7 @@ class TeacherSpec:
 
     def build(self, num_classes: int):
         """Return the model as the config knows it, with its batch norm folded."""
-        model = build_model(self.model_config, num_classes, self.dtype)
+        model = build_model(self.model_config, num_classes, self.dtype, "teacher.", self.channels)
         return model.clone(folded=True) if hasattr(model, "folded") else model
 
     def as_student_sees(self, model) -> Teacher:
@@ -69,9 +71,10 @@ def teacher_spec(config: ConfigDict) -> TeacherSpec | None:
     return TeacherSpec(
         model_config=config.teacher.model,
         weights=config.teacher.weights,
-        image_size=config.teacher.image_size or image_size(config.model),
-        student_mean=config.data.mean,
-        student_std=config.data.std,
+        image_size=simplest(config.teacher.image_size or image_size(config.model)),
+        channels=config.data.channels,
+        student_mean=per_channel(config.data.mean, config.data.channels),
+        student_std=per_channel(config.data.std, config.data.channels),
         dtype=config.dtype,
         # A run older than the field has no tape.
         tape=config.teacher.tape if "tape" in config.teacher else "off",
@@ -84,7 +87,8 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     """Return the config that trains `config.teacher.model` on the student's data."""
     c = config.copy_and_resolve_references()
     c.model = c.teacher.model
-    c.model.image_size = image_size(config.model)
+    with c.ignore_type():  # of a config read back, None and a number have types of their own
+        c.model.image_size = image_size(config.model)
     c.epochs, c.optim.lr = c.teacher.epochs, c.teacher.lr
     c.optim.ema_decay = 0.0
     c.distill.kind, c.teacher.tape = "none", "off"
@@ -105,6 +109,12 @@ def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[T
         if weights != spec.weights:
             raise
         raise UserError(f"config.teacher.weights={weights}: {error}") from error
+    taken = getattr(opened.model, "in_channels", 3)
+    if taken != spec.channels:
+        raise UserError(
+            f"config.teacher.weights={weights}: the teacher takes images of {taken} channels, and "
+            f"config.data.channels={spec.channels}; take a teacher of the same images"
+        )
     whose = f"config.teacher.weights={weights}: the teacher"
     opened, note = in_order(opened, classes, whose, spec.source)
     if note:
@@ -115,17 +125,25 @@ def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[T
             f"config.teacher.weights={weights}: the teacher answers {says} an image; take one that "
             f"was trained with data.multi_label={spec.several}, as the student is"
         )
+    try:
+        opened.check_convention()
+    except ValueError as error:
+        raise UserError(f"config.teacher.weights={weights}: {error}") from error
     if getattr(opened.model, "image_size", spec.image_size) != spec.image_size:
         raise UserError(
-            f"config.teacher.weights={weights}: the teacher takes {opened.image_size} px images, "
-            f"not {spec.image_size}; resize them for it with "
-            f"--config.teacher.image_size={opened.image_size}"
+            f"config.teacher.weights={weights}: the teacher takes {text(opened.image_size)} px "
+            f"images, not {text(spec.image_size)}; resize them for it with "
+            f"--config.teacher.image_size={_as_flag(opened.image_size)}"
         )
     model, params = folded(opened.model, opened.variables)
     if hasattr(model, "attention") and spec.model_config.attention:
         model = model.clone(attention=spec.model_config.attention)
     inputs = (opened.mean, opened.std, spec.student_mean, spec.student_std, spec.image_size)
     return Teacher(model, *inputs), _cast(params, compute_dtype(spec.dtype))
+
+
+def _as_flag(size: Size) -> str:
+    return str(size) if isinstance(size, int) else f"'({size[0]},{size[1]})'"
 
 
 def random_teacher(spec: TeacherSpec | None, num_classes: int) -> tuple[Teacher, Any] | None:
@@ -135,8 +153,9 @@ def random_teacher(spec: TeacherSpec | None, num_classes: int) -> tuple[Teacher,
     """
     if spec is None or not spec.answers:
         return None
-    size, model = spec.image_size, build_model(spec.model_config, num_classes, spec.dtype)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    model = build_model(spec.model_config, num_classes, spec.dtype, "teacher.", spec.channels)
+    images = jnp.zeros(input_shape(model, spec.image_size))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
     model, params = folded(model, variables)
     return spec.as_student_sees(model), _cast(params, compute_dtype(spec.dtype))
 
@@ -145,8 +164,8 @@ def abstract_teacher(spec: TeacherSpec | None, num_classes: int) -> tuple[Teache
     """Return a teacher and the shapes of its parameters, without any; None without one to ask."""
     if spec is None or not spec.answers:
         return None
-    model, size = spec.build(num_classes), spec.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    model = spec.build(num_classes)
+    images = jax.ShapeDtypeStruct(input_shape(model, spec.image_size), jnp.float32)
     # Shapes are asked for without its own attention, which might try cuDNN.
     variables = jax.eval_shape(for_counting(model).init, jax.random.key(0), images)
     dtype = compute_dtype(spec.dtype)

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from deit_jax.errors import UserError
 from deit_jax.models.build import for_counting
 from deit_jax.parallel import devices, sharding
+from deit_jax.shapes import Size, input_shape
 from deit_jax.step.objective import objective
 from deit_jax.step.state import EXTRAS
 from deit_jax.step.teacher import Teacher
@@ -71,7 +72,7 @@ class Takes:
 class Load:
     """What a step has on its devices, in however many parts they take their share of a batch.
 
-    `teacher` is what abstract_teacher returns, None where none is asked; `teacher_size` is the side
+    `teacher` is what abstract_teacher returns, None where none is asked; `teacher_size` is the size
     of the images for it, or for the one behind a tape. `target` gives the shape of what
     distillation makes of its answers to so many images, `extras` those of its parameters.
     """
@@ -79,14 +80,14 @@ class Load:
     name: str  # of the model
     mesh: Any
     model: Any
-    image_size: int
+    image_size: Size
     batch_size: int
     num_classes: int
     optimizer: Any
     ema: bool
     settings: StepConfig
     teacher: tuple[Teacher, Any] | None
-    teacher_size: int | None
+    teacher_size: Size | None
     target: Callable[[int], Any]
     extras: dict[str, Any]
 
@@ -98,7 +99,9 @@ class Load:
     @functools.cached_property
     def held(self) -> int:
         """The bytes of the state and of the batch, which lie there throughout a step."""
-        return self.state_bytes + PIXEL_BYTES * self.share * 3 * self.image_size**2
+        return self.state_bytes + PIXEL_BYTES * math.prod(
+            input_shape(self.model, self.image_size, self.share)
+        )
 
     @functools.cached_property
     def state_bytes(self) -> int:
@@ -120,7 +123,7 @@ class Load:
     @functools.cached_property
     def gradient(self) -> Takes:
         """What the gradient of some images takes besides; to trace it takes a second."""
-        return _extrapolated(self._gradient, self._variables, self.image_size)
+        return _extrapolated(self._gradient, self._variables, self.model, self.image_size)
 
     def _gradient(self, variables, images):
         batch, key = len(images), jax.random.key(0)
@@ -169,25 +172,25 @@ def _share(tree, mesh, model) -> int:
 
 
 @functools.lru_cache(maxsize=16)  # every evaluation asks
-def of_forward(model, size: int) -> Takes:
+def of_forward(model, size: Size) -> Takes:
     """Return what a model's answers to images of `size` pixels take."""
     function = functools.partial(model.apply, train=False)
-    return _extrapolated(function, abstract_variables(model, size), size)
+    return _extrapolated(function, abstract_variables(model, size), model, size)
 
 
-def _extrapolated(function, variables, size: int) -> Takes:
+def _extrapolated(function, variables, model, size: Size) -> Takes:
     """Return the most that function(variables, images) takes, by what TRACED images do."""
     peaks = []
     for count in TRACED:
-        batch = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
+        batch = jax.ShapeDtypeStruct(input_shape(model, size, count), jnp.float32)
         peaks.append(peak_bytes(jax.make_jaxpr(function)(variables, batch).jaxpr, "cuda"))
     each = (peaks[1] - peaks[0]) / (TRACED[1] - TRACED[0])
     return Takes(peaks[0] - each * TRACED[0], each)
 
 
-def abstract_variables(model, size: int):
+def abstract_variables(model, size: Size):
     """Return the shapes of a model's variables, which no GPU is asked for."""
-    model, images = for_counting(model), jax.ShapeDtypeStruct((1, size, size, 3), "f4")
+    model, images = for_counting(model), jax.ShapeDtypeStruct(input_shape(model, size), "f4")
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 

@@ -1,9 +1,11 @@
 """Parts that a device takes its share of a batch in: for speed on TPUs, for memory on GPUs."""
 
+import math
 from collections.abc import Callable
 
 from deit_jax.errors import UserError
 from deit_jax.parallel import sharding
+from deit_jax.shapes import Size, input_shape, sides
 from deit_jax.train import memory
 from deit_jax.train.memory import Load
 
@@ -54,22 +56,22 @@ def _of_teacher(load: Load, parts: int) -> int:
     # Also behind a tape, which may have holes: as who recorded it took its answers.
     if parts == 1 or load.teacher_size is None:
         return parts
-    most = max(1, TEACHER_PIXELS // load.teacher_size**2)
+    most = max(1, TEACHER_PIXELS // math.prod(sides(load.teacher_size)))
     return min(parts, _fewest(load.share, lambda images: images <= most) or load.share)
 
 
-def forward_parts(model, size: int, share: int, mesh, held: int) -> int:
+def forward_parts(model, size: Size, share: int, mesh, held: int) -> int:
     """Return in how many parts a device predicts for its share, beside the bytes that it holds."""
     if (limit := memory.limit(mesh)) is None:
         return 1
     takes = memory.of_forward(model, size)
-    free = memory.USABLE * limit - held - share * 3 * size**2  # as loaded
+    free = memory.USABLE * limit - held - math.prod(input_shape(model, size, share))  # as loaded
     return _fewest(share, lambda images: takes.bytes(images) <= free) or share
 
 
 def fast_images(model, tensor: int) -> int:
     """Return of how many images a layer's attention weights fit into FAST_BYTES."""
-    tokens = model.grid_size**2 + model.num_prefix_tokens
+    tokens = model.num_patches + model.num_prefix_tokens
     padded = -(-tokens // 128) * 128  # a row of a TPU's registers
     return max(1, int(FAST_BYTES / (2 * model.num_heads / tensor * tokens * padded)))
 

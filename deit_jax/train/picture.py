@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
+from deit_jax.data.channels import as_colours
 from deit_jax.parallel.sharding import replicated
 from deit_jax.step.eval_step import all_logits
 from deit_jax.storage import backend, read_lines
@@ -74,7 +75,7 @@ def _draw_grid(figure, trainer) -> None:
     for panel in panels:
         panel.axis("off")
     for i, (panel, (_, own)) in enumerate(zip(panels, read, strict=False)):
-        panel.imshow(images[i])
+        panel.imshow(as_colours(images[i]))
         said = {who: labels[i] for who, labels in answers.items()}
         right = all(np.array_equal(label, own) for label in said.values())
         lines = [f"{names[who]}: {_named(label, classes)}" for who, label in said.items()]

@@ -56,7 +56,7 @@ def train(
         for line in held_out.note(workdir, dataset, experiment.settings.class_weights):
             log.warning(line)
         if announce:
-            _announce(dataset, config.data.source, workdir)
+            _announce(dataset, config.data.source, workdir, config.data.channels)
         if spec and weights and not spec.weights:
             train(teacher_config(config), weights, stop, allowed, announce=False)
             teacher = load_teacher(spec, weights, dataset.classes)
@@ -69,12 +69,12 @@ def train(
         return _run_to_the_end(trainer)
 
 
-def _announce(dataset: Dataset, source: str, workdir: Path) -> None:
+def _announce(dataset: Dataset, source: str, workdir: Path, channels: int) -> None:
     """Say what was understood of the data; keep it, for the report, where nothing better is."""
     if jax.process_index() != 0:
         return
     known = records.data_card(workdir)
-    made = known or card.quick(dataset, source)
+    made = known or card.quick(dataset, source, channels)
     for line in card.lines(made):
         log.info(line)
     if known is None:
@@ -97,6 +97,7 @@ def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):
             experiment.image_size,
             init.head,
             seed=experiment.settings.seed,
+            in_channels=experiment.data.channels,
         )
     except UserError as error:
         raise UserError(f"config.init.weights={init.weights}: {error}") from error

@@ -14,8 +14,9 @@ from deit_jax.data.decoders import DECODERS
 from deit_jax.data.order import whole_steps
 from deit_jax.errors import UserError
 from deit_jax.models import cudnn, vit
-from deit_jax.models.build import build_model, without_bfloat16
+from deit_jax.models.build import build_model, in_channels, without_bfloat16
 from deit_jax.parallel.sharding import mesh_sizes
+from deit_jax.shapes import simplest, text
 from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
@@ -59,10 +60,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         check(unset or allowed.holds(flat[key]), key, str(allowed))
     bits = config.data.bits
     check(bits == 0 or bits > 8, "data.bits", "must be 0, or between 9 and 32")
+    _check_channels(config.data, config.augment, check)
     _check_images(config.augment, config.mixing, check)
     _check_batches(mesh_sizes(config.mesh, num_devices), check)
     teacher = [] if config.distill.kind == "none" else [(config.teacher.model, "teacher.")]
-    _check_devices(config.dtype, [(config.model, ""), *teacher], check)
+    _check_devices(config.dtype, [(config.model, ""), *teacher], config.data.channels, check)
     check(
         config.loss.kind == "softmax" or config.loss.smoothing == 0,
         "loss.smoothing",
@@ -70,7 +72,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     )
     _check_labels(check)
     if config.loss.heads == "both":
-        model = build_model(config.model, num_classes=2)
+        model = build_model(config.model, 2, channels=config.data.channels)
         two = getattr(model, "distilled", False) and model.dist_head
         check(
             two,
@@ -154,6 +156,29 @@ def _check_tape(teacher, kind: str, several: bool, check: Check) -> None:
     )
 
 
+def _check_channels(data, augment, check: Check) -> None:
+    count = data.channels
+    example = "'(0.449,)' and '(0.226,)'" if count == 1 else "'(0.5,)' and '(0.25,)'"
+    for key in ("mean", "std"):
+        check(
+            len(data[key]) in (1, count),
+            f"data.{key}",
+            f"these are {len(data[key])}, and data.channels={count}; give one for each channel, or "
+            f"one for all: --config.data.mean and --config.data.std, as in {example}",
+        )
+    check(
+        count in (1, 3) or not augment.auto,
+        "augment.auto",
+        f"is for colours or grey, and data.channels={count}; set --config.augment.auto=''",
+    )
+    jitters = augment.color_jitter and augment.auto.split("-")[0] != "rand"
+    check(
+        count in (1, 3) or not jitters,
+        "augment.color_jitter",
+        f"is for colours or grey, and data.channels={count}; set it to 0",
+    )
+
+
 def _check_images(augment, mixing, check: Check) -> None:
     for key in ("crop_scale", "crop_ratio"):
         first, second = augment[key]
@@ -197,7 +222,7 @@ def _check_batches(sizes: tuple[int, int, int], check: Check) -> None:
         )
 
 
-def _check_devices(dtype: str, models: list, check: Check) -> None:
+def _check_devices(dtype: str, models: list, channels: int, check: Check) -> None:
     if without_bfloat16():
         check(
             dtype != "bfloat16",
@@ -206,8 +231,9 @@ def _check_devices(dtype: str, models: list, check: Check) -> None:
             "take float32",
         )
     for model_config, of in models:
+        in_channels(model_config, channels, of)
         if model_config.attention == "cudnn":
-            model = build_model(model_config, 2, dtype, of)
+            model = build_model(model_config, 2, dtype, of, channels)
             reason = cudnn.refusal(model.attention_shape(batch=1), model.dtype)
             check(not reason, f"{of}model.attention", f"{reason}; take auto or xla")
 
@@ -230,19 +256,21 @@ def check_teacher(config: ConfigDict, num_devices: int) -> None:
     """Raise UserError, before anything is trained, if `config.teacher` cannot be."""
     if config.distill.kind == "none":
         return
-    build_model(config.teacher.model, 2, of="teacher.")
+    channels = config.data.channels
+    build_model(config.teacher.model, 2, of="teacher.", channels=channels)
     if config.teacher.weights or config.teacher.tape == "replay":
         return
     own = teacher_config(config)
     validate(own, num_devices)
-    model = build_model(own.model, 2, of="teacher.")
+    model = build_model(own.model, 2, of="teacher.", channels=channels)
     size, given = own.model.image_size, config.teacher.model.image_size
     for key, value, fixed in (
         ("teacher.model.image_size", given, True),
         ("teacher.image_size", config.teacher.image_size, isinstance(model, vit.VisionTransformer)),
     ):
-        if value not in (None, size) and fixed:
+        if value is not None and simplest(value) != size and fixed:
             raise UserError(
                 f"config.{key}={value}: a teacher that is trained first is trained on the "
-                f"student's images, of {size} pixels; leave it out, or give config.teacher.weights"
+                f"student's images, of {text(size)} pixels; leave it out, or give "
+                "config.teacher.weights"
             )

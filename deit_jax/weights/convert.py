@@ -76,7 +76,9 @@ def convert(
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     reading = dataclasses.asdict(opened.reading)
-    unsaid = [f"data.{k}={reading[k]}" for k, v in _PLAIN.items() if reading[k] != v]
+    oblong = isinstance(opened.image_size, tuple)
+    unsaid = [f"model.image_size={opened.image_size} just covered"] if oblong else []
+    unsaid += [f"data.{k}={reading[k]}" for k, v in _PLAIN.items() if reading[k] != v]
     if opened.multi_label and to == "deit":
         log.warning("%s cannot say that its classes are answered each by itself (sigmoid)", path)
     if unsaid and to != "deit_jax":

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from deit_jax.data.classes import align
 from deit_jax.data.decode import PLAIN, Reading
@@ -13,6 +14,7 @@ from deit_jax.data.view import EvalView
 from deit_jax.models import registry
 from deit_jax.models.build import build_model
 from deit_jax.models.pos_embed import resize_pos_embed
+from deit_jax.shapes import Size, input_shape, simplest
 from deit_jax.weights import torch_names
 from deit_jax.workdir.saved_run import Run
 
@@ -28,7 +30,7 @@ class LoadedWeights:
     """Weights with the model that they fit, and the input that they expect.
 
     `format` says what the source is, `notes` what was changed on the way in, `run` is the training
-    run if it is one.
+    run if it is one. `mean` and `std` are () where nothing says them, as of many channels.
     """
 
     source: str
@@ -37,9 +39,9 @@ class LoadedWeights:
     model: Any
     variables: dict[str, Any]
     classes: list[str]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    image_size: Size
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     crop_ratio: float
     multi_label: bool | None = None  # whether each class is answered by itself; None: not said
     reading: Reading = PLAIN
@@ -50,6 +52,14 @@ class LoadedWeights:
     def view(self) -> EvalView:
         """What the model is shown of an image, by its own size, crop and way of reading."""
         return EvalView(self.image_size, self.crop_ratio, self.reading)
+
+    def check_convention(self) -> None:
+        """Raise ValueError where nothing says how images are normalised for these weights."""
+        if not self.mean or not self.std:
+            raise ValueError(
+                f"nothing says the mean and std of its {self.reading.channels} channels; train "
+                "from it with config.init.weights, which keeps them"
+            )
 
 
 def architecture(model, name: str) -> dict[str, Any]:
@@ -74,7 +84,9 @@ def num_classes_of(variables: dict[str, Any], model) -> int:
     return layer["kernel"].shape[-1]
 
 
-def target_model(found: LoadedWeights, model, num_classes, image_size, head: str, dtype: str):
+def target_model(
+    found: LoadedWeights, model, num_classes, image_size, in_channels, head: str, dtype: str
+):
     """Return the model that weights shall fit."""
     classes = len(found.classes) if num_classes is None else num_classes
     found_head = getattr(found.model, "dist_head", True)
@@ -86,9 +98,11 @@ def target_model(found: LoadedWeights, model, num_classes, image_size, head: str
         elif hasattr(target, "distilled") and head == "cls":
             target = target.clone(distilled=False)
     else:
-        target = build_model(model, classes, dtype)
+        target = build_model(model, classes, dtype, channels=in_channels)
     if image_size is not None and hasattr(target, "image_size"):
-        target = target.clone(image_size=image_size)
+        target = target.clone(image_size=simplest(image_size))
+    if in_channels is not None and getattr(target, "in_channels", 3) != in_channels:
+        target = target.clone(in_channels=in_channels)
     return target
 
 
@@ -113,6 +127,7 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
             f"the weights know {count} classes, the model {model.num_classes}; head='drop' starts "
             "new heads"
         )
+    notes += _fit_channels(params, old, model)
     if "pos_embed" in params and hasattr(model, "grid_size"):
         notes += _fit_positions(params, old, model)
         notes += _fit_tokens(params, old, model, head, seed)
@@ -134,9 +149,14 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
     check_shapes(variables, old, model)
     same = model.num_classes == count and head != "drop"
     classes = found.classes if same else default_classes(model.num_classes)
-    return dataclasses.replace(
+    fitted = dataclasses.replace(
         found, model=model, variables=variables, classes=classes, notes=tuple(notes)
     )
+    channels = getattr(model, "in_channels", 3)
+    if channels == getattr(old, "in_channels", 3):
+        return fitted
+    reading = dataclasses.replace(found.reading, channels=channels, fill=(0,) * channels)
+    return dataclasses.replace(fitted, mean=(), std=(), reading=reading)
 
 
 def in_order(
@@ -171,15 +191,51 @@ def _columns(layer: dict[str, Any], path: list[str], order: np.ndarray) -> dict[
     return {name: np.asarray(array)[..., order] for name, array in layer.items()}
 
 
+def _fit_channels(params: dict[str, Any], old, model) -> list[str]:
+    """Adapt the convolution that reads the image to the model's channels; return the note on it."""
+    have, want = (getattr(m, "in_channels", 3) for m in (old, model))
+    if have == want:
+        return []
+    if not (stem := registry.family_of(model).stem):
+        raise ValueError(f"weights of {have} channels, and a family whose first layer is not known")
+    top, *rest = stem.split("/")
+    layer = params[top] = dict(params[top])
+    for name in rest:
+        layer[name] = dict(layer[name])
+        layer = layer[name]
+    layer["kernel"] = adapt_channels(np.asarray(layer["kernel"]), want)
+    return [f"first layer adapted from {have} to {want} channels"]
+
+
+def adapt_channels(
+    kernel: Float[np.ndarray, "P Q c D"], channels: int
+) -> Float[np.ndarray, "P Q C D"]:
+    """Return the kernel of a convolution of colours for another number of channels.
+
+    Grey is their sum; of others the three are repeated, and scaled by 3 / channels so that alike
+    channels give what they gave (timm's adapt_input_conv). Raise ValueError for other kernels.
+    """
+    have = kernel.shape[2]
+    if have != 3:
+        raise ValueError(
+            f"the weights' first layer reads {have} channels, the model's {channels}, and only "
+            "weights of 3 are adapted"
+        )
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    repeated = np.tile(kernel, (1, 1, -(-channels // 3), 1))[:, :, :channels]
+    return repeated * np.float32(3 / channels)
+
+
 def _fit_positions(params: dict[str, Any], old, model) -> list[str]:
     """Resize the position embedding to the model's grid; return the note on it."""
     if old.grid_size == model.grid_size:
         return []
     prefix = old.num_prefix_tokens if old.class_position else 0
-    resize = jax.jit(resize_pos_embed, static_argnums=(1, 2))
-    resized = resize(jnp.asarray(params["pos_embed"]), prefix, model.grid_size)
+    resize = jax.jit(resize_pos_embed, static_argnums=(1, 2, 3))
+    resized = resize(jnp.asarray(params["pos_embed"]), prefix, model.grid_size, old.grid_size)
     params["pos_embed"] = np.asarray(resized)
-    grids = (f"{side}x{side}" for side in (old.grid_size, model.grid_size))
+    grids = ("x".join(map(str, grid)) for grid in (old.grid_size, model.grid_size))
     return [f"position embedding resized from {' to '.join(grids)}"]
 
 
@@ -210,7 +266,7 @@ def init_variables(model, seed: int, only: tuple[str, ...] = ()) -> dict[str, An
     size = getattr(model, "image_size", 64)  # a convnet takes any size
 
     def init(key):
-        variables = model.init(key, jnp.zeros((1, size, size, 3)))
+        variables = model.init(key, jnp.zeros(input_shape(model, size)))
         params = {k: v for k, v in variables["params"].items() if not only or k in only}
         return {**variables, "params": params}
 

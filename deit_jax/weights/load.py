@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deit_jax.data.decode import PLAIN
 from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.models import build, registry
 from deit_jax.models.build import build_model, compute_dtype
 from deit_jax.models.conv import fold_batch_norm
+from deit_jax.shapes import Size, per_channel, simplest
 from deit_jax.storage import exists
 from deit_jax.weights import readers, torch_names
 from deit_jax.weights.fit import (
@@ -51,26 +53,32 @@ def load(
     name: str | None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     head: str = "error",
+    in_channels: int | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Return (model, params) for `model.apply({"params": params}, images, train=False)`.
 
     Without weights the params are random (seed 0). Without a name, as in `load("runs/mine")`, the
-    model is the weights' own; so are the number of classes and the image size that are not given.
+    model is the weights' own; so are the numbers of classes and of input channels, and the image
+    size, a side or (height, width), that are not given. The first layer is adapted to other
+    channels as timm does it.
     A convnet comes with its batch norm folded into the convolutions. `head` is one of
     HEAD_POLICIES.
     """
     if weights is None and name not in registry.specs() and Path(str(name)).exists():
         name, weights = None, name  # load("runs/mine")
     if weights is not None:
-        opened = load_variables(weights, name, num_classes, image_size, head)
+        opened = load_variables(
+            weights, name, num_classes, image_size, head, in_channels=in_channels
+        )
         return folded(opened.model, opened.variables)
     if name is None:
         raise WeightsError("neither a model's name nor weights; give one")
-    model = registry.create_model(name, 1000 if num_classes is None else num_classes)
+    overrides = {} if in_channels is None else {"in_channels": in_channels}
+    model = registry.create_model(name, 1000 if num_classes is None else num_classes, **overrides)
     if image_size is not None and hasattr(model, "image_size"):
-        model = model.clone(image_size=image_size)
+        model = model.clone(image_size=simplest(image_size))
     return folded(model, init_variables(model, 0))
 
 
@@ -97,9 +105,10 @@ def load_variables(
     source: str | Path,
     model=None,
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     head: str = "error",
     *,
+    in_channels: int | None = None,
     ema: bool = False,
     default=None,
     seed: int = 0,
@@ -107,16 +116,17 @@ def load_variables(
 ) -> LoadedWeights:
     """Return weights fitted to a model: a registered name, a config.model, or None, their own.
 
-    Position embeddings are resized to the image size, what starts anew is drawn from `seed`, and
-    the notes tell of both. `ema` takes the moving average of a run's weights. Raise WeightsError (a
+    Position embeddings are resized to the image size, the first layer is adapted to the channels
+    (fit.adapt_channels), what starts anew is drawn from `seed`, and
+    the notes tell of all. `ema` takes the moving average of a run's weights. Raise WeightsError (a
     ValueError) with the names and shapes that do not fit.
     """
     if head not in HEAD_POLICIES:
         raise WeightsError(f"head={head!r}: choose one of {', '.join(HEAD_POLICIES)}")
     try:
-        found = _open(str(source), model, default, head, dtype)
+        found = _open(str(source), model, default, image_size, dtype)
         found = _averaged(found) if ema else found
-        target = target_model(found, model, num_classes, image_size, head, dtype)
+        target = target_model(found, model, num_classes, image_size, in_channels, head, dtype)
         size = getattr(target, "image_size", image_size or found.image_size)
         fitted = fit(found, target, head, seed)
     except DISBELIEF as error:
@@ -125,18 +135,19 @@ def load_variables(
     return dataclasses.replace(fitted, image_size=size, name=name_of(model, fitted))
 
 
-def _open(source: str, model, default, head: str, dtype: str) -> LoadedWeights:
+def _open(source: str, model, default, image_size: Size | None, dtype: str) -> LoadedWeights:
     """Return the weights in their own model."""
     path = _locate(source)
     if path.is_dir() and not any(exists(path / name) for name in _IN_FOLDER):
         return _open_run(source, path, model, dtype)
     metadata, flat = read_metadata(path), readers.read(path)
-    name, overrides = _identify(flat, metadata, model, default)
+    name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
     variables = from_torch(flat, name, **overrides)
     classes = num_classes_of(variables, registry.create_model(name, **overrides))
     model = registry.create_model(name, classes, dtype=compute_dtype(dtype), **overrides)
     spec = registry.get_spec(name)
     known = metadata.classes if metadata.classes and len(metadata.classes) == classes else None
+    channels = getattr(model, "in_channels", 3)
     return LoadedWeights(
         source=source,
         format=metadata.format,
@@ -145,12 +156,22 @@ def _open(source: str, model, default, head: str, dtype: str) -> LoadedWeights:
         variables={"batch_stats": {}, **variables},
         classes=known or default_classes(classes),
         image_size=getattr(model, "image_size", metadata.image_size or spec.image_size),
-        mean=metadata.mean or spec.mean,
-        std=metadata.std or spec.std,
+        mean=_convention(metadata.mean or spec.mean, channels, "mean"),
+        std=_convention(metadata.std or spec.std, channels, "std"),
         crop_ratio=metadata.crop_ratio or spec.crop_ratio,
+        reading=dataclasses.replace(PLAIN, channels=channels, fill=(0,) * channels),
         multi_label=metadata.multi_label,
         notes=metadata.notes,
     )
+
+
+def _convention(values: tuple[float, ...], channels: int, key: str) -> tuple[float, ...]:
+    """Return a number for each channel; () where they are not known, as of many channels."""
+    if len(values) in (1, channels):
+        return per_channel(values, channels)
+    if channels == 3:
+        raise ValueError(f"{key}={values}: must be three numbers, one per channel")
+    return ()
 
 
 def _open_run(source: str, path: Path, model, dtype: str) -> LoadedWeights:
@@ -167,8 +188,8 @@ def _open_run(source: str, path: Path, model, dtype: str) -> LoadedWeights:
         format="deit_jax run",
         classes=run.classes,
         image_size=build.image_size(run.config.model),
-        mean=data.mean,
-        std=data.std,
+        mean=per_channel(data.mean, data.channels),
+        std=per_channel(data.std, data.channels),
         crop_ratio=data.eval_crop_ratio,
         multi_label=data.multi_label,
     )
@@ -217,7 +238,9 @@ def _locate(source: str) -> Path:
     return folder
 
 
-def _identify(flat, metadata: Metadata, model, default) -> tuple[str, dict[str, Any]]:
+def _identify(
+    flat, metadata: Metadata, model, default, sizes: tuple[Size | None, ...]
+) -> tuple[str, dict[str, Any]]:
     """Return the registered name and the overrides of the model that tensors belong to."""
     name, overrides = _described(model)
     name = name or metadata.name
@@ -231,16 +254,44 @@ def _identify(flat, metadata: Metadata, model, default) -> tuple[str, dict[str, 
         raise ValueError(f"no registered model has these shapes ({told}); name one with --model")
     if name == metadata.name:
         overrides = dict(metadata.overrides)
-    if "grid" in (fields := torch_names.transformer_fields(flat)):
+    if "positions" in (fields := torch_names.transformer_fields(flat)):
         own = registry.create_model(name, **overrides)
         heads = metadata.overrides.get("num_heads", getattr(own, "num_heads", None))
         if heads != getattr(own, "num_heads", None):
             raise ValueError(f"has {heads} heads of attention, {name} has {own.num_heads}")
         if hasattr(own, "distilled"):
             overrides |= {k: fields[k] for k in ("distilled", "dist_head") if k in fields}
-            if own.grid_size != fields["grid"]:
-                overrides["image_size"] = fields["grid"] * own.patch_size
+            overrides |= _resolution(fields, name, overrides, sizes)
+    own = registry.create_model(name, **overrides)
+    canonical = {k: flat[v] for k, v in torch_names.canonical_names(flat, own).items()}
+    if (channels := torch_names.input_channels(canonical, own)) not in (None, 3):
+        overrides.setdefault("in_channels", channels)
     return name, overrides
+
+
+def _resolution(
+    fields, name: str, overrides: dict[str, Any], sizes: tuple[Size | None, ...]
+) -> dict[str, Any]:
+    """Return the image size that positions tell of, {} where the name's or the file's own fits.
+
+    An oblong grid cannot be seen: it is that of the first of some `sizes` that fits.
+    """
+    own = registry.create_model(name, **overrides)
+
+    def positions(model) -> int:
+        return model.num_patches + (model.num_prefix_tokens if model.class_position else 0)
+
+    if positions(own) == fields["positions"]:
+        return {}
+    if "grid" in fields:
+        return {"image_size": fields["grid"] * own.patch_size}
+    for size in sizes:
+        if size is not None and positions(own.clone(image_size=size)) == fields["positions"]:
+            return {"image_size": simplest(size)}
+    raise ValueError(
+        f"a position embedding of {fields['positions']} tokens is no square grid; give the size "
+        "of the images that it is for, (height, width)"
+    )
 
 
 def _described(model) -> tuple[str | None, dict[str, Any]]:

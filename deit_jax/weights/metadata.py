@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from deit_jax.models import limits, registry
+from deit_jax.shapes import Size, simplest
 
 METADATA = "deit_jax"  # the key under which a safetensors file of ours describes its model
 # What a source that contradicts itself can make the code that believes it raise.
@@ -36,9 +37,9 @@ class Metadata:
     name: str | None = None
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     classes: list[str] | None = None
-    image_size: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    image_size: Size | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     crop_ratio: float | None = None
     multi_label: bool | None = None
     notes: tuple[str, ...] = ()
@@ -52,11 +53,11 @@ class Metadata:
         _must(several is None or isinstance(several, bool), "multi_label", several, "true or false")
         for key, low in (("mean", -math.inf), ("std", 0.0)):
             value = getattr(self, key)
-            fine = isinstance(value, tuple) and len(value) == 3
+            fine = isinstance(value, tuple) and len(value) > 0
             fine = fine and all(_is_number(x) and x > low for x in value)
-            _must(value is None or fine, key, value, "three numbers, one per channel")
+            _must(value is None or fine, key, value, "numbers, one per channel")
         if self.image_size is not None:
-            limits.check_whole("image_size", self.image_size, limits.SIDE)
+            limits.check_sides(self.image_size)
         ratio = self.crop_ratio
         fine = ratio is None or (_is_number(ratio) and 0.1 <= ratio <= 2)
         _must(fine, "crop_ratio", ratio, "a number between 0.1 and 2")
@@ -120,7 +121,7 @@ def read_metadata(path: Path) -> Metadata:
         raise ValueError(f"unknown field {unknown[0]!r:.60} in the metadata {METADATA!r}")
     if isinstance(described.get("overrides"), dict):
         described["overrides"] = {k: _tuple(v) for k, v in described["overrides"].items()}
-    described |= {k: _tuple(described[k]) for k in ("mean", "std") if k in described}
+    described |= {k: _tuple(described[k]) for k in ("mean", "std", "image_size") if k in described}
     return Metadata(format="safetensors file", **described)
 
 
@@ -130,7 +131,7 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
         raise ValueError(
             f"model_type {described['model_type']!r} in config.json is not deit or vit"
         )
-    for key, value in {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}.items():
+    for key, value in {"hidden_act": "gelu", "qkv_bias": True}.items():
         if described.get(key, value) != value:
             raise ValueError(
                 f"{key}={described[key]!r} in config.json; deit_jax has only {value!r}"
@@ -142,8 +143,14 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
         "patch_size": described.get("patch_size", 16),
         "image_size": described.get("image_size", 224),
     }
+    fields["image_size"] = size = _tuple(fields["image_size"])
+    limits.check_sides(size)
     for key, value in fields.items():
-        limits.check_whole(key, value, limits.WIDTH)
+        if key != "image_size":
+            limits.check_whole(key, value, limits.WIDTH)
+    fields["image_size"] = simplest(size)
+    channels = described.get("num_channels", 3)
+    limits.check_whole("num_channels", channels, limits.CHANNELS)
     epsilon = described.get("layer_norm_eps", 1e-12)
     _must(_is_number(epsilon), "layer_norm_eps", epsilon, "a number")
     if epsilon > 1e-5:
@@ -171,7 +178,7 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     return Metadata(
         format="Hugging Face folder",
         name=name,
-        overrides=fields | {"mlp_ratio": mlp_ratio},
+        overrides=fields | {"mlp_ratio": mlp_ratio, "in_channels": channels},
         classes=classes or None,
         mean=_tuple(inputs.get("image_mean")),
         std=_tuple(inputs.get("image_std")),
@@ -213,7 +220,7 @@ def _timm_metadata(described: dict[str, Any]) -> Metadata:
         format="timm folder",
         name=architecture.partition(".")[0].removeprefix("tf_"),
         classes=described.get("label_names"),
-        image_size=size and size[-1],
+        image_size=size and simplest((size[1], size[2])),
         mean=_tuple(inputs.get("mean")),
         std=_tuple(inputs.get("std")),
         crop_ratio=inputs.get("crop_pct"),

@@ -21,6 +21,7 @@ from deit_jax.models.family import ModelSpec
 from deit_jax.models.pos_embed import grid_of
 from deit_jax.models.registry import create_model, family_of
 from deit_jax.models.vit import VisionTransformer
+from deit_jax.shapes import input_shape, sides
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 # Axes of a kernel by its rank: HWIO to OIHW and IO to OI, and back.
@@ -35,7 +36,8 @@ Flat = dict[str, np.ndarray]
 def from_torch(flat: Mapping[str, np.ndarray], model_name: str, **overrides: Any) -> dict[str, Any]:
     """Return our float32 variables of a model from tensors under any published names.
 
-    The number of classes is the file's; `overrides` are create_model's (a different image_size).
+    The numbers of classes and input channels are the file's; `overrides` are create_model's (a
+    different image_size).
     Raise ValueError naming every tensor that is missing, unexpected or of another shape.
     """
     model = create_model(model_name, **overrides)
@@ -44,6 +46,8 @@ def from_torch(flat: Mapping[str, np.ndarray], model_name: str, **overrides: Any
     classes = _num_classes(flat, model)
     if classes is not None and "num_classes" not in overrides:
         model = model.clone(num_classes=classes)
+    if (channels := input_channels(flat, model)) and "in_channels" not in overrides:
+        model = model.clone(in_channels=channels)
     expected = {_timm_name(path): (path, leaf.shape) for path, leaf in leaves(shapes(model))}
     check(flat, {name: _torch_shape(*value) for name, value in expected.items()}, sources)
     variables: dict[str, Any] = {}
@@ -76,6 +80,9 @@ def transformer_fields(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
         fields["dist_head"] = False  # Hugging Face's DeiTForImageClassification
     if "patch_embed.proj.weight" in shape:
         fields["width"], *_, fields["patch_size"] = shape["patch_embed.proj.weight"]
+        fields["in_channels"] = shape["patch_embed.proj.weight"][1]
+    if len(shape.get("pos_embed", ())) == 3:
+        fields["positions"] = shape["pos_embed"][1]
     for prefix in (0, 1 + fields["distilled"]) if len(shape.get("pos_embed", ())) == 3 else ():
         with contextlib.suppress(ValueError):
             fields["grid"] = grid_of(shape["pos_embed"][1], prefix)
@@ -91,7 +98,9 @@ def candidates(flat: Mapping[str, np.ndarray]) -> list[str]:
     """
     if fields := transformer_fields(flat):
         names = [name for name, spec in registry.specs().items() if _agrees(fields, spec)]
-        sized = [name for name in names if create_model(name).grid_size == fields.get("grid")]
+        sized = [
+            name for name in names if create_model(name).grid_size == sides(fields.get("grid", 0))
+        ]
         return sized or names
     names = []
     for family in registry.FAMILIES.values():
@@ -101,13 +110,14 @@ def candidates(flat: Mapping[str, np.ndarray]) -> list[str]:
     return names if len(names) < 2 else [name for name in names if _fits(flat, name)]
 
 
+_OF_INPUT = ("grid", "positions", "dist_head", "in_channels")  # no part of a name
+
+
 def _agrees(fields: dict[str, Any], spec: ModelSpec) -> bool:
     defaults = {"class_position": True, "distilled": False, "layer_scale": None}
     known = defaults | spec.kwargs
     known["layer_scale"] = known["layer_scale"] is not None
-    same = all(
-        known.get(key) == value for key, value in fields.items() if key not in ("grid", "dist_head")
-    )
+    same = all(known.get(key) == value for key, value in fields.items() if key not in _OF_INPUT)
     return spec.cls is VisionTransformer and same
 
 
@@ -146,10 +156,21 @@ def _num_classes(flat: Flat, model) -> int | None:
     return next((flat[name].shape[0] for name in names if name in flat), None)
 
 
+def input_channels(flat: Flat, model) -> int | None:
+    """Return how many channels the convolution that reads the image has; None where it tells not.
+
+    `flat` has timm's names.
+    """
+    kernel = flat.get(f"{family_of(model).stem.replace('/', '.')}.weight")
+    if kernel is None or kernel.ndim != 4 or not hasattr(model, "in_channels"):
+        return None
+    return kernel.shape[1]
+
+
 def shapes(model) -> dict[str, Any]:
     """Return the shapes of a model's variables, computing nothing."""
     size = getattr(model, "image_size", 64)  # the convolutional models take any size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct(input_shape(model, size), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 

@@ -46,7 +46,7 @@ def load_run(workdir: str | Path, dtype: str = "float32") -> Run:
     here = config.model.copy_and_resolve_references()
     if "attention" in here:  # the kernel of the training's devices, which may not be at hand
         del here["attention"]
-    model = build_model(here, len(classes), dtype)
+    model = build_model(here, len(classes), dtype, channels=config.data.channels)
     ema = _models_own(state["ema"]) if state["ema"] is not None else None
     return Run(config, classes, model, variables, ema, int(state["step"]))
 

@@ -11,6 +11,7 @@ from deit_jax.analysis.report.comparison import HEADS, heat_table, table
 from deit_jax.analysis.report.html import Element, element
 from deit_jax.analysis.report.svg_charts import Line, line_chart
 from deit_jax.config.serialize import flatten
+from deit_jax.data.channels import as_colours
 
 TOKENS = {"cls": "class token", "dist": "distillation token"}
 Run = Mapping[str, Any]
@@ -176,7 +177,7 @@ def _looks(found: Mapping[str, Any], names: Sequence[str], pixels: np.ndarray) -
     return element("figure", caption, box, class_="looks")
 
 
-def _map(grid: Float[np.ndarray, "g g"], text: str) -> Element:
+def _map(grid: Float[np.ndarray, "g h"], text: str) -> Element:
     coloured = html.heat(grid, 0.0, float(grid.max()))
     image = html.data_uri(coloured)
     picture = element("img", src=image, alt=f"attention of {text}", class_="pixels")
@@ -186,16 +187,16 @@ def _map(grid: Float[np.ndarray, "g g"], text: str) -> Element:
 def positions(run: Run) -> list[Element]:
     """Return how alike the position embeddings of patches are."""
     found = np.array(run["position_similarity"])
-    side = round(len(found) ** 0.5)
+    rows, columns = run["patch_grid"]
     off = found[~np.eye(len(found), dtype=bool)] if len(found) > 1 else found
     low, high = float(off.min()), float(off.max())
-    tiles = np.stack([html.heat(row.reshape(side, side), low, high) for row in found])
+    tiles = np.stack([html.heat(row.reshape(rows, columns), low, high) for row in found])
     text = (
-        f"Tile (i, j) of {side} x {side}: the cosine of the embedding of the patch in row i, "
+        f"Tile (i, j) of {rows} x {columns}: the cosine of the embedding of the patch in row i, "
         "column j with that of every patch, as in figure 7 of the ViT paper. A neighbourhood that "
         "stands out means that the model learned where patches are."
     )
-    image = _sheet(tiles, side, "cosine similarity of position embeddings")
+    image = _sheet(tiles, columns, "cosine similarity of position embeddings")
     return [element("p", text), image, _scale(low, high, "cosine")]
 
 
@@ -216,14 +217,13 @@ def _scale(low: float, high: float, unit: str) -> Element:
 def filters(run: Run) -> list[Element]:
     """Return the principal components of the patch embedding."""
     found = np.array(run["patch_filters"])
+    colours = "red, green and blue" if found.shape[-1] == 3 else "values, as its first channels"
     text = (
         f"The first {len(found)} principal components of the filters that turn a patch of "
         f"{found.shape[1]} x {found.shape[2]} pixels into a token, row by row, each scaled to its "
-        "own range of red, green and blue."
+        f"own range of {colours}."
     )
-    tiles = np.rint(255 * found).astype(np.uint8)
-    if tiles.shape[-1] != 3:
-        tiles = tiles[..., :1].repeat(3, axis=-1)
+    tiles = as_colours(np.rint(255 * found).astype(np.uint8))
     return [element("p", text), _sheet(tiles, 7, "filters of the patch embedding")]
 
 

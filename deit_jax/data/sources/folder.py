@@ -42,7 +42,7 @@ def open_folder(root: Path, data) -> Dataset:
     """
     parts = _parts(root, data)
     given = read_classes(data.classes) if data.classes else None
-    train = _read(parts.train, data.nested, given)
+    train = _read(parts.train, data, given)
     classes = given or sorted(set(train.classes), key=natural_key)
     _check_known(train, classes, f"config.data.classes={data.classes}")
     held, left_out = None, train.left_out
@@ -50,7 +50,7 @@ def open_folder(root: Path, data) -> Dataset:
         held, others = ground_truth.open_flat(parts.eval, classes)
         left_out = left_out + Counter(others)
     elif parts.eval:
-        found = _read(parts.eval, data.nested, given)
+        found = _read(parts.eval, data, given)
         _check_known(found, classes, str(parts.train))
         held, left_out = found.source(classes), left_out + found.left_out
     reading = SourceReading(
@@ -79,7 +79,7 @@ def _parts(root: Path, data) -> _Parts:
     """Find the folders to train and to evaluate on; raise UserError with those that are there."""
     if data.train_split == ".":
         return _Parts(root)
-    there = [name for name in subfolders(root) if has_images(root / name)]
+    there = [name for name in subfolders(root) if has_images(root / name, data.channels)]
     if not there:
         raise UserError(f"{root}: no class folders with images; expected {root}/CLASS/IMAGE.jpg")
     named = _named_splits(there)
@@ -107,7 +107,7 @@ def _are_splits(root: Path, there, named, train: str, data) -> bool:
     """Return whether `train` is a split and not a class, the train beside the plane and the car."""
     if train == data.train_split != "train":
         return True
-    if len(named) == len(there) or not _has_classes(root / train):
+    if len(named) == len(there) or not _has_classes(root / train, data.channels):
         return len(named) == len(there)
     if any(kind_of(name) not in (None, "train") for name in named):
         return True
@@ -120,7 +120,7 @@ def _are_splits(root: Path, there, named, train: str, data) -> bool:
 
 def _with_eval(root: Path, train: str, there, named, data) -> _Parts:
     """Return the parts, with notes on the splits that are left aside."""
-    flat = [n for n in there if not _has_classes(root / n) and n != train]
+    flat = [n for n in there if not _has_classes(root / n, data.channels) and n != train]
     truth = [n for n in flat if ground_truth.has_imagenets_names(root / n)]
     usable = [n for n in (*named, data.eval_split) if n in there and (n not in flat or n in truth)]
     held = choose_split(data.eval_split, usable)
@@ -137,8 +137,8 @@ def _with_eval(root: Path, train: str, there, named, data) -> _Parts:
     return _Parts(root / train, root / held if held else None, tuple(notes))
 
 
-def _has_classes(root: Path) -> bool:
-    return any(has_images(root / name) for name in subfolders(root))
+def _has_classes(root: Path, channels: int) -> bool:
+    return any(has_images(root / name, channels) for name in subfolders(root))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +159,9 @@ class _Found:
         return FolderSource(self.root, paths, labels)
 
 
-def _read(root: Path, nested: str, given: list[str] | None) -> _Found:
+def _read(root: Path, data, given: list[str] | None) -> _Found:
     """Scan one part of the data."""
-    scan = Scan(root)
+    scan = Scan(root, data.channels)
     met = list(scan.walk())
     if superfluous := scan.superfluous_links():
         met = [
@@ -173,7 +173,7 @@ def _read(root: Path, nested: str, given: list[str] | None) -> _Found:
     with_images = {f.path.partition("/")[0] for f in met if f.files}
     # A folder of a class that has no images yet; what lies deeper may be anything.
     folders = [f for f in met[1:] if f.files or ("/" not in f.path and f.path not in with_images)]
-    classes, notes = _classes_of(root, [f.path for f in folders], nested, given)
+    classes, notes = _classes_of(root, [f.path for f in folders], data.nested, given)
     return _Found(root, folders, classes, scan.left_out, notes)
 
 

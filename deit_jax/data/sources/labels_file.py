@@ -43,7 +43,7 @@ def open_labelled(root: Path, data) -> Dataset:
     rows = [row for file in data.labels.split(",") for row in _read(file.strip(), data)]
     if not rows:
         raise UserError(f"config.data.labels={data.labels}: no images in it")
-    scan = Scan(root)
+    scan = Scan(root, data.channels)
     there = [f"{f.path}/{n}" if f.path else n for f in scan.walk() for n in f.files]
     paths = _resolve(root, rows, there, data.labels)
     repeated = 0
@@ -164,7 +164,7 @@ def _table_rows(text: str, separator: str, file: str, split: str, data) -> Itera
     else:
         if len(head) != 2:
             raise ValueError(f"{len(head)} columns without known names; expected path and label")
-        first = _is_image(rows[0][0]) or not _is_image(rows[0][1])
+        first = _is_image(rows[0][0], data.channels) or not _is_image(rows[0][1], data.channels)
         path, label, split_column, body = int(not first), int(first), None, rows
     for number, row in enumerate(body, 1 + bool(named)):
         needed = max(path, label, -1 if split_column is None else split_column)
@@ -179,8 +179,8 @@ def _known(several: bool) -> tuple[Sequence[str], Sequence[str]]:
     return (*PATHS, *(label_sets.PATHS * several)), (*LABELS, *(label_sets.LABELS * several))
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name.strip())[1].lower() in image_suffixes()
+def _is_image(name: str, channels: int) -> bool:
+    return os.path.splitext(name.strip())[1].lower() in image_suffixes(channels)
 
 
 def _one(columns, known: Sequence[str], what: str, where: str, wanted: str = "") -> str:

@@ -38,9 +38,9 @@ def subfolders(root: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(root) if not is_leftover(e.name) and e.is_dir())
 
 
-def has_images(root: Path) -> bool:
+def has_images(root: Path, channels: int = 3) -> bool:
     """Return whether any image lies below a folder; the search ends at the first."""
-    return any(folder.files for folder in Scan(root).walk())
+    return any(folder.files for folder in Scan(root, channels).walk())
 
 
 class Scan:
@@ -49,9 +49,9 @@ class Scan:
     Links are followed, but no folder is entered twice, and no image counts twice for a link to it.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, channels: int = 3):
         self.root, self.left_out = str(root), collections.Counter[str]()
-        self._suffixes, self._seen = frozenset(image_suffixes()), set[tuple[int, int]]()
+        self._suffixes, self._seen = frozenset(image_suffixes(channels)), set[tuple[int, int]]()
         self._inodes, self._links = array("Q"), list[str]()
 
     def walk(self) -> Iterator[Folder]:

@@ -1,5 +1,6 @@
 """WebDataset shards, tars of KEY.jpg and KEY.cls: random access through an index of offsets."""
 
+import functools
 import hashlib
 import json
 import os
@@ -78,7 +79,7 @@ def open_wds(root: Path, data) -> Dataset:
         notes=_aside(len(paths) - len(train) - len(held)),
     )
     paths = [*train, *held]
-    index = load_index(root, paths)
+    index = load_index(root, paths, data.channels)
     labels = index.rows["label"]
     if not len(labels):
         raise UserError(f"config.data.source=wds:{root}: no images in its tars")
@@ -153,9 +154,10 @@ def _class_names(root: Path, count: int, file: str) -> list[str]:
     return names
 
 
-def load_index(root: Path, paths: list[Path]) -> Index:
+def load_index(root: Path, paths: list[Path], channels: int = 3) -> Index:
     """Return the index of some tars, from the file beside them if it fits them."""
     facts = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    facts += [] if channels == 3 else [(".npy", 0, 0)]  # which are images then
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     places = [root / INDEX_NAME, Path(cache, "deit_jax", f"wds-{key[:16]}.npz")]
@@ -168,9 +170,10 @@ def load_index(root: Path, paths: list[Path]) -> Index:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             continue  # not there, or damaged: it is made anew
     rows, names = [], []
+    read = images_of if channels == 3 else functools.partial(images_of, channels=channels)
     bar = tqdm(paths, desc="indexing tars", unit="tar", leave=False, disable=None)
     for number, path in enumerate(bar):
-        for image, label in images_of(path):
+        for image, label in read(path):
             rows.append((number, image.offset, image.size, label))
             names.append(image.name)
     index = Index(np.array(rows, ROW), PackedStrings(names))
@@ -197,7 +200,7 @@ class _Sample(NamedTuple):
     label: int | None = None
 
 
-def images_of(path: Path) -> Iterator[tuple[tar_index.Member, int]]:
+def images_of(path: Path, channels: int = 3) -> Iterator[tuple[tar_index.Member, int]]:
     """Iterate over a tar's images and their labels; raise UserError naming one without."""
     samples: dict[str, _Sample] = {}
     for member in tar_index.members(path):
@@ -205,7 +208,7 @@ def images_of(path: Path) -> Iterator[tuple[tar_index.Member, int]]:
         stem, _, extension = base.partition(".")  # WebDataset: a key ends at the first dot
         key, extension = f"{folder}/{stem}", extension.lower()
         sample = samples.get(key, _Sample())
-        if f".{extension}" in image_suffixes():
+        if f".{extension}" in image_suffixes(channels):
             sample = sample._replace(image=member)
         elif extension in ("cls", "json") and sample.label is None:
             sample = sample._replace(label=_label(path, member, extension))

@@ -10,6 +10,7 @@ import numpy as np
 from deit_jax.config.serialize import flatten, meanings, to_json
 from deit_jax.errors import UserError
 from deit_jax.parallel.sharding import path_name
+from deit_jax.shapes import Size
 from deit_jax.train.experiment import Experiment
 from deit_jax.workdir.held_out import label_bytes
 
@@ -27,6 +28,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
         *("seed", "batch_size", "distill.kind", "data.source", "data.train_split", "data.balance"),
         *("data.rules", "data.multi_label", "data.labels", "data.classes", "data.image_column"),
         *("data.decoder", "data.mean", "data.std", "data.exif", "data.resize", "data.bits"),
+        "data.channels",
         *(k for k in flat if k.startswith(("augment.", "mixing."))),
     ]
     labels = getattr(dataset.train, "labels", None)  # TFDS's are not known without reading all
@@ -36,7 +38,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
         "data.labels": None if labels is None else hashlib.sha256(label_bytes(labels)).hexdigest(),
         "data.num_classes": len(dataset.classes),
         "data.classes": _sha256(np.frombuffer("\n".join(dataset.classes).encode(), np.uint8)),
-        "image_size": experiment.image_size,
+        "image_size": _json(experiment.image_size),
         "dtype": experiment.dtype.name,
     }
     fields = ("model", "sha256", "image_size", "mean", "std")
@@ -47,11 +49,15 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
         known = {
             "teacher.model": f"{type(network.model).__name__} of {count} parameters",
             "teacher.sha256": parameters_sha256(params),
-            "teacher.image_size": network.image_size,
+            "teacher.image_size": _json(network.image_size),
             "teacher.mean": list(network.mean),
             "teacher.std": list(network.std),
         }
     return found | known
+
+
+def _json(size: Size | None) -> int | list[int] | None:
+    return list(size) if isinstance(size, tuple) else size
 
 
 def parameters_sha256(params) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from deit_jax.shapes import Size, sides
 from deit_jax.storage import backend, write_json
 from deit_jax.weights.exporters.timm import write_safetensors
 from deit_jax.weights.fit import LoadedWeights
@@ -24,6 +25,7 @@ def write_hugging_face(opened: LoadedWeights, folder: Path) -> None:
             f"transformers has no {opened.name}, only DeiT and ViT; write a .safetensors file, "
             "which timm reads"
         )
+    opened.check_convention()
     flat = to_torch(opened.variables, "huggingface")
     backend(folder).make_folder(folder)
     write_safetensors(flat, folder / "model.safetensors", {"format": "pt"})
@@ -48,12 +50,12 @@ def _hugging_face_config(opened: LoadedWeights) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "hidden_size": model.width,
         "id2label": {str(i): name for i, name in enumerate(classes)},
-        "image_size": model.image_size,
+        "image_size": _json(model.image_size),
         "intermediate_size": int(model.width * model.mlp_ratio),
         "label2id": {name: i for i, name in enumerate(classes)},
         "layer_norm_eps": 1e-6,  # transformers would take 1e-12
         "num_attention_heads": model.num_heads,
-        "num_channels": 3,
+        "num_channels": model.in_channels,
         "num_hidden_layers": model.depth,
         "patch_size": model.patch_size,
         "qkv_bias": True,
@@ -61,15 +63,22 @@ def _hugging_face_config(opened: LoadedWeights) -> dict[str, Any]:
     }
 
 
+def _json(size: Size) -> int | list[int]:
+    return size if isinstance(size, int) else list(size)
+
+
 def _preprocessor_config(opened: LoadedWeights) -> dict[str, Any]:
     # DeiT's own processor distorts images to a square before it crops; this one keeps their shape,
     # as evaluation does here and in the reference.
-    size = opened.image_size
+    rows, columns = sides(opened.image_size)
+    resized = [int(side / opened.crop_ratio) for side in (rows, columns)]
+    # No processor there covers an oblong in an image's own shape: convert.py says so.
+    size = {"height": resized[0], "width": resized[1]}
     return {
         "image_processor_type": "BitImageProcessor",
-        "crop_size": {"height": size, "width": size},
+        "crop_size": {"height": rows, "width": columns},
         "do_center_crop": True,
-        "do_convert_rgb": True,
+        "do_convert_rgb": opened.model.in_channels == 3,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
@@ -77,5 +86,5 @@ def _preprocessor_config(opened: LoadedWeights) -> dict[str, Any]:
         "image_std": list(opened.std),
         "resample": _BICUBIC,
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": int(size / opened.crop_ratio)},
+        "size": {"shortest_edge": resized[0]} if rows == columns else size,
     }

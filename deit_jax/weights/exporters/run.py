@@ -15,6 +15,7 @@ from deit_jax.workdir.checkpoints import Checkpointer
 
 def write_run(opened: LoadedWeights, workdir: Path) -> None:
     """Write a workdir whose only checkpoint, of step 0, holds the weights and no optimizer."""
+    opened.check_convention()
     config = _run_config(opened)
     backend(workdir).make_folder(workdir)
     write_json(workdir / "classes.json", opened.classes)
@@ -35,6 +36,7 @@ def _run_config(opened: LoadedWeights):
         fields["image_size"] = opened.image_size
     for key, value in fields.items():
         config.model[key] = value
+    config.data.channels = getattr(opened.model, "in_channels", 3)
     config.data.mean, config.data.std = opened.mean, opened.std
     config.data.eval_crop_ratio, reading = opened.crop_ratio, opened.reading
     if opened.multi_label:

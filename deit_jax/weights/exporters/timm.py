@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -14,7 +15,7 @@ from deit_jax.weights.torch_names import to_torch
 
 def write_timm(opened: LoadedWeights, path: Path) -> None:
     """Write a safetensors file with timm's names; its metadata describes the model to us."""
-    described = {
+    described: dict[str, Any] = {
         "name": opened.name,
         "overrides": architecture(opened.model, opened.name),
         "image_size": opened.image_size,
@@ -22,6 +23,7 @@ def write_timm(opened: LoadedWeights, path: Path) -> None:
         "std": opened.std,
         "crop_ratio": opened.crop_ratio,
     }
+    described = {key: value for key, value in described.items() if value != ()}  # not known
     if opened.classes != default_classes(len(opened.classes)):
         described["classes"] = opened.classes
     if opened.multi_label:
@@ -36,7 +38,10 @@ def write_safetensors(flat: dict[str, np.ndarray], path: Path, metadata: dict[st
 
 
 # Our fields that have another name among the arguments of timm's VisionTransformer.
-_TIMM = {"image_size": "img_size", "width": "embed_dim", "layer_scale": "init_values"}
+_TIMM = {
+    **{"image_size": "img_size", "width": "embed_dim", "layer_scale": "init_values"},
+    "in_channels": "in_chans",
+}
 
 
 def timm_call(opened: LoadedWeights, path: Path) -> str | None:
@@ -46,7 +51,7 @@ def timm_call(opened: LoadedWeights, path: Path) -> str | None:
     """
     name, fields = opened.name, architecture(opened.model, opened.name)
     if not hasattr(opened.model, "grid_size"):
-        if fields:
+        if fields.keys() - {"in_channels"}:
             return None
         name = f"tf_{name}" if name.startswith("efficientnet_lite") else name
     elif not {"dist_head", "class_position", "distilled"}.isdisjoint(fields):
