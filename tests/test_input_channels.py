@@ -79,9 +79,9 @@ def _small(name, path, channels):
     c = make_tiny_config().model
     c.name, c.image_size, c.depth = name, 32, 2
     c.patch_size = c.width = None
-    found = load_variables(path, c, in_channels=channels)
-    assert f"first layer adapted from 3 to {channels} channels" in found.notes
-    return found.model, found.variables["params"]
+    fitted = load_variables(path, c, in_channels=channels)
+    assert f"first layer adapted from 3 to {channels} channels" in fitted.notes
+    return fitted.model, fitted.variables["params"]
 
 
 def test_only_weights_of_colours_are_adapted(tmp_path):

@@ -351,7 +351,7 @@ def test_estimates_know_both_sides():
     tokens = (2 + 3 * 5, 2 + 16)
     ours, theirs = (flops.forward_flops(e.model, e.image_size) for e in (experiment, square))
     assert ours < theirs
-    assert experiment.model.attention_shape(1)[1], square.model.attention_shape(1)[1] == tokens
+    assert tuple(e.model.attention_shape(1)[1] for e in (experiment, square)) == tokens
 
 
 def test_maps_are_spread_over_both_sides():
