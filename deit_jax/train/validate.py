@@ -71,19 +71,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "must be 0 with loss.kind=binary, where it would make every class a target",
     )
     _check_labels(check)
-    if config.loss.heads == "both":
-        model = build_model(config.model, 2, channels=config.data.channels)
-        two = getattr(model, "distilled", False) and model.dist_head
-        check(
-            two,
-            "loss.heads",
-            f"{config.model.name} has no distillation head; take a distilled model",
-        )
-        check(
-            config.distill.kind == "none",
-            "loss.heads",
-            "with a teacher the distillation head learns from it; set config.distill.kind=none",
-        )
+    _check_heads(config.model, config.loss.heads, config.distill.kind, config.data.channels, check)
     check(
         bool(config.init.weights) or not config.init.required,
         "init.weights",
@@ -98,6 +86,24 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "teacher.weights",
         "distillation needs a teacher: give the workdir of one trained by `deit train`, or train "
         "one first with --config.teacher.epochs=N",
+    )
+
+
+def _check_heads(model_config, heads: str, kind: str, channels: int, check: Check) -> None:
+    """Check that both heads can learn the labels where that is asked for."""
+    if heads != "both":
+        return
+    model = build_model(model_config, 2, channels=channels)
+    two = getattr(model, "distilled", False) and model.dist_head
+    check(
+        two,
+        "loss.heads",
+        f"{model_config.name} has no distillation head; take a distilled model",
+    )
+    check(
+        kind == "none",
+        "loss.heads",
+        "with a teacher the distillation head learns from it; set config.distill.kind=none",
     )
 
 

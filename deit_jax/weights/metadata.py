@@ -171,10 +171,7 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     classes = [str(labels[str(i)]) for i in range(len(labels)) if str(i) in labels]
     if any(text.startswith("LABEL_") for text in classes):  # transformers' own placeholders
         classes = []
-    preprocessor = folder / "preprocessor_config.json"
-    inputs = {}
-    if preprocessor.is_file():
-        inputs = _read_object(preprocessor.read_text(), preprocessor.name)
+    inputs = _preprocessor(folder)
     return Metadata(
         format="Hugging Face folder",
         name=name,
@@ -190,6 +187,12 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
 
 # transformers' words for how labels are meant.
 _PROBLEMS = {"multi_label_classification": True, "single_label_classification": False}
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """Return what a folder says of how its images are made, {} where it says nothing."""
+    file = folder / "preprocessor_config.json"
+    return _read_object(file.read_text(), file.name) if file.is_file() else {}
 
 
 def _crop_ratio(inputs: dict[str, Any]) -> float | None:
