@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 
 from deit_jax.cli import COMMANDS, huge_pages, platforms
@@ -57,7 +58,10 @@ def _run(name: str, argv: list[str]) -> int:
     try:
         with logging_redirect_tqdm([logger]):  # a line stands above the progress bar
             importlib.import_module(f"deit_jax.cli.{name}").main(argv)
+            sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # who read the output has gone, as `| head` does
+        os._exit(1)  # or Python would try once more to write the rest, and complain
     except Interrupted as stopped:
         print(f"deit {name}: {stopped}", file=sys.stderr)
         return EXIT_CODE

@@ -1,6 +1,7 @@
 """Check the data card: counts and twins that were put there, and that no others are found."""
 
 import io
+import itertools
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from skimage import data as photographs
 from deit_jax import __main__ as program
 from deit_jax.configs import quickstart
 from deit_jax.data import card
+from deit_jax.data.decode import Reading
 from deit_jax.data.sources.base import ArraySource, Dataset
 from tests.test_sources import open_data
 
@@ -141,6 +143,51 @@ def test_few_images_and_classes_without_are_said():
     assert "2 classes: a, b; 3 (b) to 9 (a) images; 2 classes have fewer than 10" in card.lines(
         found
     )
+
+
+def test_classes_that_differ_in_capitals_are_told():
+    labels = np.repeat(np.arange(3, dtype=np.int32), 4)
+    source = ArraySource("x", np.zeros((12, 8, 8, 3), np.uint8), labels)
+    found = card.facts(Dataset(source, source, ["Big", "other", "big"]), "x")
+    assert any("; Big and big differ in capitals alone" in line for line in card.lines(found))
+
+
+def test_images_are_seen_as_a_run_reads_them(tmp_path):
+    """Turned by EXIF two files are the same picture; of 12 bits, one of 16 cannot be read."""
+    photo, turned = Image.fromarray(photographs.chelsea()), Image.Exif()
+    turned[0x0112] = 6
+    for part, number in itertools.product(("train", "val"), range(2)):
+        folder = tmp_path / part / str(number)
+        folder.mkdir(parents=True)
+        image = photo.rotate(37 * number + 5) if part == "train" else photo.rotate(90 * number)
+        image.save(folder / f"{part}{number}.jpg")
+    photo.save(tmp_path / "train" / "0" / "upright.jpg")
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "val" / "0" / "t.jpg", exif=turned)
+    deep = photographs.camera().astype(np.uint16) << 8
+    Image.fromarray(deep).save(tmp_path / "train" / "1" / "deep.png")
+    dataset = open_data(f"folder:{tmp_path}")
+    plain = card.make(dataset, "x", whole=True)
+    assert plain["unreadable"] == []
+    found = card.make(dataset, "x", whole=True, reading=Reading(exif=True, bits=12))
+    assert len(found["unreadable"]) == 1
+    assert "deep.png" in found["unreadable"][0]
+    assert "config.data.bits=12" in found["unreadable"][0]
+    assert ["0/upright.jpg", "0/t.jpg"] in found["twins"]["near"]["shown"]
+    assert ["0/upright.jpg", "0/t.jpg"] not in plain["twins"]["near"]["shown"]
+
+
+def test_files_without_an_image_are_no_twins(tmp_path):
+    for part, number in itertools.product(("train", "val"), range(4)):
+        folder = tmp_path / part / str(number % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 10 * number + len(part), np.uint8)).save(
+            folder / f"{number}.png"
+        )
+        (folder / "empty.png").write_bytes(b"")
+    dataset = open_data(f"folder:{tmp_path}")
+    found = card.quick(dataset, "x")
+    assert found["twins"]["between"]["count"] == found["twins"]["train"]["count"] == 0
+    assert card.lines(found)[-1] == "no two files are the same"
 
 
 def test_the_command_prints_and_writes_it(leaky, tmp_path, capsys):

@@ -22,6 +22,20 @@ ROOT = Path(__file__).parent.parent
 QUICKSTART = f"--config={ROOT}/configs/quickstart.py"
 
 
+def test_a_reader_who_goes_is_no_error(tmp_path):
+    """As `| head` does: the output ends, without a traceback or another line."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "deit_jax", "inspect", QUICKSTART, "--json"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def deit(capsys, *argv):
     """Run a command in this process; return its exit code, its output and its error line."""
     try:

@@ -207,14 +207,14 @@ def test_signed_integers_are_read_as_unsigned_ones_unless_negative(grey):
 def test_floats_are_brightness_up_to_1_or_up_to_255(grey, colour, kind):
     values = grey.astype(kind)
     expected = in_three(util.img_as_ubyte(values.astype(np.float64)))
-    files = [tiff(values)] if kind == np.float32 else []
-    for image in (values, *files):
+    for image in (values, tiff(values)):  # which Pillow reads in float32 alone, and grey
         assert np.array_equal(read(image), expected)
     large = np.rint(255 * grey).astype(kind)
-    for image in (large, *([tiff(large)] if files else [])):
+    for image in (large, tiff(large)):
         assert np.array_equal(read(image), in_three(large.astype(np.uint8)))
     wide = colour.astype(kind).astype(np.float64)
-    assert np.array_equal(read(colour.astype(kind)), util.img_as_ubyte(wide))
+    for image in (colour.astype(kind), tiff(colour.astype(kind), photometric="rgb")):
+        assert np.array_equal(read(image), util.img_as_ubyte(wide))
 
 
 @pytest.mark.parametrize("kind", ["tiff", "array"])

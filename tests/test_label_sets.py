@@ -199,6 +199,55 @@ def test_several_labels_without_the_field_are_told_of_it(images):
     )
 
 
+@pytest.mark.parametrize("sign", ["|", ";", ","])
+def test_cells_of_several_labels_are_never_classes(images, sign):
+    """Not without the field, nor with another sign than is there; but where they are names."""
+    rows = ["a", "b", f'"a{sign}b"', f'"a{sign} c"', f'"c{sign}b"', "a"]
+    file = images / "cells.csv"
+    file.write_text("path,label\n" + "\n".join(f"{i},{x}" for i, x in enumerate(rows, 1)))
+    line = error_of(f"folder:{images}", labels=str(file))
+    assert line.startswith(f"{file}:4: 'a{sign}b' looks like several labels (3 such); ")
+    assert "set --config.data.multi_label=True; if it is the name of one" in line
+    other = "|" if sign != "|" else ";"
+    line = refusal(images, labels=str(file), label_separator=other)
+    assert f"'a{sign}b' looks like several labels" in line
+    assert "--config.data.label_separator" in line
+    rows, listed = 2 * ["a", "b", f'"a{sign}b"'], images / "classes.json"
+    file.write_text("path,label\n" + "\n".join(f"{i},{x}" for i, x in enumerate(rows, 1)))
+    listed.write_text(json.dumps(["a", "b", f"a{sign}b"]))
+    dataset = open_data(f"folder:{images}", labels=str(file), classes=str(listed))
+    assert dataset.classes == ["a", "b", f"a{sign}b"]
+    assert sorted([*dataset.train.labels, *dataset.eval.labels]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_lists_in_cells_are_no_classes_without_the_field(images):
+    file = images / "cells.csv"
+    file.write_text("path,label\n1,\"['a', 'b']\"\n2,['a']\n")
+    assert "looks like several labels (2 such)" in error_of(f"folder:{images}", labels=str(file))
+
+
+def test_labels_that_are_absent_are_none(images):
+    """Open Images notes what people have looked for in vain."""
+    head = "ImageID,Source,LabelName,Confidence"
+    rows = ["1,verification,cat,1", "1,verification,dog,0", "2,verification,dog,1"]
+    rows += ["3,verification,cat,0", "2,verification,cat,1.0", "4,verification,cat,1"]
+    file = images / "open.csv"
+    file.write_text("\n".join([head, *rows]))
+    dataset = open_sets(images, labels=str(file))
+    assert sets_of(dataset, images) == {
+        "images/1.png": ["cat"],
+        "images/2.png": ["cat", "dog"],
+        "images/3.png": [],
+        "images/4.png": ["cat"],
+    }
+    assert dataset.reading.notes == ("2 rows whose confidence is 0: labels that an image has not",)
+    line = error_of(f"folder:{images}", labels=str(file))
+    assert f"{file}:3: a label whose confidence is 0; for several labels an image set" in line
+    file.write_text("\n".join([head, *rows, "5,machine,cat,0.7"]))
+    line = refusal(images, labels=str(file))
+    assert f"{file}:8: a label whose confidence is 0.7; leave out the rows" in line
+
+
 def test_sources_of_one_label_refuse_the_field(images):
     assert "config.data.source=digits has one label an image" in error_of(
         "digits", multi_label=True

@@ -30,6 +30,9 @@ FORMS = {
     "i.txt": "\n".join(f"{path} {CLASSES.index(label)}" for path, label in ROWS),
     "j.txt": "\n".join(f"{path},{label}" for path, label in ROWS),
     "k.csv": "\ufeff" + table(ROWS) + "\n",
+    "l.csv": "\ufeff" + table(ROWS, "file,label").replace(",", ";"),  # as Excel in Europe
+    "m.csv": table([(p[7:-4], label) for p, label in ROWS], "id_code,diagnosis"),
+    "n.csv": table(ROWS, "Image Name,dx"),
 }
 
 
@@ -45,6 +48,27 @@ def answers(dataset, root):
             assert part[i]["label"] == part.labels[i]
             found[name] = dataset.classes[part.labels[i]]
     return found
+
+
+def test_a_table_may_lie_beside_its_images(folder):
+    root = folder(*(f"{part}/{i}.png" for part in ("train", "val") for i in range(4)))
+    for part, labels in (("train", "aabb"), ("val", "abab")):
+        rows = [(f"{i}.png", label) for i, label in enumerate(labels)]
+        (root / part / f"{part}.csv").write_text(table(rows))
+    files = f"{root}/train/train.csv,{root}/val/val.csv"
+    dataset = open_data(f"folder:{root}", labels=files)
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1]
+    assert dataset.eval.labels.tolist() == [0, 1, 0, 1]
+    (root / "all.csv").write_text(table([("1.png", "a"), ("2.png", "b")]))
+    line = error_of(f"folder:{root}", labels=f"{root}/all.csv")
+    assert line.endswith("1.png could be any of train/1.png, val/1.png; write its folder too")
+
+
+def test_an_unknown_head_is_told_how_to_name_its_columns(images):
+    remedy = "--config.data.image_column=NAME and --config.data.label_column=NAME"
+    for head, rows in (("photo,what", ROWS), ("photo,what,age", [(*row, "7") for row in ROWS])):
+        (images / "x.csv").write_text(table(rows, head))
+        assert remedy in error_of(f"folder:{images}", labels=f"{images}/x.csv")
 
 
 @pytest.mark.parametrize("name", FORMS)

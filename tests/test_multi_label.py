@@ -1,5 +1,7 @@
 """Several labels an image: losses against PyTorch, figures against scikit-learn, whole runs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -314,6 +316,21 @@ def test_a_teacher_of_one_label_is_refused(painting, tmp_path):
     painting.teacher.model.image_size, painting.teacher.model.patch_size = 16, 4
     with pytest.raises(UserError, match="the teacher answers one class an image"):
         train(painting, tmp_path / "run")
+
+
+def test_one_label_and_several_are_not_mixed_up(painting, tmp_path):
+    """Neither in an evaluation nor in a prediction."""
+    convert(random_weights("deit_tiny_patch16_224"), tmp_path / "one", "deit_jax")
+    with pytest.raises(UserError, match=r"one class an image; .*data\.multi_label=False"):
+        evaluate_run(painting, str(tmp_path / "one"))
+    with pytest.raises(UserError, match=r"^--multi_label: .* answers one class an image"):
+        classify(str(tmp_path / "one"), [f"{painting.data.source[7:]}/1.png"], multi_label=True)
+    several = dataclasses.replace(random_weights("deit_tiny_patch16_224"), multi_label=True)
+    convert(several, tmp_path / "several", "deit_jax")
+    painting.data.multi_label, painting.data.labels = False, ""
+    painting.data.source = "digits"
+    with pytest.raises(UserError, match=r"any number of classes an image; .*multi_label=True"):
+        evaluate_run(painting, str(tmp_path / "several"))
 
 
 @pytest.mark.parametrize(

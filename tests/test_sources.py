@@ -1,6 +1,7 @@
 """Check where images come from: embedded digits, folders, and TFDS without TensorFlow."""
 
 import os
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -187,6 +188,11 @@ def test_each_mistake_in_a_folder_is_one_line_that_names_it(folder, tmp_path):
     assert f"{tmp_path}: no class folders" in error_of(f"folder:{tmp_path}")
     (tmp_path / "dog").mkdir()
     assert f"{tmp_path}: no class folders with images" in error_of(f"folder:{tmp_path}")
+    folder("flat/train/1.png", "flat/test/1.png")  # as contests have them, with labels in a table
+    line = error_of(f"folder:{tmp_path}/flat")
+    assert f"{tmp_path}/flat/train: no class folders with images" in line
+    assert "--config.data.labels=FILE" in line
+    shutil.rmtree(tmp_path / "flat")
     folder("cat/1.png", "cat/2.png")
     line = error_of(f"folder:{tmp_path}")
     assert "no training images of class 'dog'" in line
@@ -195,6 +201,9 @@ def test_each_mistake_in_a_folder_is_one_line_that_names_it(folder, tmp_path):
     line = error_of(f"folder:{tmp_path}")
     assert "dog/only.png: the only image of its class" in line
     assert "--config.data.min_images=2" in line
+    line = error_of(f"folder:{tmp_path}", min_images=2)
+    assert "config.data.min_images=2: 1 of 2 classes have so many training images" in line
+    assert line.endswith("2 are needed; the largest has 2")
     folder("splits/train/cat/1.png", "splits/val/cat/1.png", "splits/val/dgo/1.png")
     root = tmp_path / "splits"
     assert error_of(f"folder:{root}") == f"{root}/val/dgo: no class of this name in {root}/train"

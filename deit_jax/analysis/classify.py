@@ -34,6 +34,8 @@ def classify(
         opened.check_convention()
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
+    if multi_label and opened.multi_label is False:
+        raise UserError(f"--multi_label: {source} answers one class an image; leave it out")
     images = np.stack([_read(path, opened.view) for path in paths])
 
     variables, convention = jax.device_put(opened.variables), (opened.mean, opened.std)

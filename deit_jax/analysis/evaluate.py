@@ -33,6 +33,12 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
         data.rules = opened.run.config.data.rules
     _take_channels(data, opened, source)
     dataset = open_dataset(data)
+    if opened.multi_label not in (None, data.multi_label):
+        says = "any number of classes" if opened.multi_label else "one class"
+        raise UserError(
+            f"{source}: the model answers {says} an image; evaluate it on data of which "
+            f"data.multi_label={opened.multi_label}"
+        )
     opened, note = in_order(opened, dataset.classes, f"{source}: the model", data.source)
     lines = [note, *(held_out.changes(source, dataset) if opened.run else ())]
     for line in filter(None, lines):

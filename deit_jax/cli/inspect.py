@@ -11,6 +11,7 @@ from deit_jax.cli.flags import Command, UsageError, no_words
 from deit_jax.config.serialize import from_json
 from deit_jax.data import card
 from deit_jax.data.sources.registry import open_dataset
+from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.storage import write_json
 from deit_jax.train.experiment import resolve
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
         config = from_json(records.config_of(Path(values.workdir)))
     validate(config, num_devices=1)
     dataset = open_dataset(config.data)
-    found = card.make(dataset, config.data.source, values.check, config.data.channels)
+    found = card.make(dataset, config.data.source, values.check, reading_of(config.data))
     path = values.card or (values.workdir and Path(values.workdir) / records.DATA_CARD)
     if path:
         _write(found, Path(path))

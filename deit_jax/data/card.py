@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from deit_jax.data import decode
 from deit_jax.data.channels import MixedChannels, as_colours, is_array, is_stack
-from deit_jax.data.decode import Reading
+from deit_jax.data.decode import PLAIN, Reading
 from deit_jax.data.loader import usable_cores
 from deit_jax.data.sources.base import Dataset, Labelled, Source, key_of, label_counts
 from deit_jax.errors import UserError
@@ -31,7 +31,7 @@ SHOWN = 12  # examples of each kind of fault
 SMALL = 32  # pixels; images with a shorter side are compared by their bytes alone
 NEAR = 7  # bits of 64 in which the hashes of two like images may differ
 LIKE = 0.97  # correlation of two like images, in 32 x 32 grey pixels
-PLAIN = 8  # bits: a hash with fewer set, or fewer unset, is of an image without features
+FLAT = 8  # bits: a hash with fewer set, or fewer unset, is of an image without features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +51,25 @@ class Seen:
     misfit: bool = False  # whether the fault is another number of channels
 
 
-def make(dataset: Dataset, source: str, whole: bool, channels: int = 3) -> dict[str, Any]:
+def make(dataset: Dataset, source: str, whole: bool, reading: Reading = PLAIN) -> dict[str, Any]:
     """Return the card of a data set, all of its images read if it is not large or `whole`."""
-    card = facts(dataset, source, channels)
+    card = facts(dataset, source, reading.channels)
     most = None if whole or len(dataset.train) + len(dataset.eval) <= MANY else SAMPLE
-    train = survey(dataset.train, "reading training images", most, channels)
-    held = survey(dataset.eval, "reading the others", most, channels)
-    add_survey(card, dataset, train, held)
+    train = survey(dataset.train, "reading training images", most, reading)
+    held = survey(dataset.eval, "reading the others", most, reading)
+    add_survey(card, dataset, train, held, reading)
     return card
 
 
-def quick(dataset: Dataset, source: str, channels: int = 3) -> dict[str, Any]:
+def quick(dataset: Dataset, source: str, reading: Reading = PLAIN) -> dict[str, Any]:
     """Return a card for the start of a training: of images that are not too many, equal ones."""
-    card = facts(dataset, source, channels)
+    card = facts(dataset, source, reading.channels)
     if len(dataset.train) + len(dataset.eval) <= MANY:
         train = contents(dataset.train, "comparing training images")
         found = twins(train, contents(dataset.eval, "comparing the others"))
+        # What is no image tells nothing: empty files are all the same.
+        shown = {a: _seen(dataset.train, a, reading) for kind in found.values() for a, _ in kind}
+        found = {k: [p for p in kind if not shown[p[0]].fault] for k, kind in found.items()}
         card["twins"] = _named(found, dataset)
     return card
 
@@ -99,7 +102,7 @@ def facts(dataset: Dataset, source: str, channels: int = 3) -> dict[str, Any]:
 
 
 def survey(
-    source: Source, title: str, most: int | None = None, channels: int = 3
+    source: Source, title: str, most: int | None = None, reading: Reading = PLAIN
 ) -> dict[int, Seen]:
     """Read a part of the data, or `most` of its images evenly spaced, on all cores; by number."""
     count = len(source)
@@ -108,7 +111,7 @@ def survey(
         numbers = np.unique(np.linspace(0, count - 1, most).astype(np.int64))
 
     def look(number: int) -> Seen:
-        return _seen(source, int(number), channels)
+        return _seen(source, int(number), reading)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         read = pool.map(look, numbers.tolist())
@@ -116,27 +119,27 @@ def survey(
         return dict(zip(numbers.tolist(), bar, strict=True))
 
 
-def _seen(source: Source, number: int, channels: int) -> Seen:
+def _seen(source: Source, number: int, reading: Reading) -> Seen:
     try:
         image = source[number]["image"]
         if isinstance(image, np.ndarray):
             height, width = image.shape[:2]
             mode = "L" if image.ndim == 2 else f"{image.shape[2]} channels"
-            small = _picture(image, source.describe(number), channels)
+            small = _picture(image, source.describe(number), reading)
             return Seen(_digest(image.tobytes()), _look(small), (width, height), mode, "array")
-        pixels = _picture(image, source.describe(number), channels)
-        return Seen(_digest(image), _look(pixels), *_header(image, pixels, channels))
+        pixels = _picture(image, source.describe(number), reading)
+        return Seen(_digest(image), _look(pixels), *_header(image, pixels, reading.channels))
     except UserError as error:
         return Seen(0, fault=str(error), misfit=isinstance(error, MixedChannels))
     except Exception as error:  # Pillow's readers raise almost anything
         return Seen(0, fault=f"{source.describe(number)}: not a readable image ({error})")
 
 
-def _picture(image: bytes | np.ndarray, name: str, channels: int) -> Image.Image:
+def _picture(image: bytes | np.ndarray, name: str, reading: Reading) -> Image.Image:
     """Return an example as people would look at it."""
-    if channels == 3:
-        return decode.decode(image, name)
-    return Image.fromarray(as_colours(decode.pixels_of(image, name, Reading(channels=channels))))
+    if reading.channels == 3:
+        return decode.decode(image, name, reading)
+    return Image.fromarray(as_colours(decode.pixels_of(image, name, reading)))
 
 
 def _header(file: bytes, pixels: Image.Image, channels: int) -> tuple[tuple[int, int], str, str]:
@@ -177,7 +180,7 @@ def _look(image: Image.Image) -> int:
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1])
     look = int.from_bytes(bits.tobytes(), "little")
-    return look if PLAIN <= look.bit_count() <= 64 - PLAIN else 0
+    return look if FLAT <= look.bit_count() <= 64 - FLAT else 0
 
 
 def twins(train: dict[int, Seen], held: dict[int, Seen]) -> dict[str, list[tuple[int, int]]]:
@@ -196,7 +199,9 @@ def twins(train: dict[int, Seen], held: dict[int, Seen]) -> dict[str, list[tuple
     return {"train": inside, "between": between}
 
 
-def near_twins(train: dict[int, Seen], held: dict[int, Seen], dataset: Dataset, channels: int = 3):
+def near_twins(
+    train: dict[int, Seen], held: dict[int, Seen], dataset: Dataset, reading: Reading = PLAIN
+):
     """Return (training, evaluation) for each image held out that looks like one trained on.
 
     Candidates are those whose hashes differ in few bits; they are read again to be compared.
@@ -220,17 +225,17 @@ def near_twins(train: dict[int, Seen], held: dict[int, Seen], dataset: Dataset, 
         apart = np.bitwise_count(looks[those] ^ np.uint64(look))
         closest = those[np.argsort(apart, kind="stable")[: min(int(np.sum(apart <= NEAR)), TRIES)]]
         for other in numbers[closest].tolist():
-            if _alike(dataset.train, other, dataset.eval, number, channels):
+            if _alike(dataset.train, other, dataset.eval, number, reading):
                 found.append((other, number))
                 break
     return found
 
 
-def _alike(first: Source, number: int, second: Source, other: int, channels: int) -> bool:
+def _alike(first: Source, number: int, second: Source, other: int, reading: Reading) -> bool:
     """Return whether two images are the same but for their size, compression and brightness."""
     grey = [
         np.asarray(
-            _picture(source[i]["image"], source.describe(i), channels)
+            _picture(source[i]["image"], source.describe(i), reading)
             .convert("L")
             .resize((32, 32), Image.Resampling.BOX),
             np.float64,
@@ -242,7 +247,11 @@ def _alike(first: Source, number: int, second: Source, other: int, channels: int
 
 
 def add_survey(
-    card: dict[str, Any], dataset: Dataset, train: dict[int, Seen], held: dict[int, Seen]
+    card: dict[str, Any],
+    dataset: Dataset,
+    train: dict[int, Seen],
+    held: dict[int, Seen],
+    reading: Reading = PLAIN,
 ) -> None:
     """Add to a card what reading the images has shown; what was read in part says so."""
     both = [*train.values(), *held.values()]
@@ -266,9 +275,8 @@ def add_survey(
         pairs = twins(train, held)
         same = {number for _, number in pairs["between"]}
         rest = {number: seen for number, seen in held.items() if number not in same}
-        card["twins"] = _named(
-            pairs | {"near": near_twins(train, rest, dataset, card["channels"])}, dataset
-        )
+        near = near_twins(train, rest, dataset, reading)
+        card["twins"] = _named(pairs | {"near": near}, dataset)
 
 
 def _named(pairs: dict[str, list[tuple[int, int]]], dataset: Dataset) -> dict[str, Any]:
@@ -330,18 +338,25 @@ def _of_classes(classes: Sequence[str], counts: Sequence[int] | None) -> str:
     fewest, most = int(np.argmin(counts)), int(np.argmax(counts))
     text += f"; {counts[fewest]} ({classes[fewest]}) to {counts[most]} ({classes[most]}) images"
     small = sum(count < FEW for count in counts)
-    return text + (f"; {small} classes have fewer than {FEW}" if small else "")
+    text += f"; {small} classes have fewer than {FEW}" if small else ""
+    folded = Counter(name.casefold() for name in classes)
+    alike = [name for name in classes if folded[name.casefold()] > 1]
+    pair = [name for name in alike if name.casefold() == alike[0].casefold()][:2]
+    return text + (f"; {' and '.join(pair)} differ in capitals alone" if pair else "")
 
 
 def _of_twins(found: dict[str, Any], held: int) -> str:
     inside, between = found["train"]["count"], found["between"]["count"]
     near = found.get("near", {"count": 0})["count"]  # only who decodes them knows
     if not between + near + inside:
-        return "no image is there twice"
+        return "no image is there twice" if "near" in found else "no two files are the same"
     leaks = f"{between} of the {held} images to evaluate on are trained on too"
     parts = [leaks if between else "", f"{near} look like one" if near else ""]
     parts.append(f"{inside} training images are there twice" if inside else "")
     other = sum(kind.get("of_other_class", 0) for kind in found.values())
     parts.append(f"{other} of these pairs are of two classes" if other else "")
-    first = next(kind["shown"][0] for kind in found.values() if kind["shown"])
-    return f"{', '.join(filter(None, parts))}; the first: {first[0]} and {first[1]}"
+    kind = next(k for k in ("between", "near", "train") if k in found and found[k]["shown"])
+    first, second = found[kind]["shown"][0]
+    if kind != "train":
+        first, second = f"{first} (trained on)", f"{second} (evaluated on)"
+    return f"{', '.join(filter(None, parts))}; the first: {first} and {second}"

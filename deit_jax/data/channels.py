@@ -60,9 +60,14 @@ def array_in(file: bytes) -> np.ndarray:
     return values.reshape(shape, order="F" if order == "True" else "C")
 
 
+def is_tiff(file: bytes) -> bool:
+    """Return whether a file begins as a TIFF does."""
+    return file[:4] in _TIFF
+
+
 def is_stack(file: bytes, channels: int) -> bool:
     """Return whether a file is a TIFF of more channels than Pillow would keep."""
-    if file[:4] not in _TIFF or channels in (1, 3):
+    if not is_tiff(file) or channels in (1, 3):
         return False
     if channels != 4:
         return True
@@ -80,7 +85,8 @@ def tiff_in(file: bytes, channels: int) -> np.ndarray:
         import tifffile
     except ModuleNotFoundError as error:
         raise UserError(
-            f"TIFF files of {channels} channels need pip install 'deit_jax[tiff]'"
+            f"a TIFF of {channels} channels or of unusual pixels; it takes pip install "
+            "'deit_jax[tiff]', or save it as 8 or 16-bit integers"
         ) from error
     with tifffile.TiffFile(io.BytesIO(file)) as tiff:
         picture: Any = tiff.series[0]

@@ -95,7 +95,12 @@ def _from_array(array: np.ndarray, bits: int) -> Image.Image:
 
 
 def _from_file(file: bytes, reading: Reading) -> Image.Image:
-    opened = Image.open(io.BytesIO(file))
+    try:
+        opened = Image.open(io.BytesIO(file))
+    except UnidentifiedImageError:
+        if not channels.is_tiff(file):
+            raise
+        return _from_array(channels.tiff_in(file, 3), reading.bits)  # floats of 16 or 64 bits, …
     if opened.format == "EPS":
         raise ValueError("EPS, which only running it as a program could draw")
     image = depth.shallow(opened, file, reading.bits)

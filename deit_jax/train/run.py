@@ -10,8 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from deit_jax.data import card
+from deit_jax.data.decode import Reading
 from deit_jax.data.decoders import choose
 from deit_jax.data.sources.base import Dataset
+from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.parallel.signals import StopRequest
 from deit_jax.storage import steps_in, write_json
@@ -56,7 +58,7 @@ def train(
         for line in held_out.note(workdir, dataset, experiment.settings.class_weights):
             log.warning(line)
         if announce:
-            _announce(dataset, config.data.source, workdir, config.data.channels)
+            _announce(dataset, config.data.source, workdir, reading_of(config.data))
         if spec and weights and not spec.weights:
             train(teacher_config(config), weights, stop, allowed, announce=False)
             teacher = load_teacher(spec, weights, dataset.classes)
@@ -69,12 +71,12 @@ def train(
         return _run_to_the_end(trainer)
 
 
-def _announce(dataset: Dataset, source: str, workdir: Path, channels: int) -> None:
+def _announce(dataset: Dataset, source: str, workdir: Path, reading: Reading) -> None:
     """Say what was understood of the data; keep it, for the report, where nothing better is."""
     if jax.process_index() != 0:
         return
     known = records.data_card(workdir)
-    made = known or card.quick(dataset, source, channels)
+    made = known or card.quick(dataset, source, reading)
     for line in card.lines(made):
         log.info(line)
     if known is None:

@@ -55,6 +55,12 @@ def assemble(
     if len(small):
         train, held, classes = _without(small, train, held, classes)
         left_out[f"classes of fewer than {least} training images"] = len(small)
+        if len(classes) < (needed := 1 if train.labels.ndim == 2 else 2):
+            raise UserError(
+                f"config.data.min_images={data.min_images}: {len(classes)} of {len(counts)} "
+                f"classes have so many training images, and {needed} are needed; the largest has "
+                f"{counts.max()}"
+            )
     reading = dataclasses.replace(reading, left_out=left_out)
     if held is not None:
         return Dataset(train, held, classes, reading)

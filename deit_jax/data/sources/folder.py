@@ -173,6 +173,11 @@ def _read(root: Path, data, given: list[str] | None) -> _Found:
     with_images = {f.path.partition("/")[0] for f in met if f.files}
     # A folder of a class that has no images yet; what lies deeper may be anything.
     folders = [f for f in met[1:] if f.files or ("/" not in f.path and f.path not in with_images)]
+    if not with_images - {""}:
+        raise UserError(
+            f"{root}: no class folders with images; expected {root}/CLASS/IMAGE.jpg, or a table of "
+            "labels with --config.data.labels=FILE"
+        )
     classes, notes = _classes_of(root, [f.path for f in folders], data.nested, given)
     return _Found(root, folders, classes, scan.left_out, notes)
 

@@ -1,6 +1,7 @@
 """Several labels an image, from the rows of label files: cells taken apart, images joined."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,8 +10,7 @@ from deit_jax.data.sources.base import no_labels
 from deit_jax.data.sources.splits import listed
 from deit_jax.errors import UserError
 
-# What the columns of public data sets of several labels are called besides the usual.
-PATHS = ("image index", "image_index")  # ChestX-ray14
+# What the column of public data sets of several labels is called besides the usual.
 LABELS = ("tags", "finding labels", "finding_labels")  # Kaggle's planet, ChestX-ray14
 SEPARATORS = ("|", ";", ",")  # in a cell; a space must be asked for, as names hold some too
 
@@ -18,7 +18,8 @@ SEPARATORS = ("|", ";", ",")  # in a cell; a space must be asked for, as names h
 class Row(NamedTuple):
     """One image as a file of labels has it; `names` are several labels that stand apart there.
 
-    `columns` are the classes of a table with a column for each.
+    `columns` are the classes of a table with a column for each. `absent` is a row that only says
+    which label its image has not.
     """
 
     path: str
@@ -27,6 +28,7 @@ class Row(NamedTuple):
     where: str  # file and line, for messages
     names: tuple[str, ...] | None = None
     columns: tuple[str, ...] = ()
+    absent: bool = False
 
 
 def one_hot_rows(
@@ -111,6 +113,22 @@ def _separator(rows: Sequence[Row], given: str) -> str | None:
     return None
 
 
+def check_apart(rows: dict[str, Row], remedy: str) -> None:
+    """Raise UserError for names that are several labels in a cell; `rows` has a row of each.
+
+    They are lists, or names with one of SEPARATORS between that stand alone or elsewhere too.
+    """
+    parts = {n: [p.strip() for p in n.split(s)] for s in SEPARATORS for n in rows if s in n}
+    met = Counter(part for some in parts.values() for part in {*some})
+    known = {*rows, *(part for part, count in met.items() if count > 1)}
+    sets = [n for n in rows if _is_list(n) or (n in parts and known.issuperset(parts[n]))]
+    if sets:
+        raise UserError(
+            f"{rows[sets[0]].where}: {sets[0]!r} looks like several labels ({len(sets)} such); "
+            f"{remedy}; if it is the name of one, list the classes with --config.data.classes=FILE"
+        )
+
+
 def _is_list(cell: str) -> bool:
     return cell[:1] == "[" and cell[-1:] == "]"
 
@@ -153,7 +171,10 @@ def _columns(rows: Sequence[Row]) -> dict[str, Row]:
 def _classes(sets: Sequence[dict[str, Row]], columns: dict[str, Row], data) -> list[str]:
     """Return the classes: those given, numbers from 0, or all names in their natural order."""
     given = read_classes(data.classes) if data.classes else None
-    rows = columns | {name: row for names in reversed(sets) for name, row in names.items()}
+    rows = dict[str, Row]()  # the first of each name
+    for name, row in (pair for names in sets for pair in names.items()):
+        rows.setdefault(name, row)
+    rows |= {name: row for name, row in columns.items() if name not in rows}
     if given and rows.keys() <= set(given):
         return given
     if not rows:
@@ -181,4 +202,6 @@ def _classes(sets: Sequence[dict[str, Row]], columns: dict[str, Row], data) -> l
             f"{row.where}: {listed(unknown, 3)}, a label of {row.path}, is no class of "
             f"config.data.classes={data.classes}"
         )
+    if not columns:
+        check_apart(rows, "say what stands between labels with --config.data.label_separator")
     return sorted(rows, key=natural_key)

@@ -24,13 +24,17 @@ from deit_jax.errors import UserError
 # What people call the columns of a table, without capitals.
 PATHS = (
     *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "images", "img"),
-    *("image_path", "image_name", "image_id", "id", "image_file_path"),
+    *("image_path", "image_name", "image_id", "id", "image_file_path", "fname", "id_code"),
+    *("image name", "image index", "image_index", "imageid", "image id", "file name"),
 )
 LABELS = (
     *("label", "labels", "class", "classes", "target", "category", "class_name", "label_name"),
-    *("class_id", "label_id", "wnid", "species", "breed"),
+    *("class_id", "label_id", "wnid", "species", "breed", "labelname", "category_id"),
+    *("diagnosis", "dx"),
 )
 SEVERAL = "for several labels an image set --config.data.multi_label=True"
+COLUMNS = "--config.data.image_column=NAME and --config.data.label_column=NAME"
+CONFIDENCE = "confidence"  # of a row's label, as in Open Images: 0 says that it is absent
 SPLITS = ("split", "set", "subset", "partition", "data_split")
 
 
@@ -46,7 +50,7 @@ def open_labelled(root: Path, data) -> Dataset:
     scan = Scan(root, data.channels)
     there = [f"{f.path}/{n}" if f.path else n for f in scan.walk() for n in f.files]
     paths = _resolve(root, rows, there, data.labels)
-    repeated = 0
+    repeated, every = 0, rows
     if data.multi_label:
         rows, paths, classes, numbers = label_sets.joined(rows, paths, data)
     else:
@@ -54,6 +58,8 @@ def open_labelled(root: Path, data) -> Dataset:
         classes, numbers = _numbers(rows, data)
     train, held, notes = _parts(rows, paths, data)
     notes += _note_on_sets(classes, data)
+    if absent := sum(row.absent for row in every):
+        notes += (f"{absent} rows whose confidence is 0: labels that an image has not",)
     left_out = dict(scan.left_out)
     named = set(paths)
     left_out |= _counted("images that data.labels does not name", len(set(there) - named))
@@ -145,6 +151,9 @@ def _json_rows(content: Any, file: str, split: str, several: bool) -> Iterator[R
 
 
 def _table_rows(text: str, separator: str, file: str, split: str, data) -> Iterator[Row]:
+    first_line = text.partition("\n")[0]
+    if separator == "," and "," not in first_line:  # as a spreadsheet of another country writes it
+        separator = next((sign for sign in ";\t" if sign in first_line), separator)
     rows = [row for row in csv.reader(text.splitlines(), delimiter=separator) if any(row)]
     if not rows:
         return
@@ -163,20 +172,45 @@ def _table_rows(text: str, separator: str, file: str, split: str, data) -> Itera
         label = columns[_one(columns, labels, "label", where, data.label_column)]
     else:
         if len(head) != 2:
-            raise ValueError(f"{len(head)} columns without known names; expected path and label")
+            raise ValueError(
+                f"{len(head)} columns without known names, {listed(rows[0], 4)}; name two with "
+                f"{COLUMNS}; {SEVERAL}"
+            )
         first = _is_image(rows[0][0], data.channels) or not _is_image(rows[0][1], data.channels)
         path, label, split_column, body = int(not first), int(first), None, rows
+        columns = {}
     for number, row in enumerate(body, 1 + bool(named)):
         needed = max(path, label, -1 if split_column is None else split_column)
         if len(row) <= needed:
             raise ValueError(f"line {number} has {len(row)} cells, column {needed + 1} is needed")
         of = row[split_column].strip() if split_column is not None else split
-        yield Row(row[path].strip(), row[label].strip(), of, f"{file}:{number}")
+        where = f"{file}:{number}"
+        if _is_absent(row, columns.get(CONFIDENCE), label, where, data.multi_label):
+            yield Row(row[path].strip(), "", of, where, names=(), absent=True)
+        else:
+            yield Row(row[path].strip(), row[label].strip(), of, where)
+
+
+def _is_absent(row: list[str], column: int | None, label: int, where: str, several: bool) -> bool:
+    """Return whether a row tells that its image has not the label, as some of Open Images' do.
+
+    Raise UserError where that is no answer: with one label an image, or by halves.
+    """
+    if column in (None, label) or not row[column:]:
+        return False
+    try:
+        confidence = float(row[column])
+    except ValueError:
+        return False  # another kind of column of this name
+    if (not several and confidence == 0) or (several and confidence not in (0, 1)):
+        remedy = "leave out the rows that are not sure" if several else SEVERAL
+        raise UserError(f"{where}: a label whose confidence is {confidence:g}; {remedy}")
+    return confidence == 0
 
 
 def _known(several: bool) -> tuple[Sequence[str], Sequence[str]]:
     """Return the usual names of the columns of paths and of labels."""
-    return (*PATHS, *(label_sets.PATHS * several)), (*LABELS, *(label_sets.LABELS * several))
+    return PATHS, (*LABELS, *(label_sets.LABELS * several))
 
 
 def _is_image(name: str, channels: int) -> bool:
@@ -213,16 +247,24 @@ def _resolve(root: Path, rows: list[Row], there: list[str], labels: str) -> list
         candidates = [path] if path in exact else by_name.get(name, by_stem.get(name, []))
         if len(candidates) > 1:  # images/cat/1.jpg may be written cat/1
             candidates = [p for p in candidates if _stem(f"/{p}").endswith(_stem(f"/{path}"))]
+        if len(candidates) > 1:  # a table may lie beside its images
+            beside = os.path.relpath(os.path.dirname(row.where) or ".", root)
+            candidates = [p for p in candidates if p.startswith(f"{beside}/")] or candidates
         if len(candidates) > 1:
-            raise UserError(f"{row.where}: {row.path} could be any of {listed(candidates, 3)}")
+            raise UserError(
+                f"{row.where}: {row.path} could be any of {listed(candidates, 3)}; write its "
+                "folder too"
+            )
         if candidates:
             found.append(candidates[0])
         else:
             missing.append(row)
     if missing:
+        head = missing[0].where.endswith(":1")
         raise UserError(
             f"config.data.labels={labels}: {len(missing)} of {len(rows)} images are not in {root}, "
             f"the first is {missing[0].path} ({missing[0].where})"
+            + (f"; if that is a head, name its columns with {COLUMNS}" if head else "")
         )
     return found
 
@@ -275,7 +317,11 @@ def _numbers(rows: list[Row], data) -> tuple[list[str], np.ndarray]:
     if empty := [row for row in rows if not row.label]:
         sets = f"; {SEVERAL}" if any("|" in r.label or ";" in r.label for r in rows) else ""
         raise UserError(f"{empty[0].where}: no label ({len(empty)} such rows){sets}")
-    classes = sorted({row.label for row in rows}, key=natural_key)
+    first = dict[str, Row]()
+    for row in rows:
+        first.setdefault(row.label, row)
+    label_sets.check_apart(first, SEVERAL)
+    classes = sorted(first, key=natural_key)
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[row.label] for row in rows], np.int32)
 
