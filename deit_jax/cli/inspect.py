@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from deit_jax.analysis.input_sheet import COLUMNS, ROWS, draw, label_text, model_inputs
 from deit_jax.cli.flags import Command, UsageError, no_words
@@ -78,6 +79,8 @@ def _write(found, path: Path) -> None:
 def _draw(experiment, dataset, step: int, out: str) -> list[str]:
     """Draw a sheet of a step's images; return their titles."""
     images, targets = model_inputs(experiment, dataset, step, ROWS * COLUMNS)
+    if experiment.settings.several:  # the labels of both images of a mixture, all of them wholly
+        targets = np.sign(targets)
     titles = [label_text(target, dataset.classes) for target in targets]
     draw(images, titles, f"{experiment.data.source}: the model's input at step {step}", Path(out))
     return titles
