@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from skimage import data as photographs
 
@@ -174,6 +175,17 @@ def test_images_are_seen_as_a_run_reads_them(tmp_path):
     assert "config.data.bits=12" in found["unreadable"][0]
     assert ["0/upright.jpg", "0/t.jpg"] in found["twins"]["near"]["shown"]
     assert ["0/upright.jpg", "0/t.jpg"] not in plain["twins"]["near"]["shown"]
+
+
+def test_pixels_that_pillow_does_not_know_are_told_of(tmp_path):
+    for number in range(8):
+        folder = tmp_path / str(number % 2)
+        folder.mkdir(exist_ok=True)
+        tifffile.imwrite(folder / f"{number}.tif", np.full((9, 7), number / 10))
+    found = card.make(open_data(f"folder:{tmp_path}"), "x", whole=True)
+    assert found["unreadable"] == []
+    assert (found["modes"], found["formats"]) == ({"floats": 8}, {"TIFF": 8})
+    assert (found["sizes"]["shorter"], found["sizes"]["longer"]) == ([7, 7, 7], [9, 9, 9])
 
 
 def test_files_without_an_image_are_no_twins(tmp_path):

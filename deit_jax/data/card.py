@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from deit_jax.data import decode
@@ -145,8 +145,11 @@ def _picture(image: bytes | np.ndarray, name: str, reading: Reading) -> Image.Im
 def _header(file: bytes, pixels: Image.Image, channels: int) -> tuple[tuple[int, int], str, str]:
     """Return what a file says of itself: its size, its mode and its kind."""
     if channels == 3 or not (is_array(file) or is_stack(file, channels)):
-        with Image.open(io.BytesIO(file)) as header:
-            return header.size, header.mode, header.format or ""
+        try:
+            with Image.open(io.BytesIO(file)) as header:
+                return header.size, header.mode, header.format or ""
+        except UnidentifiedImageError:  # though it was read: a TIFF of pixels unknown to Pillow
+            return pixels.size, "floats", "TIFF"
     return pixels.size, f"{channels} channels", "NPY" if is_array(file) else "TIFF"
 
 
