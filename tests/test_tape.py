@@ -205,6 +205,7 @@ def test_a_tape_of_other_views_or_another_teacher_is_refused_with_every_differen
     student = replaying(runs.config, runs.tape)
     student.model.drop_path, student.optim.lr, student.epochs = 0.0, 0.1, 1.0
     student.model.depth, student.loss.smoothing, student.optim.accum_steps = 3, 0.0, 1
+    student.data.rules = experiment.config.data.rules  # as `prepare` finds them in the tape
     student = resolved(student, dataset)
     session.open_tape(student, tmp_path, dataset, (network, params))  # the student is free
     views = fingerprint.VIEWS
