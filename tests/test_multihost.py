@@ -125,13 +125,18 @@ def test_killed_on_four_processes_ends_on_two_as_on_one(words, tmp_path):
     assert "step" not in err1
 
 
-def test_one_process_that_fails_ends_all_with_its_message(words, tmp_path):
-    """A file that only the second process reads, in its half of the first batch, is no image."""
-    for split, count in (("train", 16), ("val", 4)):
+def grey_images(root, **counts):
+    """Write so many images for each split, in the classes a and b."""
+    for split, count in counts.items():
         for i in range(count):
-            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i}.png"
+            path = root / split / "ab"[i % 2] / f"{i:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((8, 8, 3), 9 * i, np.uint8)).save(path)
+
+
+def test_one_process_that_fails_ends_all_with_its_message(words, tmp_path):
+    """A file that only the second process reads, in its half of the first batch, is no image."""
+    grey_images(tmp_path / "images", train=16, val=4)
     source = open_dataset(data_config(tmp_path / "images")).train
     order = EpochOrder(16, batch_size=16, repeats=3, seed=0)
     slots = [order.slot(position) for position in range(16)]
@@ -155,11 +160,7 @@ def test_one_process_that_fails_ends_all_with_its_message(words, tmp_path):
 @pytest.mark.slow
 def test_two_processes_count_the_broken_images_of_both(words, tmp_path):
     """Rows 0 … 7 of the one batch are the first's, 8 … 15 the second's; both have broken ones."""
-    for split, count in (("train", 16), ("val", 14)):
-        for i in range(count):
-            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.full((8, 8, 3), 9 * i, np.uint8)).save(path)
+    grey_images(tmp_path / "images", train=16, val=14)
     broken = sorted((tmp_path / "images" / "val").rglob("*.png"))
     broken = [broken[i] for i in (2, 9, 12)]
     for path in broken:

@@ -27,7 +27,8 @@ class _SizeParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> Size:
         """Return the size that is meant; raise ValueError for what is none."""
-        numbers = [int(word) for word in argument.strip("()").replace("x", ",").split(",")]
+        words = argument.strip("()").replace("x", ",").split(",")
+        numbers = [int(word) if word.strip().isdecimal() else 0 for word in words]
         if len(numbers) > 2 or min(numbers) < 1:
             raise ValueError("a size is one number, or height and width, each above 0")
         return simplest((numbers[0], numbers[-1]))

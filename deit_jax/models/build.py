@@ -36,7 +36,7 @@ def in_channels(model_config, of_data: int | None = None, of: str = "") -> int:
     Where these are not known either, colour. Raise UserError where it contradicts
     `config.data.channels`.
     """
-    own = model_config.in_channels if "in_channels" in model_config else None
+    own = model_config.in_channels
     if of_data is None:
         return own or 3
     if own not in (None, of_data):

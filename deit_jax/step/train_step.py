@@ -139,21 +139,8 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: S
         )
 
         def loss(params):
-            outputs, new_stats = apply_train(
-                model, params, stats, images, key, scales, settings.features
-            )
-            kinds = (settings.distill, settings.label_loss, settings.label_heads)
-            extras = params[EXTRAS] if settings.features else None
-            total, terms = objective(
-                outputs.heads,
-                targets,
-                teacher_target,
-                *kinds,
-                outputs.features,
-                extras,
-                settings.class_weights,
-                settings.several,
-            )
+            inputs = (images, targets, teacher_target, scales)
+            total, terms, new_stats = training_loss(model, params, stats, inputs, key, settings)
             return total, ({"loss": total, **terms}, new_stats)
 
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -200,6 +187,28 @@ def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
     health, watched = update_health(state.health, metrics["loss"], good)
     metrics = {**metrics, "grad_norm": norm, **watched}
     return TrainState(state.step + 1, params, stats, opt_state, ema, health), metrics
+
+
+def training_loss(model, params, stats, inputs, key, settings: StepConfig):
+    """Return the objective on some images, its terms and the new batch statistics.
+
+    `inputs` are images [b H W C], targets [b K], the teacher's target, and the model's scales.
+    """
+    images, targets, teacher_target, scales = inputs
+    outputs, new_stats = apply_train(model, params, stats, images, key, scales, settings.features)
+    total, terms = objective(
+        outputs.heads,
+        targets,
+        teacher_target,
+        settings.distill,
+        settings.label_loss,
+        settings.label_heads,
+        outputs.features,
+        params[EXTRAS] if settings.features else None,
+        settings.class_weights,
+        settings.several,
+    )
+    return total, terms, new_stats
 
 
 def apply_train(

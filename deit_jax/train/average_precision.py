@@ -4,31 +4,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, UInt8
 
 
 def average_precision(
     scores: Float[np.ndarray, "n K"], labels: UInt8[np.ndarray, "n K"]
 ) -> Float[np.ndarray, "K"]:
-    """Return for each class the sum of precision times gain in recall, from the highest score down.
+    """Return scikit-learn's average_precision_score of each class.
 
-    As scikit-learn's average_precision_score: equal scores are one threshold. A score that is not
-    finite ranks last. nan for a class without positives.
+    A score that is not finite ranks last. nan for a class without positives.
     """
-    scores = np.where(np.isfinite(scores), scores, -np.inf)
-    return np.array([_of_class(*pair) for pair in zip(scores.T, labels.T, strict=True)])
+    from sklearn.metrics import average_precision_score  # takes a second to import
 
-
-def _of_class(scores: Num[np.ndarray, "n"], labels: UInt8[np.ndarray, "n"]) -> float:
-    positives = int(labels.sum(dtype=np.int64))
-    if not positives:
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
-    last = np.append(ranked[1:] != ranked[:-1], True)  # of the examples of a threshold
-    right = np.cumsum(labels[order], dtype=np.int64)[last]
-    precision = right / (1 + np.flatnonzero(last))
-    return float(np.sum(precision * np.diff(right, prepend=0)) / positives)
+    scores = np.where(np.isfinite(scores), scores, np.finfo(scores.dtype).min)
+    each = [
+        average_precision_score(there, score) if there.any() else np.nan
+        for there, score in zip(labels.T, scores.T, strict=True)
+    ]
+    return np.array(each, np.float64)
 
 
 def figures(

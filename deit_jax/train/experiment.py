@@ -260,9 +260,7 @@ def prepare(
     """
     count = jax.device_count() if devices is None else len(devices)
     validate(config, count)
-    build_model(
-        config.model, 2, channels=config.data.channels
-    )  # a mistake in it should stop us here
+    build_model(config.model, 2, channels=config.data.channels)  # a mistake should stop us here
     check_teacher(config, count)
     config = config.copy_and_resolve_references()
     config.data.decoder = resolved_decoder(config.data.decoder, workdir)

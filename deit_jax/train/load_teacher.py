@@ -76,10 +76,9 @@ def teacher_spec(config: ConfigDict) -> TeacherSpec | None:
         student_mean=per_channel(config.data.mean, config.data.channels),
         student_std=per_channel(config.data.std, config.data.channels),
         dtype=config.dtype,
-        # A run older than the field has no tape.
-        tape=config.teacher.tape if "tape" in config.teacher else "off",
+        tape=config.teacher.tape,
         source=config.data.source,
-        several=config.data.get("multi_label", False),
+        several=config.data.multi_label,
     )
 
 

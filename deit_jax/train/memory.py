@@ -20,10 +20,9 @@ from deit_jax.errors import UserError
 from deit_jax.models.build import for_counting
 from deit_jax.parallel import devices, sharding
 from deit_jax.shapes import Size, input_shape
-from deit_jax.step.objective import objective
 from deit_jax.step.state import EXTRAS
 from deit_jax.step.teacher import Teacher
-from deit_jax.step.train_step import StepConfig, apply_train
+from deit_jax.step.train_step import StepConfig, training_loss
 from deit_jax.train.liveness import peak_bytes
 
 USABLE = 0.9  # of what JAX may use: blocks of many sizes leave gaps
@@ -130,25 +129,12 @@ class Load:
         draw = getattr(self.model, "draw_scales", None)
         scales = None if draw is None else draw(key, batch)
         teacher_target = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.target(batch))
-        targets, settings = jnp.zeros((batch, self.num_classes)), self.settings
+        targets = jnp.zeros((batch, self.num_classes))
 
         def loss(params):
             stats = variables.get("batch_stats", {})
-            outputs, _ = apply_train(
-                self.model, params, stats, images, key, scales, settings.features
-            )
-            kinds = (settings.distill, settings.label_loss, settings.label_heads)
-            extras = params[EXTRAS] if settings.features else None
-            return objective(
-                outputs.heads,
-                targets,
-                teacher_target,
-                *kinds,
-                outputs.features,
-                extras,
-                settings.class_weights,
-                settings.several,
-            )[0]
+            inputs = (images, targets, teacher_target, scales)
+            return training_loss(self.model, params, stats, inputs, key, self.settings)[0]
 
         return jax.value_and_grad(loss)(variables["params"])
 

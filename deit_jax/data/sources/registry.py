@@ -71,8 +71,7 @@ def open_dataset(data) -> Dataset:
 def _check_fields(entry: Entry, data) -> None:
     """Raise UserError for a field that is set and that the source would leave unheard."""
     for field, unset in OPTIONS.items():
-        # The config of an older run lacks some.
-        if field in data and data[field] != unset and field not in entry.options:
+        if data[field] != unset and field not in entry.options:
             if field == "multi_label":
                 raise UserError(
                     f"config.data.multi_label=True: config.data.source={data.source} has one label "
@@ -82,17 +81,17 @@ def _check_fields(entry: Entry, data) -> None:
                 f"config.data.{field}={data[field]}: config.data.source={data.source} has no use "
                 "for it; leave it out"
             )
-    if data.get("multi_label") and "labels" in entry.options and not data.labels:
+    if data.multi_label and "labels" in entry.options and not data.labels:
         raise UserError(
             f"config.data.multi_label=True: a folder a class, config.data.source={data.source} "
             "gives an image one label; name a table with --config.data.labels=FILE, or leave it out"
         )
-    if data.get("label_separator") and not data.multi_label:
+    if data.label_separator and not data.multi_label:
         raise UserError(
             f"config.data.label_separator={data.label_separator}: an image has one label; set "
             "--config.data.multi_label=True, or leave it out"
         )
-    columns = [f for f in ("image_column", "label_column") if data.get(f)]
+    columns = [f for f in ("image_column", "label_column") if data[f]]
     if columns and "labels" in entry.options and not data.labels:
         raise UserError(
             f"config.data.{columns[0]}={data[columns[0]]}: folders have no columns; give the table "
