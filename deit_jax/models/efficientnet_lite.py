@@ -115,7 +115,7 @@ class EfficientNetLite(nn.Module):
         super().__post_init__()
         if self.variant not in self.VARIANTS:
             raise ValueError(f"model.variant={self.variant!r} is none of {list(self.VARIANTS)}")
-        limits.check_whole("num_classes", self.num_classes, limits.CLASSES)
+        limits.check_whole("num_classes", self.num_classes, limits.CLASSES, 0)
         limits.check_whole("in_channels", self.in_channels, limits.CHANNELS)
         limits.check_number("drop_path", self.drop_path, 0, 1)
         if self.dropout is not None:
@@ -168,6 +168,8 @@ class EfficientNetLite(nn.Module):
     def _classify(self, x: Float[Array, "B C"], train: bool) -> Float[Array, "B K"]:
         rate = self.VARIANTS[self.variant].dropout if self.dropout is None else self.dropout
         x = nn.Dropout(rate, deterministic=not train)(x)
+        if not self.num_classes:
+            return x.astype(jnp.float32)
         # timm: U(+-1/sqrt(fan_in + fan_out)), with fan_in left at 0 for the classifier.
         bound = self.num_classes**-0.5
         classifier = nn.Dense(

@@ -35,9 +35,10 @@ class Family:
     """Architectures of one class; registry.FAMILIES lists them.
 
     The class takes `num_classes`, `dtype` and its own fields, and its call (images, train) returns
-    Heads. Its parameters have timm's names, `/` for a dot. It says as `feature_layer` which of its
-    modules gives its features. With batch norm it has a field `folded` for the model without, and
-    the class attributes `bn_epsilon` and `fold_orders`; see models/conv.py.
+    Heads: without classes (`num_classes=0`) what the heads would be given. Its parameters have
+    timm's names, `/` for a dot. It says as `feature_layer` which of its modules gives its features.
+    With batch norm it has a field `folded` for the model without, and the class
+    attributes `bn_epsilon` and `fold_orders`; see models/conv.py.
 
     `aliases` are the names of tensors in other files, the first row that fits winning; before them
     `rewrite` may change a name by rules that no table holds. `heads` are the paths of the linear

@@ -6,7 +6,10 @@ from jaxtyping import Array, Float
 
 
 class Heads(NamedTuple):
-    """Logits of the class head and, with a distillation token, of the distillation head."""
+    """Logits of the class head and, with a distillation token, of the distillation head.
+
+    Of a model without classes the features [B D] that each head would be given.
+    """
 
     cls: Float[Array, "B K"]
     dist: Float[Array, "B K"] | None = None

@@ -135,16 +135,19 @@ class Stage(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """Mean over the pixels, then a linear layer (`fc`)."""
+    """Mean over the pixels, then a linear layer (`fc`) where there are classes."""
 
     num_classes: int
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+        x = x.mean((1, 2))
+        if not self.num_classes:
+            return x
         init = nn.initializers.normal(0.01)
         fc = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=init, name="fc")
-        return fc(x.mean((1, 2)))
+        return fc(x)
 
 
 class RegNetY(nn.Module):
@@ -193,7 +196,7 @@ class RegNetY(nn.Module):
                 )
 
     def _check_fields(self) -> None:
-        limits.check_whole("num_classes", self.num_classes, limits.CLASSES)
+        limits.check_whole("num_classes", self.num_classes, limits.CLASSES, 0)
         limits.check_whole("in_channels", self.in_channels, limits.CHANNELS)
         limits.check_whole("stem_width", self.stem_width, limits.WIDTH, _NARROWEST)
         limits.check_whole("stem_stride", self.stem_stride, 16)

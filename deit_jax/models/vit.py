@@ -247,8 +247,8 @@ class VisionTransformer(nn.Module):
             choices = ", ".join(attention.CHOICES)
             raise ValueError(f"model.attention={self.attention!r:.60}: choose one of {choices}")
         limits.check_sides(self.image_size)
+        limits.check_whole("num_classes", self.num_classes, limits.CLASSES, 0)
         for key, most in (
-            ("num_classes", limits.CLASSES),
             ("in_channels", limits.CHANNELS),
             ("patch_size", limits.SIDE),
             ("width", limits.WIDTH),
@@ -307,6 +307,8 @@ class VisionTransformer(nn.Module):
     ) -> Heads:
         """Return the float32 logits [B K] of each head for normalised images.
 
+        With `num_classes=0` there is no head: each token [B D] after the norm, as in timm.
+
         In training `scales` is what `draw_scales` returns; drawn here where it is not given.
         """
         expected = input_shape(self, self.image_size, len(images))
@@ -335,6 +337,8 @@ class VisionTransformer(nn.Module):
         return Heads(self._head("head", x[:, 0]), dist)
 
     def _head(self, name: str, token: Float[Array, "B D"]) -> Float[Array, "B K"]:
+        if not self.num_classes:
+            return token.astype(jnp.float32)
         # Logits leave in float32: a bfloat16 cross-entropy loses the tail of the softmax.
         return Dense(self.num_classes, dtype=self.dtype, name=name)(token).astype(jnp.float32)
 
