@@ -3,6 +3,9 @@
 Used by tests/test_fuzz.py for seconds and by benchmarks/fuzz.py for minutes.
 """
 
+import argparse
+import collections
+import datetime
 import io
 import json
 import pickle
@@ -11,7 +14,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -26,7 +29,7 @@ from deit_jax.errors import UserError
 from deit_jax.weights.exporters import deit, huggingface, run
 from deit_jax.weights.exporters import timm as timm_lib
 from deit_jax.weights.load import open_model
-from deit_jax.weights.readers import _LEGACY_MAGIC, _LEGACY_PROTOCOL
+from deit_jax.weights.pickles import LEGACY_MAGIC, LEGACY_PROTOCOL
 from tests.test_convert import DISTILLED, SMALL, opened
 
 NUMBERS = (0, 1, -1, 2**16, 2**31 - 1, 2**31, 2**40, 2**63 - 1, -(2**63), 10**30)
@@ -96,7 +99,7 @@ def laughs(depth: int = 60) -> bytes:
 
 def legacy(tree: bytes, keys: bytes = b"") -> bytes:
     """Return a file in PyTorch's older format around a pickled tree."""
-    header = (_LEGACY_MAGIC, _LEGACY_PROTOCOL, {"little_endian": True})
+    header = (LEGACY_MAGIC, LEGACY_PROTOCOL, {"little_endian": True})
     return b"".join(pickle.dumps(x, protocol=2) for x in header) + tree + keys
 
 
@@ -175,6 +178,7 @@ class Weights:
         )
         self.files = {name: (folder / name).read_bytes() for name in ("w.safetensors", "w.pth")}
         self.files["old.pth"] = _as_legacy(self.files["w.pth"])
+        self.files["full.pth"] = _with_luggage(self.files["w.pth"])
         self.model = model
         self.bombs = list(bombs().values())
         self.runs = 0
@@ -227,7 +231,7 @@ class Weights:
         elif kind < 5:
             data = mutate(self.files["old.pth"], rng, head=6000)
         else:
-            data = mutate_zip(self.files["w.pth"], rng)
+            data = mutate_zip(self.files[rng.choice(("w.pth", "full.pth"))], rng)
         self.place.write_bytes(data)
         return self.place
 
@@ -244,6 +248,28 @@ def _as_legacy(archive: bytes) -> bytes:
         struct.pack("<q", len(storages[k]) // 4) + storages[k] for k in sorted(storages)
     )
     return legacy(tree, keys) + data
+
+
+def _with_luggage(archive: bytes) -> bytes:
+    """Return a zip file of PyTorch's with objects of all sorts beside its weights."""
+    beside = {
+        "args": argparse.Namespace(lr=1e-3, out=PurePosixPath("/tmp")),
+        "best": [np.float64(0.5), np.arange(9.0), np.array([{}, None], dtype=object)],
+        "when": datetime.datetime(2026, 1, 1),
+        "tags": [{"a", "b"}, frozenset({(1, 2)}), collections.Counter("aab")],
+        "numbers": {(1, "a"): 1j, "rng": np.random.default_rng(0), "kind": random.Random},
+        "buffers": bytearray(9),
+    }
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(stream, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                body, more = content[2:-1], pickle.dumps(beside, protocol=2)[2:-1]
+                content = b"\x80\x02}(X\x01\x00\x00\x00w" + body
+                content += b"X\x01\x00\x00\x00x" + more + b"u."
+            new.writestr(name, content)
+    return stream.getvalue()
 
 
 def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:

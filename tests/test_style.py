@@ -41,6 +41,7 @@ TOUCH_FILES = {
     "storage.py": "the one place for what runs keep",
     "data": "images, and the data sets made of them",
     "weights/readers.py": "other people's weights",
+    "weights/pickles.py": "those of PyTorch",
     "weights/metadata.py": "other people's descriptions of them",
     "weights/load.py": "whether a source is a file, a folder or on the hub",
     "config/files.py": "which config files there are",

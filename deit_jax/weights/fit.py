@@ -77,11 +77,11 @@ def default_classes(count: int) -> list[str]:
 
 
 def num_classes_of(variables: dict[str, Any], model) -> int:
-    """Return how many classes a model of these variables knows."""
+    """Return how many classes a model of these variables knows, 0 without a head."""
     layer = variables["params"]
     for name in registry.family_of(model).heads[0].split("/"):
-        layer = layer[name]
-    return layer["kernel"].shape[-1]
+        layer = layer.get(name, {})
+    return layer["kernel"].shape[-1] if "kernel" in layer else 0
 
 
 def target_model(
@@ -122,23 +122,23 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
         return found
     old, count = found.model, len(found.classes)
     params, notes, fresh = dict(found.variables["params"]), list(found.notes), set()
-    if model.num_classes != count and head != "drop":
-        raise ValueError(
-            f"the weights know {count} classes, the model {model.num_classes}; head='drop' starts "
-            "new heads"
-        )
+    _check_classes(count, model, head)
     notes += _fit_channels(params, old, model)
     if "pos_embed" in params and hasattr(model, "grid_size"):
         notes += _fit_positions(params, old, model)
         notes += _fit_tokens(params, old, model, head, seed)
-    if head == "drop":
-        heads = {path.partition("/")[0] for path in registry.family_of(model).heads}
-        fresh |= heads & params.keys()
-        notes.append(f"heads dropped: {count} -> {model.num_classes} classes")
+    heads = {path.partition("/")[0] for path in registry.family_of(model).heads}
+    if not model.num_classes:
+        notes += ["heads dropped: the model gives features"] if heads & params.keys() else []
+        params = {name: layer for name, layer in params.items() if name not in heads}
+    elif head == "drop":
+        fresh |= heads & torch_names.shapes(model)["params"].keys()
+        had = f"dropped: {count} ->" if count else "start anew:"
+        notes.append(f"heads {had} {model.num_classes} classes")
     elif head == "cls" and "dist_token" in params and old.distilled:
         fresh.add("head_dist")
         notes.append("distillation head starts anew")
-    if "dist_token" in params and not model.dist_head:
+    if "dist_token" in params and not (model.dist_head and model.num_classes):
         params.pop("head_dist", None)
         fresh.discard("head_dist")
     elif "dist_token" in params and "head_dist" not in params and head != "error":
@@ -157,6 +157,18 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
         return fitted
     reading = dataclasses.replace(found.reading, channels=channels, fill=(0,) * channels)
     return dataclasses.replace(fitted, mean=(), std=(), reading=reading)
+
+
+def _check_classes(count: int, model, head: str) -> None:
+    """Raise ValueError where the heads of weights of `count` classes are not the model's."""
+    if model.num_classes in (0, count) or head == "drop":
+        return
+    if not count:
+        raise ValueError("has no head; head='drop' starts a new one")
+    raise ValueError(
+        f"the weights know {count} classes, the model {model.num_classes}; head='drop' starts "
+        "new heads"
+    )
 
 
 def in_order(
@@ -251,7 +263,8 @@ def _fit_tokens(params: dict[str, Any], old, model, head: str, seed: int) -> lis
         )
     positions = np.asarray(params["pos_embed"])
     if old.distilled:
-        del params["dist_token"], params["head_dist"]
+        del params["dist_token"]
+        params.pop("head_dist", None)
         params["pos_embed"] = np.delete(positions, 1, axis=1) if old.class_position else positions
         return ["distillation token and head dropped"]
     fresh = init_variables(model, seed, only=("dist_token", "head_dist", "pos_embed"))["params"]

@@ -34,6 +34,7 @@ from deit_jax.weights.fit import (
     target_model,
 )
 from deit_jax.weights.metadata import DISBELIEF, Metadata, in_one_line, read_metadata
+from deit_jax.weights.places import Wanted
 from deit_jax.weights.torch_names import from_torch
 from deit_jax.workdir.saved_run import load_run
 
@@ -66,7 +67,7 @@ def load(
     A convnet comes with its batch norm folded into the convolutions. `head` is one of
     HEAD_POLICIES.
     """
-    if weights is None and name not in registry.specs() and Path(str(name)).exists():
+    if weights is None and name not in registry.specs() and Path(split_key(str(name))[0]).exists():
         name, weights = None, name  # load("runs/mine")
     if weights is not None:
         opened = load_variables(
@@ -124,8 +125,13 @@ def load_variables(
     if head not in HEAD_POLICIES:
         raise WeightsError(f"head={head!r}: choose one of {', '.join(HEAD_POLICIES)}")
     try:
-        found = _open(str(source), model, default, image_size, dtype)
-        found = _averaged(found) if ema else found
+        anew = head == "drop" or num_classes == 0
+        found = _open(str(source), model, default, image_size, dtype, ema, anew)
+        if not found.classes and num_classes is None:
+            raise ValueError(
+                "has no head; num_classes=0 gives its features, head='drop' with a number of "
+                "classes starts a new one"
+            )
         target = target_model(found, model, num_classes, image_size, in_channels, head, dtype)
         size = getattr(target, "image_size", image_size or found.image_size)
         fitted = fit(found, target, head, seed)
@@ -135,13 +141,21 @@ def load_variables(
     return dataclasses.replace(fitted, image_size=size, name=name_of(model, fitted))
 
 
-def _open(source: str, model, default, image_size: Size | None, dtype: str) -> LoadedWeights:
-    """Return the weights in their own model."""
-    path = _locate(source)
+def _open(
+    source: str, model, default, image_size: Size | None, dtype: str, ema: bool, anew: bool
+) -> LoadedWeights:
+    """Return the weights in their own model; `anew` says that nobody needs their head."""
+    place, key = split_key(source)
+    path = _locate(place)
     if path.is_dir() and not any(exists(path / name) for name in _IN_FOLDER):
-        return _open_run(source, path, model, dtype)
-    metadata, flat = read_metadata(path), readers.read(path)
+        if key:
+            raise ValueError(f"::{key:.60}: the run of a `deit train` has no parts; leave it out")
+        run = _open_run(source, path, model, dtype)
+        return _averaged(run) if ema else run
+    metadata = read_metadata(path)
+    flat, notes = readers.read_part(path, Wanted(ema, key))
     name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
+    flat, left_out = torch_names.without_hidden_head(flat, anew)
     variables = from_torch(flat, name, **overrides)
     classes = num_classes_of(variables, registry.create_model(name, **overrides))
     model = registry.create_model(name, classes, dtype=compute_dtype(dtype), **overrides)
@@ -161,7 +175,7 @@ def _open(source: str, model, default, image_size: Size | None, dtype: str) -> L
         crop_ratio=metadata.crop_ratio or spec.crop_ratio,
         reading=dataclasses.replace(PLAIN, channels=channels, fill=(0,) * channels),
         multi_label=metadata.multi_label,
-        notes=metadata.notes,
+        notes=(*notes, *left_out, *metadata.notes),
     )
 
 
@@ -210,6 +224,14 @@ def _averaged(found: LoadedWeights) -> LoadedWeights:
     if found.run is None or found.run.ema is None:
         raise ValueError("has no moving average of its weights")
     return dataclasses.replace(found, variables=found.run.ema)
+
+
+def split_key(source: str) -> tuple[str, str]:
+    """Return the file or folder in FILE::KEY and which weights in it are meant, "" for any."""
+    if Path(source).exists() or "::" not in source:
+        return source, ""
+    place, _, key = source.rpartition("::")
+    return place, key
 
 
 def _locate(source: str) -> Path:

@@ -43,7 +43,7 @@ def from_torch(flat: Mapping[str, np.ndarray], model_name: str, **overrides: Any
     model = create_model(model_name, **overrides)
     sources = canonical_names(flat, model)
     flat = _fuse_qkv({name: flat[source] for name, source in sources.items()})
-    classes = _num_classes(flat, model)
+    classes = num_classes(flat, model)
     if classes is not None and "num_classes" not in overrides:
         model = model.clone(num_classes=classes)
     if (channels := input_channels(flat, model)) and "in_channels" not in overrides:
@@ -58,6 +58,23 @@ def from_torch(flat: Mapping[str, np.ndarray], model_name: str, **overrides: Any
         axes = _FROM_TORCH[value.ndim] if leaf == "kernel" else range(value.ndim)
         node[leaf] = np.ascontiguousarray(value.transpose(*axes))
     return variables
+
+
+def without_hidden_head(flat: Flat, anew: bool) -> tuple[Flat, list[str]]:
+    """Return tensors without the layer before a head that starts `anew`, and a note on it.
+
+    Raise ValueError for a head whose input no model here has.
+    """
+    if any(name.startswith("fc_norm.") for name in flat):
+        raise ValueError(
+            "fc_norm: its head reads the mean of the patches (global average pooling), the models "
+            "here the class token; take the weights from before that fine-tuning"
+        )
+    hidden = [name for name in flat if name.startswith("pre_logits.")]
+    if hidden and not anew:
+        raise ValueError("pre_logits: a layer before the head; head='drop' leaves both out")
+    note = ["pre_logits, the layer before the head: left out"] if hidden else []
+    return {name: value for name, value in flat.items() if name not in hidden}, note
 
 
 def transformer_fields(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -151,9 +168,15 @@ def to_torch(variables: Mapping[str, Any], dialect: str = "timm") -> Flat:
     raise ValueError(f"unknown dialect {dialect!r}: timm, deit or huggingface")
 
 
-def _num_classes(flat: Flat, model) -> int | None:
-    names = [f"{head.replace('/', '.')}.weight" for head in family_of(model).heads[:1]]
-    return next((flat[name].shape[0] for name in names if name in flat), None)
+def num_classes(flat: Flat, model) -> int | None:
+    """Return how many classes the head in a file knows, 0 for a file without any head.
+
+    `flat` has timm's names. None where it tells not: of several heads the first is missing.
+    """
+    heads = [head.replace("/", ".") for head in family_of(model).heads]
+    if f"{heads[0]}.weight" in flat:
+        return flat[f"{heads[0]}.weight"].shape[0]
+    return None if any(name.rpartition(".")[0] in heads for name in flat) else 0
 
 
 def input_channels(flat: Flat, model) -> int | None:
