@@ -26,7 +26,7 @@ from deit_jax.train.experiment import prepare
 from deit_jax.train.run import starting_weights, train
 from deit_jax.train.validate import validate
 from deit_jax.weights import convert
-from deit_jax.weights.fit import adapt_channels
+from deit_jax.weights.first_layer import adapt_channels
 from deit_jax.weights.load import load_variables, open_model
 from deit_jax.weights.torch_names import to_torch
 from tests.test_convert import FAMILIES, SMALL, opened

@@ -1,9 +1,10 @@
-"""DeiT and DeiT III: the variants of the vision transformer, and its tensors' names elsewhere."""
+"""DeiT, DeiT III and ViT: the variants of the vision transformer, its tensors' names elsewhere."""
 
+import dataclasses
 import re
 from typing import Any
 
-from deit_jax.models.family import Family, ModelSpec
+from deit_jax.models.family import HALF, Family, ModelSpec
 from deit_jax.models.vit import VisionTransformer
 
 DEIT_NAMES = (
@@ -66,6 +67,35 @@ def _specs() -> dict[str, ModelSpec]:
         for image_size in (224, 384):
             specs[f"deit3_{size}_patch16_{image_size}"] = _deit3(image_size, **kwargs)
     specs["deit3_huge_patch14_224"] = _deit3(224, width=1280, num_heads=16, depth=32, patch_size=14)
+    return specs | _plain_vits()
+
+
+def _plain_vits() -> dict[str, ModelSpec]:
+    """Return timm's plain ViTs: DeiT's architecture, other patches and another convention."""
+    shapes: dict[str, dict[str, Any]] = {
+        "tiny": {"width": 192, "num_heads": 3},
+        "small": {"width": 384, "num_heads": 6},
+        "base": {"width": 768, "num_heads": 12},
+        "large": {"width": 1024, "num_heads": 16, "depth": 24},
+    }
+    both = (224, 384)
+    patches: dict[str, dict[int, tuple[int, ...]]] = {
+        "tiny": {16: both},
+        "small": {8: (224,), 16: both, 32: both},
+        "base": {8: (224,), 16: both, 32: both},
+        "large": {14: (224,), 16: both, 32: both},
+    }
+    specs = {}
+    for size, by_patch in patches.items():
+        for patch, image_sizes in by_patch.items():
+            for image_size in image_sizes:
+                name = f"vit_{size}_patch{patch}_{image_size}"
+                crop = 0.9 if image_size == 224 else 1.0
+                spec = _vit(image_size, crop, patch_size=patch, **shapes[size])
+                # timm's first weights of this name are DINO's, which has ImageNet's mean and std.
+                if name != "vit_small_patch8_224":
+                    spec = dataclasses.replace(spec, mean=HALF, std=HALF)
+                specs[name] = spec
     return specs
 
 

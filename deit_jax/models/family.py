@@ -9,6 +9,8 @@ from flax import linen as nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+HALF = (0.5, 0.5, 0.5)
+
 # timm's name of a module or tensor, then what others call it; # stands for an index.
 Aliases = tuple[tuple[str, ...], ...]
 

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from deit_jax.data.classes import align
 from deit_jax.data.decode import PLAIN, Reading
@@ -16,6 +15,7 @@ from deit_jax.models.build import build_model
 from deit_jax.models.pos_embed import resize_pos_embed
 from deit_jax.shapes import Size, input_shape, simplest
 from deit_jax.weights import torch_names
+from deit_jax.weights.first_layer import adapt_channels, resample_patches
 from deit_jax.workdir.saved_run import Run
 
 HEAD_POLICIES = {
@@ -125,6 +125,7 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
     _check_classes(count, model, head)
     notes += _fit_channels(params, old, model)
     if "pos_embed" in params and hasattr(model, "grid_size"):
+        notes += _fit_patches(params, old, model)
         notes += _fit_positions(params, old, model)
         notes += _fit_tokens(params, old, model, head, seed)
     heads = {path.partition("/")[0] for path in registry.family_of(model).heads}
@@ -219,24 +220,15 @@ def _fit_channels(params: dict[str, Any], old, model) -> list[str]:
     return [f"first layer adapted from {have} to {want} channels"]
 
 
-def adapt_channels(
-    kernel: Float[np.ndarray, "P Q c D"], channels: int
-) -> Float[np.ndarray, "P Q C D"]:
-    """Return the kernel of a convolution of colours for another number of channels.
-
-    Grey is their sum; of others the three are repeated, and scaled by 3 / channels so that alike
-    channels give what they gave (timm's adapt_input_conv). Raise ValueError for other kernels.
-    """
-    have = kernel.shape[2]
-    if have != 3:
-        raise ValueError(
-            f"the weights' first layer reads {have} channels, the model's {channels}, and only "
-            "weights of 3 are adapted"
-        )
-    if channels == 1:
-        return kernel.sum(axis=2, keepdims=True)
-    repeated = np.tile(kernel, (1, 1, -(-channels // 3), 1))[:, :, :channels]
-    return repeated * np.float32(3 / channels)
+def _fit_patches(params: dict[str, Any], old, model) -> list[str]:
+    """Resample the first layer for patches of another size; return the note on it."""
+    have, want = old.patch_size, model.patch_size
+    if have == want:
+        return []
+    proj = params["patch_embed"]["proj"]
+    kernel = resample_patches(np.asarray(proj["kernel"], np.float32), want)
+    params["patch_embed"] = {"proj": {**proj, "kernel": kernel}}
+    return [f"first layer resampled from patches of {have} to {want} pixels"]
 
 
 def _fit_positions(params: dict[str, Any], old, model) -> list[str]:

@@ -118,7 +118,7 @@ def load_variables(
     """Return weights fitted to a model: a registered name, a config.model, or None, their own.
 
     Position embeddings are resized to the image size, the first layer is adapted to the channels
-    (fit.adapt_channels), what starts anew is drawn from `seed`, and
+    and to the patches (first_layer.py), what starts anew is drawn from `seed`, and
     the notes tell of all. `ema` takes the moving average of a run's weights. Raise WeightsError (a
     ValueError) with the names and shapes that do not fit.
     """
@@ -154,12 +154,15 @@ def _open(
         return _averaged(run) if ema else run
     metadata = read_metadata(path)
     flat, notes = readers.read_part(path, Wanted(ema, key))
+    asked = _described(model)[0]
     name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
     flat, left_out = torch_names.without_hidden_head(flat, anew)
     variables = from_torch(flat, name, **overrides)
     classes = num_classes_of(variables, registry.create_model(name, **overrides))
     model = registry.create_model(name, classes, dtype=compute_dtype(dtype), **overrides)
     spec = registry.get_spec(name)
+    if name not in (asked, metadata.name) and metadata.mean is None:
+        notes += _assumed(name)
     known = metadata.classes if metadata.classes and len(metadata.classes) == classes else None
     channels = getattr(model, "in_channels", 3)
     return LoadedWeights(
@@ -177,6 +180,16 @@ def _open(
         multi_label=metadata.multi_label,
         notes=(*notes, *left_out, *metadata.notes),
     )
+
+
+def _assumed(name: str) -> tuple[str, ...]:
+    """Return a note on the convention taken for weights that might be a ViT's or a DeiT's."""
+    other = torch_names.twin(name)
+    if other is None:
+        return ()
+    ours, theirs = (registry.get_spec(n) for n in (name, other))
+    text = f"mean {ours.mean} and std {ours.std} of images assumed"
+    return (f"taken for a {name}: {text}; --model={other} takes {theirs.mean} and {theirs.std}",)
 
 
 def _convention(values: tuple[float, ...], channels: int, key: str) -> tuple[float, ...]:
@@ -282,6 +295,8 @@ def _identify(
         if heads != getattr(own, "num_heads", None):
             raise ValueError(f"has {heads} heads of attention, {name} has {own.num_heads}")
         if hasattr(own, "distilled"):
+            if model is not None and not isinstance(model, str):  # which is to be fitted
+                overrides |= _patches(fields, own)
             overrides |= {k: fields[k] for k in ("distilled", "dist_head") if k in fields}
             overrides |= _resolution(fields, name, overrides, sizes)
     own = registry.create_model(name, **overrides)
@@ -289,6 +304,14 @@ def _identify(
     if (channels := torch_names.input_channels(canonical, own)) not in (None, 3):
         overrides.setdefault("in_channels", channels)
     return name, overrides
+
+
+def _patches(fields, own) -> dict[str, Any]:
+    """Return the patch size that a file tells of, and an image size that goes with it."""
+    patch = fields.get("patch_size", own.patch_size)
+    if patch == own.patch_size:
+        return {}
+    return {"patch_size": patch, "image_size": fields.get("grid", 1) * patch}
 
 
 def _resolution(

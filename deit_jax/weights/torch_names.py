@@ -114,7 +114,7 @@ def candidates(flat: Mapping[str, np.ndarray]) -> list[str]:
     tensor does not hide the model.
     """
     if fields := transformer_fields(flat):
-        names = [name for name, spec in registry.specs().items() if _agrees(fields, spec)]
+        names = _preferred(n for n, spec in registry.specs().items() if _agrees(fields, spec))
         sized = [
             name for name in names if create_model(name).grid_size == sides(fields.get("grid", 0))
         ]
@@ -125,6 +125,18 @@ def candidates(flat: Mapping[str, np.ndarray]) -> list[str]:
             models = {name: create_model(name) for name in family.specs}
             names += [n for n, model in models.items() if family.count_blocks(model) == blocks]
     return names if len(names) < 2 else [name for name in names if _fits(flat, name)]
+
+
+def _preferred(names: Iterable[str]) -> list[str]:
+    """Leave out plain ViTs where a DeiT has the same shapes: files that say nothing are DeiTs."""
+    names = list(names)
+    return [name for name in names if not name.startswith("vit_")] or names
+
+
+def twin(name: str) -> str | None:
+    """Return the plain ViT with the shapes of a DeiT, None without one."""
+    other = f"vit_{name.removeprefix('deit_')}"
+    return other if name.startswith("deit_") and other in registry.specs() else None
 
 
 _OF_INPUT = ("grid", "positions", "dist_head", "in_channels")  # no part of a name
