@@ -76,7 +76,8 @@ def test_every_familys_names_are_found(name, overrides, tmp_path):
     flat = to_torch(first.variables)
     plain = {k: v for k, v in flat.items() if not k.endswith("num_batches_tracked")}
     save_file(prefixed(flat, "lightning.model.") | {"lightning.loss_fn.weight": np.ones(3)}, path)
-    read, notes = readers.read_part(path)
+    part = readers.read_part(path)
+    read, notes = part.tensors, part.notes
     assert read.keys() == flat.keys() >= plain.keys()
     assert notes == (
         "names begin with lightning.model.: taken off",

@@ -42,6 +42,7 @@ TOUCH_FILES = {
     "data": "images, and the data sets made of them",
     "weights/readers.py": "other people's weights",
     "weights/pickles.py": "those of PyTorch",
+    "weights/jax_trees.py": "those of other JAX code",
     "weights/metadata.py": "other people's descriptions of them",
     "weights/load.py": "whether a source is a file, a folder or on the hub",
     "config/files.py": "which config files there are",

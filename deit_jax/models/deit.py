@@ -30,6 +30,25 @@ HUGGING_FACE_NAMES = (
     ("head", "cls_classifier", "classifier"),
     ("head_dist", "distillation_classifier"),
 )
+# Google's vision_transformer and big_vision, dots for slashes, `weight` for kernel and scale.
+_GOOGLE_BLOCK = "Transformer.encoderblock_#"
+GOOGLE_NAMES = (
+    ("cls_token", "cls"),
+    ("pos_embed", "pos_embedding", "Transformer.posembed_input.pos_embedding"),
+    ("patch_embed.proj", "embedding"),
+    ("blocks.#.norm1", f"{_GOOGLE_BLOCK}.LayerNorm_0"),
+    *(
+        (f"blocks.#.attn.{ours}", *(f"{_GOOGLE_BLOCK}.{attention}.{theirs}" for attention in both))
+        for both in [[f"MultiHeadDotProductAttention_{i}" for i in (0, 1)]]
+        for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value"), ("proj", "out"))
+    ),
+    ("blocks.#.norm2", f"{_GOOGLE_BLOCK}.LayerNorm_1", f"{_GOOGLE_BLOCK}.LayerNorm_2"),
+    *(
+        (f"blocks.#.mlp.fc{i + 1}", *(f"{_GOOGLE_BLOCK}.MlpBlock_{n}.Dense_{i}" for n in (0, 3)))
+        for i in (0, 1)
+    ),
+    ("norm", "Transformer.encoder_norm"),
+)
 
 
 def _vit(image_size: int, crop_ratio: float = 0.875, **kwargs) -> ModelSpec:
@@ -104,6 +123,6 @@ FAMILY = Family(
     specs=_specs(),
     heads=("head", "head_dist"),
     stem="patch_embed/proj",
-    aliases=DEIT_NAMES + HUGGING_FACE_NAMES,
+    aliases=DEIT_NAMES + HUGGING_FACE_NAMES + GOOGLE_NAMES,
     rewrite=lambda name, model: re.sub(r"^(deit|vit)\.", "", name),
 )

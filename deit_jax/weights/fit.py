@@ -127,7 +127,10 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
     if "pos_embed" in params and hasattr(model, "grid_size"):
         notes += _fit_patches(params, old, model)
         notes += _fit_positions(params, old, model)
-        notes += _fit_tokens(params, old, model, head, seed)
+        notes += _fit_class_position(params, old, model)
+        notes += _fit_tokens(
+            params, old.clone(class_position=model.class_position), model, head, seed
+        )
     heads = {path.partition("/")[0] for path in registry.family_of(model).heads}
     if not model.num_classes:
         notes += ["heads dropped: the model gives features"] if heads & params.keys() else []
@@ -241,6 +244,21 @@ def _fit_positions(params: dict[str, Any], old, model) -> list[str]:
     params["pos_embed"] = np.asarray(resized)
     grids = ("x".join(map(str, grid)) for grid in (old.grid_size, model.grid_size))
     return [f"position embedding resized from {' to '.join(grids)}"]
+
+
+def _fit_class_position(params: dict[str, Any], old, model) -> list[str]:
+    """Give the class and distillation tokens positions, or take them; the logits stay the same."""
+    if old.class_position == model.class_position:
+        return []
+    positions, prefix = np.asarray(params["pos_embed"]), old.num_prefix_tokens
+    if model.class_position:
+        own = np.zeros((1, prefix, positions.shape[-1]), positions.dtype)
+        params["pos_embed"] = np.concatenate([own, positions], axis=1)
+        return ["the class token's position is zero: it had none"]
+    for index, name in enumerate(("cls_token", "dist_token")[:prefix]):
+        params[name] = np.asarray(params[name]) + positions[:, index : index + 1]
+    params["pos_embed"] = positions[:, prefix:]
+    return ["the class token's position was added to the token"]
 
 
 def _fit_tokens(params: dict[str, Any], old, model, head: str, seed: int) -> list[str]:

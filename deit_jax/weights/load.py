@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from deit_jax.data.decode import PLAIN
 from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
-from deit_jax.models import build, registry
+from deit_jax.models import build, family, registry
 from deit_jax.models.build import build_model, compute_dtype
 from deit_jax.models.conv import fold_batch_norm
 from deit_jax.shapes import Size, per_channel, simplest
 from deit_jax.storage import exists
-from deit_jax.weights import readers, torch_names
+from deit_jax.weights import jax_trees, readers, torch_names
 from deit_jax.weights.fit import (
     HEAD_POLICIES,
     LoadedWeights,
@@ -40,7 +40,6 @@ from deit_jax.workdir.saved_run import load_run
 
 HUB = "hf-hub:"
 
-_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _IN_METADATA = ("format", "classes", "image_size", "mean", "std", "crop_ratio", "multi_label")
 
 _HUB_FILES = ("config.json", "preprocessor_config.json")
@@ -147,13 +146,14 @@ def _open(
     """Return the weights in their own model; `anew` says that nobody needs their head."""
     place, key = split_key(source)
     path = _locate(place)
-    if path.is_dir() and not any(exists(path / name) for name in _IN_FOLDER):
+    files = [name for name in readers.IN_FOLDER if exists(path / name)]
+    if path.is_dir() and exists(path / "classes.json") and not files:
         if key:
             raise ValueError(f"::{key:.60}: the run of a `deit train` has no parts; leave it out")
         run = _open_run(source, path, model, dtype)
         return _averaged(run) if ema else run
-    metadata = read_metadata(path)
-    flat, notes = readers.read_part(path, Wanted(ema, key))
+    part = readers.read_part(path, Wanted(ema, key))
+    metadata, flat, notes = _told_of(part, read_metadata(path)), part.tensors, part.notes
     asked = _described(model)[0]
     name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
     flat, left_out = torch_names.without_hidden_head(flat, anew)
@@ -182,6 +182,20 @@ def _open(
     )
 
 
+def _told_of(part: readers.Part, metadata: Metadata) -> Metadata:
+    """Return what a source says of itself with what its arrays tell."""
+    if not part.format or metadata.name:
+        return metadata
+    notes, half = metadata.notes, metadata.mean
+    if part.googles and half is None:
+        half = family.HALF
+        notes += ("mean and std 0.5 of images, and exact GELU, as timm reads these weights",)
+    told = {"num_heads": part.num_heads} if part.num_heads else {}
+    return dataclasses.replace(
+        metadata, format=part.format, overrides=told, mean=half, std=half, notes=notes
+    )
+
+
 def _assumed(name: str) -> tuple[str, ...]:
     """Return a note on the convention taken for weights that might be a ViT's or a DeiT's."""
     other = torch_names.twin(name)
@@ -202,9 +216,6 @@ def _convention(values: tuple[float, ...], channels: int, key: str) -> tuple[flo
 
 
 def _open_run(source: str, path: Path, model, dtype: str) -> LoadedWeights:
-    if not exists(path / "classes.json"):
-        files = " or ".join(_IN_FOLDER)
-        raise ValueError(f"neither the workdir of a `deit train` run nor a folder with {files}")
     try:
         run = load_run(path, dtype)
     except UserError as error:  # of its own config, which is not the one at hand
@@ -259,7 +270,7 @@ def _locate(source: str) -> Path:
         raise WeightsError(f"{source}: needs pip install 'deit_jax[hub]'") from error
     repository, _, revision = source.removeprefix(HUB).partition("@")
     try:
-        for name in _IN_FOLDER:  # older repositories hold the same weights twice
+        for name in readers.IN_FOLDER:  # older repositories hold the same weights twice
             folder = Path(
                 huggingface_hub.snapshot_download(
                     repository, revision=revision or None, allow_patterns=[name, *_HUB_FILES]
@@ -278,15 +289,15 @@ def _identify(
 ) -> tuple[str, dict[str, Any]]:
     """Return the registered name and the overrides of the model that tensors belong to."""
     name, overrides = _described(model)
-    name = name or metadata.name
+    name, googles = name or metadata.name, jax_trees.is_googles(flat)
     if name is None:
-        names = torch_names.candidates(flat)
+        names = torch_names.candidates(flat, "vit_" if googles else "deit")
         if len(names) > 1:
             raise ValueError(f"may be {' or '.join(names)}; say which with --model")
         name, overrides = (names[0], {}) if names else _described(default)
     if name is None:
-        told = ", ".join(f"{k}={v}" for k, v in torch_names.transformer_fields(flat).items())
-        raise ValueError(f"no registered model has these shapes ({told}); name one with --model")
+        shown = ", ".join(f"{k}={v}" for k, v in torch_names.transformer_fields(flat).items())
+        raise ValueError(f"no registered model has these shapes ({shown}); name one with --model")
     if name == metadata.name:
         overrides = dict(metadata.overrides)
     if "positions" in (fields := torch_names.transformer_fields(flat)):
@@ -297,7 +308,8 @@ def _identify(
         if hasattr(own, "distilled"):
             if model is not None and not isinstance(model, str):  # which is to be fitted
                 overrides |= _patches(fields, own)
-            overrides |= {k: fields[k] for k in ("distilled", "dist_head") if k in fields}
+            told = ("distilled", "dist_head", *(("class_position",) if googles else ()))
+            overrides |= {k: fields[k] for k in told if k in fields}
             overrides |= _resolution(fields, name, overrides, sizes)
     own = registry.create_model(name, **overrides)
     canonical = {k: flat[v] for k, v in torch_names.canonical_names(flat, own).items()}

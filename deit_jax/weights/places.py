@@ -22,7 +22,7 @@ _SHOWN = 6  # names listed in a line
 _WRAPPERS = ("model", "state_dict")  # looked into where no model is recognised
 _AVERAGE = re.compile(r"(^|_)(ema|EMA)(_|$)")
 # Where optimizers keep numbers of the same names.
-_OPTIMIZER = re.compile(r"(opt|optim|optimizers?|lr_scheduler|scaler)(_\w+)?")
+OPTIMIZER = re.compile(r"(opt|optim|optimizers?|lr_scheduler|scaler)(_\w+)?")
 # What is trained beside a backbone and no part of it: heads that project, decoders, losses.
 _BESIDE = re.compile(
     r"(head\.(mlp|layers?|last_layer|projection)|(\w+_)?decoder\w*|pooler|projector|"
@@ -49,6 +49,7 @@ class Chosen:
 
     tensors: dict[str, Any]
     notes: tuple[str, ...] = ()
+    recognised: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def choose(tree: Any, wanted: Wanted) -> Chosen:
             raise Refused(f"no model's weights at {wanted.key!r:.60}; leave ::KEY out")
         if wanted.ema:
             raise Refused("has no moving average of its weights")
-        return Chosen(_unwrapped(tree))
+        return Chosen(_unwrapped(tree), recognised=False)
     notes, named = [], places
     if wanted.key:
         named = [place for place in places if _is_named(place, wanted.key)]
@@ -150,7 +151,7 @@ def _places(tree: Any) -> Iterator[_Place]:
         for prefix, family in _prefixes(tensors):
             yield _Place(keys, prefix, family, tensors)
         for key, value in node.items():
-            if isinstance(key, str) and not _OPTIMIZER.fullmatch(key):
+            if isinstance(key, str) and not OPTIMIZER.fullmatch(key):
                 ahead.append(((*keys, key), value))
 
 
@@ -166,7 +167,7 @@ def _prefixes(tensors: Mapping[str, Any]) -> list[tuple[str, Family]]:
     for prefix, family in at.items():
         last = bisect.bisect_left(names, prefix) + _FEWEST - 1
         several = last < len(names) and names[last].startswith(prefix)
-        if several and not any(_OPTIMIZER.fullmatch(part) for part in prefix.split(".")):
+        if several and not any(OPTIMIZER.fullmatch(part) for part in prefix.split(".")):
             fine.append((prefix, family))
     return fine
 

@@ -107,14 +107,18 @@ def transformer_fields(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return fields
 
 
-def candidates(flat: Mapping[str, np.ndarray]) -> list[str]:
+def candidates(flat: Mapping[str, np.ndarray], preferred: str = "deit") -> list[str]:
     """Return the registered names whose model these tensors may belong to.
 
     Transformers are told apart by their sizes, convnets by their number of blocks: one missing
-    tensor does not hide the model.
+    tensor does not hide the model. Of several with the same shapes those count whose names begin as
+    is `preferred`: a file that does not say what it is is a DeiT's.
     """
     if fields := transformer_fields(flat):
-        names = _preferred(n for n, spec in registry.specs().items() if _agrees(fields, spec))
+        if preferred == "vit_":  # big_vision's class tokens have no position
+            fields.pop("class_position", None)
+        names = [name for name, spec in registry.specs().items() if _agrees(fields, spec)]
+        names = [name for name in names if name.startswith(preferred)] or names
         sized = [
             name for name in names if create_model(name).grid_size == sides(fields.get("grid", 0))
         ]
@@ -125,12 +129,6 @@ def candidates(flat: Mapping[str, np.ndarray]) -> list[str]:
             models = {name: create_model(name) for name in family.specs}
             names += [n for n, model in models.items() if family.count_blocks(model) == blocks]
     return names if len(names) < 2 else [name for name in names if _fits(flat, name)]
-
-
-def _preferred(names: Iterable[str]) -> list[str]:
-    """Leave out plain ViTs where a DeiT has the same shapes: files that say nothing are DeiTs."""
-    names = list(names)
-    return [name for name in names if not name.startswith("vit_")] or names
 
 
 def twin(name: str) -> str | None:
