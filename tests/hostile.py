@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 import cv2
+import flax.serialization
 import numpy as np
 import tifffile
 from PIL import Image
@@ -30,6 +31,7 @@ from deit_jax.weights.exporters import deit, huggingface, run
 from deit_jax.weights.exporters import timm as timm_lib
 from deit_jax.weights.load import open_model
 from deit_jax.weights.pickles import LEGACY_MAGIC, LEGACY_PROTOCOL
+from deit_jax.weights.torch_names import leaves
 from tests.test_convert import DISTILLED, SMALL, opened
 
 NUMBERS = (0, 1, -1, 2**16, 2**31 - 1, 2**31, 2**40, 2**63 - 1, -(2**63), 10**30)
@@ -103,6 +105,13 @@ def legacy(tree: bytes, keys: bytes = b"") -> bytes:
     return b"".join(pickle.dumps(x, protocol=2) for x in header) + tree + keys
 
 
+def npz(arrays) -> bytes:
+    """Return arrays as numpy.savez writes them."""
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
 def bombs() -> dict[str, bytes]:
     """Return small files that ask for much: time, memory, code."""
     stream = io.BytesIO()
@@ -148,6 +157,10 @@ def bombs() -> dict[str, bytes]:
         with zipfile.ZipFile(stream, "w") as archive:
             archive.writestr("archive/data.pkl", tree)
         found[f"{name} in a zip"] = stream.getvalue()
+    found["msgpack lists"] = b"\x81\xa1a" + b"\xdd\x00\x00\x27\x10" * 400
+    found["msgpack"] = b"\xdf\xff\xff\xff\xff"
+    found["layers"] = npz({"encoderblock/kernel": np.zeros((2**40, 0))})
+    found["npz"] = npz({"a": np.zeros(1)}).replace(b"(1,), }", b"(1%s), }" % (b"0" * 9))
     found["names"] = legacy(b"\x80\x02}.", b"\x80\x02(" + laughs() + b"l.")
     return found
 
@@ -179,6 +192,9 @@ class Weights:
         self.files = {name: (folder / name).read_bytes() for name in ("w.safetensors", "w.pth")}
         self.files["old.pth"] = _as_legacy(self.files["w.pth"])
         self.files["full.pth"] = _with_luggage(self.files["w.pth"])
+        tree = dict(leaves(model.variables))
+        self.files["w.npz"] = npz({path: np.asarray(leaf) for path, leaf in tree.items()})
+        self.files["w.msgpack"] = flax.serialization.msgpack_serialize(model.variables)
         self.model = model
         self.bombs = list(bombs().values())
         self.runs = 0
@@ -197,10 +213,10 @@ class Weights:
         return f"opened as {found.format}"
 
     def _make(self, rng: random.Random) -> Path:
-        kind = rng.randrange(12)
-        if kind < 7:
+        kind = rng.randrange(14)
+        if kind < 9:
             return self._file(rng, kind)
-        name = ("hf", "hf", "timm", "timm", "run")[kind - 7]
+        name = ("hf", "hf", "timm", "timm", "run")[kind - 9]
         changed = {
             "hf": ("config.json", "preprocessor_config.json", "model.safetensors"),
             "timm": ("config.json", "model.safetensors"),
@@ -230,6 +246,10 @@ class Weights:
             data = mutate_safetensors(self.files["w.safetensors"], rng)
         elif kind < 5:
             data = mutate(self.files["old.pth"], rng, head=6000)
+        elif kind == 7:
+            data = mutate_zip(self.files["w.npz"], rng)
+        elif kind == 8:
+            data = mutate(self.files["w.msgpack"], rng)
         else:
             data = mutate_zip(self.files[rng.choice(("w.pth", "full.pth"))], rng)
         self.place.write_bytes(data)
@@ -293,9 +313,10 @@ def mutate_zip(data: bytes, rng: random.Random) -> bytes:
         return mutate(data, rng)
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w") as new:
+        changed = rng.choice(old.namelist()) if "archive/data.pkl" not in old.namelist() else ".pkl"
         for name in old.namelist():
             content = old.read(name)
-            new.writestr(name, mutate(content, rng) if name.endswith(".pkl") else content)
+            new.writestr(name, mutate(content, rng) if name.endswith(changed) else content)
     return stream.getvalue()
 
 

@@ -103,7 +103,7 @@ def targets(tmp_path_factory):
     return {"weights": hostile.Weights(tmp_path_factory.mktemp("f")), "images": hostile.Images()}
 
 
-@pytest.mark.parametrize(("target", "count"), [("weights", 150), ("images", 300)])
+@pytest.mark.parametrize(("target", "count"), [("weights", 200), ("images", 300)])
 def test_fuzz(targets, target, count):
     """Every seed ends in one line or in success; both happen, in many ways."""
     outcomes = set()

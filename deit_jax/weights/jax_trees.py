@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from deit_jax.data.channels import array_in
 from deit_jax.errors import UserError
+from deit_jax.models import limits
 from deit_jax.weights.pickles import check_entries
 from deit_jax.weights.places import OPTIMIZER, Refused
 
@@ -128,7 +129,10 @@ def to_torch(tree: Mapping[str, np.ndarray]) -> Tree:
     flat: Tree = {}
     for path, value in tree.items():
         parts = [part for part in path.split("/") if part not in _COLLECTIONS]
-        for number, layer in enumerate(value) if _SCANNED in parts and value.ndim else [(0, value)]:
+        layers = value if _SCANNED in parts else [value]
+        if len(layers) > limits.COUNT:
+            raise Refused(f"{path:.80} is of {len(layers)} layers")
+        for number, layer in enumerate(layers):
             named = [f"{part}_{number}" if part == _SCANNED else part for part in parts]
             name = ".".join(map(_module, [*named[:-1], _LEAVES.get(named[-1], named[-1])]))
             if flat.setdefault(name, array := _as_torch(named, layer)) is not array:
