@@ -12,13 +12,17 @@ import pytest
 from safetensors.numpy import save_file
 
 import deit_jax
+from deit_jax import __main__
 from deit_jax.configs import base
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
+from deit_jax.train.run import fitted_weights
 from deit_jax.weights import pickles, readers
 from deit_jax.weights.load import load_variables, open_model
 from deit_jax.weights.torch_names import to_torch
 from tests.test_convert import DISTILLED, FAMILIES, PLAIN, SMALL, opened
 from tests.test_weights import assert_same
+from tests.tiny import resolved
 
 TINY = SMALL | {"width": 24, "num_heads": 3}
 
@@ -338,3 +342,45 @@ def test_nothing_is_imported_or_called_in_any_way_of_asking(opcodes, tmp_path, m
     for extension in (b"\x82\x01.", b"\x83\x01\x00.", b"\x84\x01\x00\x00\x00."):
         with pytest.raises(KeyError):
             pickles.Unpickler(io.BytesIO(b"\x80\x04" + extension)).load()
+
+
+def test_a_backbone_is_converted_without_a_head(tiny, tmp_path, torch, capsys):
+    path = saved(tmp_path, torch, dino(without_head(to_torch(tiny.variables))))
+    target = tmp_path / "w.safetensors"
+    words = ["convert", str(path), str(target), "--num_classes=0", f"--model={PLAIN}"]
+    assert __main__.main(words) == 1  # of another width than the name's
+    assert "weights do not fit" in capsys.readouterr().err
+    backbone = opened(PLAIN, {"image_size": 32})
+    saved(tmp_path, torch, dino_of(without_head(to_torch(backbone.variables))))
+    assert __main__.main(words) == 0
+    assert "of student.module.backbone and teacher.backbone the teacher" in capsys.readouterr().out
+    for to in ("deit", "huggingface", "deit_jax"):
+        again = tmp_path / ("again.pth" if to == "deit" else to)
+        words = ["convert", str(target), str(again), "--num_classes=0", f"--to={to}"]
+        assert __main__.main(words) == 0
+        model, params = deit_jax.load(str(again), num_classes=0)
+        assert model.num_classes == 0
+        assert_same(jax.device_get(params), without_head(backbone.variables["params"]))
+
+
+def dino_of(flat):
+    return {k: v for k, v in dino(flat).items() if k in ("student", "teacher")}
+
+
+def test_what_was_fitted_is_in_the_log_and_kept(tiny, tmp_path, torch, tiny_config, caplog):
+    """For the run's history, where test_report looks for it."""
+    c = tiny_config
+    c.model.name, c.distill.kind = PLAIN, "none"
+    c.init.weights = str(saved(tmp_path, torch, dino(without_head(to_torch(tiny.variables)))))
+    c.init.head = "drop"
+    experiment = resolved(c, open_dataset(c.data))
+    with caplog.at_level("INFO", logger="deit_jax"):
+        start = fitted_weights(experiment, tmp_path / "run", [str(i) for i in range(10)])
+    assert start.notes[1:] == (
+        "names begin with backbone.: taken off",
+        "left out, as no part of the model: head.last_layer, head.mlp.0",
+        "first layer resampled from patches of 16 to 4 pixels",
+        "position embedding resized from 2x2 to 4x4",
+        "heads start anew: 10 classes",
+    )
+    assert all(note in caplog.text for note in start.notes)

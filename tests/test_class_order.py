@@ -13,6 +13,7 @@ from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.train.load_teacher import load_teacher, teacher_spec
 from deit_jax.train.run import train
+from deit_jax.weights import convert
 from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import open_model
 from deit_jax.workdir import held_out
@@ -74,6 +75,41 @@ def test_a_teacher_answers_in_the_order_of_its_student(run):
     assert np.ptp(answers[0]) > 0
     with pytest.raises(UserError, match=r"the teacher knows 3 classes, .*not known there: dog"):
         load_teacher(spec, str(workdir), ["ape", "bee", "dog"])
+
+
+@pytest.mark.parametrize("to", ["timm", "huggingface", "deit_jax"])
+def test_a_teacher_of_any_format_that_names_its_classes_answers_by_them(to, run, tmp_path):
+    config, workdir, _ = run
+    config = config.copy_and_resolve_references()
+    path = tmp_path / ("w.safetensors" if to == "timm" else "w")
+    convert.convert(open_model(workdir), path, to)
+    config.distill.kind, config.teacher.weights = "hard", str(path)
+    config.teacher.image_size = 16
+    spec = teacher_spec(config)
+    images = jax.random.normal(jax.random.key(0), (5, 16, 16, 3))
+    teacher, params = load_teacher(spec, str(path), list(NAMES[::-1]))
+    ours = open_model(workdir)
+    expected = jax.jit(ours.model.apply)(ours.variables, images).fused()
+    np.testing.assert_allclose(
+        np.asarray(teacher.logits(params, images))[:, ::-1], expected, atol=1e-5
+    )
+    with pytest.raises(UserError, match=r"the teacher knows 3 classes, .*not known there: dog"):
+        load_teacher(spec, str(path), ["ape", "bee", "dog"])
+
+
+def test_a_teacher_that_names_no_classes_is_taken_as_it_comes(run, tmp_path):
+    config, workdir, _ = run
+    config = config.copy_and_resolve_references()
+    path = tmp_path / "w.pth"
+    convert.convert(open_model(workdir), path, "deit")
+    config.distill.kind, config.teacher.weights = "hard", str(path)
+    config.teacher.image_size, config.teacher.model = 16, config.model
+    images = jax.random.normal(jax.random.key(0), (5, 16, 16, 3))
+    answers = []
+    for names in (NAMES, NAMES[::-1]):
+        teacher, params = load_teacher(teacher_spec(config), str(path), list(names))
+        answers.append(np.asarray(teacher.logits(params, images)))
+    np.testing.assert_array_equal(*answers)
 
 
 def test_every_head_and_the_average_are_put_in_order(run):

@@ -33,6 +33,7 @@ from deit_jax.data.sources.base import ArraySource
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
+from deit_jax.storage import read_lines
 from deit_jax.train import run as run_lib
 from deit_jax.train.run import train
 from deit_jax.weights import load, torch_names
@@ -73,6 +74,13 @@ def run(tmp_path_factory):
 def found(run):
     """Return the analysis of the student."""
     return figures_lib.analyze([run])
+
+
+def test_the_history_says_what_the_run_started_from(run):
+    (event,) = [e for e in read_lines(run / "history.jsonl") if e["event"] == "init"]
+    weights = str(run.with_name("start.safetensors"))
+    facts = {"weights": weights, "format": "safetensors file", "notes": []}
+    assert {key: event[key] for key in facts} == facts
 
 
 @pytest.fixture

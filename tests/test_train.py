@@ -215,6 +215,8 @@ def test_distilled_fine_tuning_at_another_resolution(finished, tmp_path, caplog,
         results = train(c, tmp_path / "fine")
     assert "4x4" in caplog.text
     assert "6x6" in caplog.text
+    (event,) = [e for e in read_lines(tmp_path / "fine/history.jsonl") if e["event"] == "init"]
+    assert event["notes"] == ["position embedding resized from 4x4 to 6x6"]
     assert results["dist"]["top5"] > 0
     old, new = (load_run(d).variables["params"] for d in (workdir, tmp_path / "fine"))
     np.testing.assert_array_equal(old["head_dist"]["kernel"], new["head_dist"]["kernel"])

@@ -9,8 +9,10 @@ from deit_jax.weights.load import load_variables
 
 CONVERT_DOC = """usage: deit convert SRC DST [--to=FORMAT] [--model=NAME] [--image_size=N|H,W] ...
 
-Convert weights. SRC is a .pth or .safetensors file, a Hugging Face or timm folder, hf-hub:ORG/NAME
-or the workdir of a run; its content tells which. DST is written as its name says, or as --to does:
+Convert weights. SRC is the workdir of a run, a PyTorch checkpoint, .safetensors, .npz (big_vision,
+vision_transformer) or Flax msgpack file, a Hugging Face or timm folder, an Orbax checkpoint or
+hf-hub:ORG/NAME; its content tells which. The model is found in it by its names; where there are
+several, SRC::KEY says which, as in dino.pth::student. DST is written as its name says, or as --to:
 
   timm         *.safetensors    one file with timm's names
   deit         *.pth, *.pt      one PyTorch file as facebookresearch/deit writes it
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> None:
     command.integer("num_classes", None, "with --head=drop: classes of DST")
     policies = "; ".join(f"{k} = {v}" for k, v in HEAD_POLICIES.items())
     command.choice("head", "error", list(HEAD_POLICIES), policies)
-    command.boolean("ema", False, "take a run's moving average of the weights")
+    command.boolean("ema", False, "take the moving average of the weights, of a run or in a file")
     command.boolean("force", False, "overwrite DST")
     words = command.parse(argv)
     if len(words) != 2:

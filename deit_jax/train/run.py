@@ -1,5 +1,6 @@
 """A run from its config to its results: `deit train`, and the teacher that it trains first."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.load_teacher import load_teacher, teacher_config
 from deit_jax.train.loop import Trainer
 from deit_jax.train.tape.session import open_tape
-from deit_jax.weights.fit import in_order
+from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import load_variables
 from deit_jax.workdir import directory, held_out, records
 
@@ -48,7 +49,7 @@ def train(
     weights = spec.weights_path(workdir) if spec else ""
     if spec and spec.weights:
         teacher = load_teacher(spec, weights, dataset.classes)
-    start = starting_weights(experiment, workdir, dataset.classes)
+    start = fitted_weights(experiment, workdir, dataset.classes)
     tape = None
     if spec and not spec.answers:  # that it does not fit is told before anything is written
         tape = open_tape(experiment, workdir, dataset, teacher)
@@ -64,7 +65,11 @@ def train(
             teacher = load_teacher(spec, weights, dataset.classes)
         tape = tape or open_tape(experiment, workdir, dataset, teacher)
         with experiment.explained():
-            trainer = Trainer(experiment, workdir, dataset, teacher, start, stop, tape=tape)
+            begin = start and start.variables
+            trainer = Trainer(experiment, workdir, dataset, teacher, begin, stop, tape=tape)
+        if start:
+            facts = {"weights": start.source, "format": start.format, "notes": list(start.notes)}
+            directory.log_event(workdir, "init", **facts)
         if results := directory.finished(workdir, trainer.total_steps):
             log.info("%s: already finished", workdir)
             return results
@@ -84,9 +89,17 @@ def _announce(dataset: Dataset, source: str, workdir: Path, reading: Reading) ->
 
 
 def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):
+    """Return the variables of fitted_weights, None for a run that goes on."""
+    start = fitted_weights(experiment, workdir, classes)
+    return start and start.variables
+
+
+def fitted_weights(
+    experiment: Experiment, workdir: Path, classes: list[str]
+) -> LoadedWeights | None:
     """Load what `config.init` names and say how it was fitted; None for a run that goes on.
 
-    Heads that are kept get the order of `classes`.
+    Heads that are kept get the order of `classes`. The notes tell of all that was changed.
     """
     init = experiment.config.init
     if not init.weights or steps_in(workdir / "checkpoints"):
@@ -105,10 +118,10 @@ def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):
         raise UserError(f"config.init.weights={init.weights}: {error}") from error
     whose = f"config.init.weights={init.weights}: the model"
     opened, note = in_order(opened, classes, whose, experiment.data.source)
-    notes = [f"starting from {init.weights} ({opened.format})", *opened.notes, note]
-    for line in filter(None, notes):
+    notes = tuple(filter(None, (*opened.notes, note)))
+    for line in (f"starting from {init.weights} ({opened.format})", *notes):
         log.info(line)
-    return opened.variables
+    return dataclasses.replace(opened, notes=notes)
 
 
 def summary(trainer: Trainer) -> str:
