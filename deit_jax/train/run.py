@@ -17,6 +17,7 @@ from deit_jax.data.sources.base import Dataset
 from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.parallel.signals import StopRequest
+from deit_jax.shapes import per_channel
 from deit_jax.storage import steps_in, write_json
 from deit_jax.train import memory
 from deit_jax.train.experiment import Experiment, prepare
@@ -118,10 +119,22 @@ def fitted_weights(
         raise UserError(f"config.init.weights={init.weights}: {error}") from error
     whose = f"config.init.weights={init.weights}: the model"
     opened, note = in_order(opened, classes, whose, experiment.data.source)
-    notes = tuple(filter(None, (*opened.notes, note)))
+    other = _other_convention(opened, experiment.data)
+    notes = tuple(filter(None, (*opened.notes, note, other)))
     for line in (f"starting from {init.weights} ({opened.format})", *notes):
         log.info(line)
     return dataclasses.replace(opened, notes=notes)
+
+
+def _other_convention(opened: LoadedWeights, data: ConfigDict) -> str:
+    """Return a note where a run normalises its images otherwise than the weights had it."""
+    ours = [per_channel(getattr(data, key), data.channels) for key in ("mean", "std")]
+    if not opened.mean or [opened.mean, opened.std] == ours:
+        return ""
+    return (
+        f"its images had mean {opened.mean} and std {opened.std}; config.data.mean={ours[0]} and "
+        f"config.data.std={ours[1]} are this run's"
+    )
 
 
 def summary(trainer: Trainer) -> str:
