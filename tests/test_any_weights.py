@@ -4,6 +4,7 @@ import datetime
 import enum
 import io
 import pathlib
+import pickle
 import random
 
 import jax
@@ -20,8 +21,9 @@ from deit_jax.train.run import fitted_weights
 from deit_jax.weights import pickles, readers
 from deit_jax.weights.load import load_variables, open_model
 from deit_jax.weights.torch_names import to_torch
-from tests.test_convert import DISTILLED, FAMILIES, PLAIN, SMALL, opened
+from tests.test_convert import DISTILLED, FAMILIES, PLAIN, SMALL, logits, opened
 from tests.test_weights import assert_same
+from tests.timm_reference import import_transformers
 from tests.tiny import resolved
 
 TINY = SMALL | {"width": 24, "num_heads": 3}
@@ -191,6 +193,25 @@ def test_distilled_weights_without_heads_start_both(tmp_path, torch):
     np.testing.assert_array_equal(params["dist_token"], first.variables["params"]["dist_token"])
 
 
+def test_a_backbone_of_transformers_loses_its_pooler(tmp_path, torch):
+    transformers = import_transformers()
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.ViTConfig(**shape, intermediate_size=96, image_size=32)
+    config.layer_norm_eps = 1e-6
+    theirs = transformers.ViTModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    loaded = load_variables(tmp_path, num_classes=0)
+    assert "left out, as no part of the model: pooler.dense" in loaded.notes
+    images, heads = logits(loaded.model, loaded.variables)
+    with torch.no_grad():
+        states = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).last_hidden_state
+    np.testing.assert_allclose(heads.cls, states[:, 0].numpy(), atol=1e-4)
+    flat = {f"vit.{k}": v for k, v in theirs.state_dict().items()}
+    torch.save(flat, tmp_path / "w.pth")
+    again = load_variables(tmp_path / "w.pth", config_of(TINY), 0)
+    assert_same(again.variables, loaded.variables)
+
+
 def test_the_layer_before_the_head_goes_with_it(tiny, tmp_path, torch):
     flat = to_torch(tiny.variables) | {"pre_logits.fc.weight": np.ones((24, 24))}
     path = saved(tmp_path, torch, flat)
@@ -303,6 +324,24 @@ def test_what_lies_beside_the_weights_stays_inert(zipped, protocol, tiny, tmp_pa
     read = readers.read(path)
     assert read.keys() == flat.keys()
     assert all(np.array_equal(read[name], flat[name]) for name in flat)
+
+
+@pytest.mark.parametrize("kind", ["torch", "legacy", "protocol 4", "pickle", "pickle 2"])
+def test_numpy_arrays_in_a_pickle_are_weights_too(kind, tiny, tmp_path, torch):
+    flat, path = to_torch(tiny.variables), tmp_path / "w.pkl"
+    flat["blocks.0.attn.qkv.weight"] = np.asfortranarray(flat["blocks.0.attn.qkv.weight"])
+    flat["norm.weight"] = flat["norm.weight"].astype(">f8")
+    tree = {"model": flat, "names": np.array(["a"]), "step": np.int64(3)}
+    if kind.startswith("pickle"):
+        path.write_bytes(pickle.dumps(tree, protocol=2 if kind == "pickle 2" else 4))
+    else:
+        protocol = 4 if kind == "protocol 4" else 2
+        zipped = kind != "legacy"
+        torch.save(tree, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    read = readers.read(path)
+    assert read.keys() == flat.keys()
+    for name, value in flat.items():
+        np.testing.assert_array_equal(read[name], value, strict=True)
 
 
 def test_a_whole_module_is_refused_with_the_way_out(tmp_path, torch):

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
+from deit_jax.weights import pickled_arrays
+from deit_jax.weights.pickled_arrays import Array, Dtype, Latin1
 from deit_jax.weights.places import Chosen, Refused
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -72,6 +74,9 @@ def read_legacy(path: Path, size: int, choose: Choose) -> tuple[Flat, Chosen]:
     # Four pickles (magic, protocol, platform, the tree), the storages' keys, then their data.
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         magic = Unpickler(stream).load()
+        if isinstance(magic, dict):  # of NumPy's arrays, without PyTorch
+            chosen = choose(magic)
+            return _viewed(chosen, {}), chosen
         if magic != LEGACY_MAGIC or Unpickler(stream).load() != LEGACY_PROTOCOL:
             raise Refused("a pickle that is not a PyTorch file")
         if not Unpickler(stream).load()["little_endian"]:
@@ -234,6 +239,7 @@ _CALLABLE = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    **pickled_arrays.CALLABLE,
 }
 _GLOBALS = _CALLABLE | {("torch", name): dtype for name, dtype in _STORAGES.items()}
 
@@ -248,6 +254,7 @@ class Unpickler(pickle._Unpickler):
     def __init__(self, stream):
         super().__init__(stream, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
+        self.texts: dict[int, Latin1] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what a name means here; whatever it is, nothing is imported."""
@@ -270,7 +277,9 @@ class Unpickler(pickle._Unpickler):
     def load_reduce(self):
         """Call one of the functions that are known; of others make a stand-in."""
         args, function = self.stack.pop(), self.stack.pop()
-        if any(function is known for known in _CALLABLE.values()):
+        if function is Latin1 and args:  # of the same text once, however often it is asked for
+            self.stack.append(self.texts.setdefault(id(args[0]), Latin1(args[0])))
+        elif any(function is known for known in _CALLABLE.values()):
             self.stack.append(function(*args))
         else:
             self._stand_in(function)
@@ -299,10 +308,12 @@ class Unpickler(pickle._Unpickler):
         self.stack.append(Inert(of.name) if isinstance(of, Inert) else Inert())
 
     def load_build(self):
-        """Drop the attributes of an object, but for whether they are a PyTorch module's."""
+        """Drop the attributes of an object; note whether they are a PyTorch module's."""
         state = self.stack.pop()
         target = self.stack[-1]
-        if isinstance(target, Inert) and isinstance(state, dict):
+        if isinstance(target, Array | Dtype):
+            target.build(state)
+        elif isinstance(target, Inert) and isinstance(state, dict):
             target.is_module = "_modules" in state and "_parameters" in state
 
     def load_append(self):

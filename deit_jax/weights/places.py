@@ -25,7 +25,7 @@ _AVERAGE = re.compile(r"(^|_)(ema|EMA)(_|$)")
 OPTIMIZER = re.compile(r"(opt|optim|optimizers?|lr_scheduler|scaler)(_\w+)?")
 # What is trained beside a backbone and no part of it: heads that project, decoders, losses.
 _BESIDE = re.compile(
-    r"(head\.(mlp|layers?|last_layer|projection)|(\w+_)?decoder\w*|pooler|projector|"
+    r"((deit|vit)\.)?(head\.(mlp|layers?|last_layer|projection)|(\w+_)?decoder\w*|pooler|projector|"
     r"projection_head|proj_head|predictor|prototypes|(dino|ibot|projection)_head\w*|queue\w*|"
     r"(\w+_)?(loss|criterion)(_\w+)?|n_averaged)(\.|$)|(.*\.)?mask_token$"
 )
