@@ -57,8 +57,10 @@ def photos(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(1)
     (root / "more").mkdir()
     for i in range(150):
-        pixels = rng.integers(0, 256, (40 + i % 9, 50, 3), np.uint8)
-        Image.fromarray(pixels).save(root / ("more" if i % 3 else "") / f"{i:03}.png")
+        pixels = rng.integers(0, 90, (40 + i % 9, 50, 3)) + rng.integers(0, 165, 3)
+        Image.fromarray(pixels.astype(np.uint8)).save(
+            root / ("more" if i % 3 else "") / f"{i:03}.png"
+        )
     (root / "051.png").write_bytes(b"no image")
     (root / "more" / "100.png").write_bytes((root / "more" / "001.png").read_bytes()[:200])
     (root / "notes.txt").write_text("no image either")
@@ -96,7 +98,7 @@ def test_a_folder_is_answered_in_batches_and_the_rest_is_named(weights, photos, 
     assert [r["image"] for r in said["results"]] == [str(p) for p in paths]
     logits = logits_of(weights, paths)
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert len(np.unique(expected.argmax(1))) == 3
+    assert len(np.unique(expected.argmax(1))) > 1  # or any order would do
     for result, row in zip(said["results"], expected, strict=True):
         order = np.argsort(-row)
         assert [p["index"] for p in result["predictions"]] == order.tolist()
