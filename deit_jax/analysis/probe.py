@@ -26,7 +26,9 @@ QUERIES = 256  # at a time
 STEPS = 1000  # of L-BFGS at most
 
 Features = Float[np.ndarray, "n D"]
+Queries = Float[np.ndarray, "q D"]
 Labels = Int[np.ndarray, "n"]
+Scores = Float[np.ndarray, "q K"]
 
 
 def probe(evaluation: Evaluation, kind: str) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def _features(evaluation: Evaluation, source: Source, title: str) -> tuple[Featu
     return values, np.concatenate([batch.labels for batch in batches])
 
 
-def knn(bank: Features, known: Labels, queries: Features, classes: int) -> Float[np.ndarray, "n K"]:
+def knn(bank: Features, known: Labels, queries: Queries, classes: int) -> Scores:
     """Return how much the nearest neighbours vote for each class, each by exp(cosine / 0.07)."""
     neighbours = min(NEIGHBOURS, len(bank))
     unit = jax.device_put(_unit(bank))
@@ -71,7 +73,7 @@ def knn(bank: Features, known: Labels, queries: Features, classes: int) -> Float
     return np.concatenate(parts)[: len(queries)]
 
 
-def _unit(values: Features) -> Features:
+def _unit(values: np.ndarray) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 
 
@@ -84,9 +86,7 @@ def _votes(
     return jax.vmap(lambda c, v: jnp.zeros(classes).at[c].add(v))(known[indices], votes)
 
 
-def linear(
-    bank: Features, known: Labels, queries: Features, classes: int
-) -> Float[np.ndarray, "n K"]:
+def linear(bank: Features, known: Labels, queries: Queries, classes: int) -> Scores:
     """Return the scores of scikit-learn's logistic regression (C = 1) on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -94,13 +94,13 @@ def linear(
 
     if len(np.unique(known)) < 2:
         raise UserError("--probe=linear: the training images that can be read are of one class")
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS))
-    scores = np.full((len(queries), classes), -np.inf)
-    scores[:, model.fit(bank, known).classes_] = model.predict_proba(queries)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=STEPS)).fit(bank, known)
+    scores = np.full((len(queries), classes), -np.inf)  # of a class without a training image
+    scores[:, model.classes_] = model.predict_proba(queries)
     return scores
 
 
-PROBES: dict[str, Callable[[Features, Labels, Features, int], np.ndarray]] = {
+PROBES: dict[str, Callable[[Features, Labels, Queries, int], np.ndarray]] = {
     "knn": knn,
     "linear": linear,
 }
