@@ -14,6 +14,7 @@ from PIL import Image
 import deit_jax
 from deit_jax import __main__ as program
 from deit_jax.analysis import inference
+from deit_jax.analysis.classify import predictions
 from deit_jax.analysis.embed import embed
 from deit_jax.data import feature_file
 from deit_jax.data.sources.files import FolderSource
@@ -258,3 +259,15 @@ def test_what_was_interrupted_is_taken_up(weights, photos, tmp_path, monkeypatch
     assert paths == same
     np.testing.assert_allclose(part, whole, atol=1e-6)
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_answers_that_are_not_finite_are_refused(weights, photos, tmp_path):
+    opened, images = open_model(weights), named_images([str(photos / "000.png")])
+    opened.variables["params"]["norm"]["scale"] = np.full(24, np.nan, np.float32)
+    with pytest.raises(UserError, match=r"the answer to .*000\.png is not finite; the weights are"):
+        list(predictions(opened, images, 1))
+    with pytest.raises(UserError, match="features that are not finite in float32"):
+        embed(opened, images, tmp_path / "f.npy")
+    opened.variables["params"]["norm"]["scale"] = np.full(24, 1e6, np.float32)
+    with pytest.raises(UserError, match=r"not finite in float16; .* too large for it"):
+        embed(opened, images, tmp_path / "g.npy", dtype="float16")

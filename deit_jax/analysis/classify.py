@@ -67,6 +67,11 @@ def predictions(
 
     for batch in stream(opened, source, answer, title):
         for number, row in zip(batch.numbers.tolist(), probabilities(batch.values), strict=True):
+            if not np.isfinite(row).all():
+                name = source.describe(number)
+                raise UserError(
+                    f"{opened.source}: the answer to {name} is not finite; the weights are damaged"
+                )
             best = np.argsort(-row, kind="stable")[:topk]
             said = [
                 {"class": opened.classes[i], "index": int(i), "probability": float(row[i])}

@@ -106,12 +106,19 @@ class FeatureFile:
 
     def append(self, read: np.ndarray, features: np.ndarray, images: int) -> None:
         """Add the features of the next so many images, those `read` by their numbers."""
+        with np.errstate(over="ignore"):  # which is told of below
+            features = np.ascontiguousarray(features, self.dtype)
+        if not np.isfinite(features).all():
+            raise UserError(
+                f"--out={self.out}: features that are not finite in {self.dtype}; the weights are "
+                "damaged, or the numbers too large for it"
+            )
         last = self.done + images
         self.missing += sorted(set(range(self.done, last)) - set(read.tolist()))
         self.done = last
         with self._explained():
             with self.partial.open("ab") as file:
-                file.write(np.ascontiguousarray(features, self.dtype).tobytes())
+                file.write(features.tobytes())
             note = {"done": self.done, "missing": self.missing, "identity": self.identity}
             temporary = self.progress.with_name(f"{self.progress.name}.tmp")
             temporary.write_text(json.dumps(note))
