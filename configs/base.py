@@ -57,7 +57,8 @@ def get_config() -> ConfigDict:
     c.data.source = "tfds:imagenet2012"
     c.data.dir = ""  # where TFDS keeps its data sets; "" = TFDS's default
     # Parts of the data by their names; others for the same do: training, val, Valid, dev, test.
-    # `validation` is the test split where there is no other; `.` in train_split all of a folder.
+    # `validation` is the test split where there is no other; `.` all of a folder, in eval_split for
+    # `deit eval` alone.
     c.data.train_split = "train"
     c.data.eval_split = "validation"
     c.data.eval_fraction = 0.2  # held out where the source has no split for evaluation

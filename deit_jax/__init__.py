@@ -1,12 +1,14 @@
 """DeiT in JAX/Flax: see README.md for the commands, docs/design.md for the architecture."""
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "list_models", "load"]
+__all__ = ["__version__", "create_model", "features", "list_models", "load", "preprocess"]
 
 _API = {
     "create_model": "deit_jax.models.registry",
+    "features": "deit_jax.analysis.features",
     "list_models": "deit_jax.models.registry",
     "load": "deit_jax.weights.load",
+    "preprocess": "deit_jax.data.preprocess",
 }
 
 

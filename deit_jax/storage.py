@@ -52,6 +52,10 @@ class LocalDisk:
         """Open a file, which need not be there, to add to its end."""
         return LocalAppender(path)
 
+    def create(self, path: Path) -> "LocalAppender":
+        """Open a file, emptied if it is there, to add to its end."""
+        return LocalAppender(path, "wb")
+
     def sha256(self, path: Path) -> str:
         """Return the checksum of a file's content."""
         with path.open("rb") as file:
@@ -132,8 +136,8 @@ def _lock(file, path: Path) -> None:
 class LocalAppender:
     """The end of a file."""
 
-    def __init__(self, path: Path):
-        self._file = path.open("ab", buffering=0)
+    def __init__(self, path: Path, mode: str = "ab"):
+        self._file = path.open(mode, buffering=0)
 
     def append(self, data: bytes) -> None:
         """Add to the file all of it or, raising OSError, nothing."""

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from deit_jax.analysis.evaluate import evaluate_run
+from deit_jax.analysis.evaluate import open_evaluation
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.train.load_teacher import load_teacher, teacher_spec
@@ -53,10 +53,10 @@ def reversed_names(run):
 
 def test_an_evaluation_maps_classes_by_their_names(run, caplog):
     config, workdir, _ = run
-    plain = evaluate_run(config, str(workdir))
+    plain = open_evaluation(config, str(workdir)).results()
     assert plain["fused"]["top1"] > 50  # or the order would not matter
     caplog.clear()
-    assert evaluate_run(reversed_names(run), str(workdir)) == plain
+    assert open_evaluation(reversed_names(run), str(workdir)).results() == plain
     assert "another order of classes, mapped by their names: from 0 on ape, bee" in caplog.text
 
 
@@ -153,7 +153,7 @@ def test_a_run_notes_what_it_held_out_and_tells_of_other_data(run, caplog):
         Image.new("L", (8, 8)).save(root / "ape" / f"new{i}.png")
     try:
         caplog.clear()
-        evaluate_run(config, str(workdir))
+        open_evaluation(config, str(workdir)).results()
         assert "other training images than this run began with: 60 then, 61 now" in caplog.text
         assert "other evaluation images than this run began with: 60 then, 61 now" in caplog.text
         assert " were not held out: they are new, or trained on" in caplog.text

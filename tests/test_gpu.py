@@ -203,7 +203,7 @@ def test_an_evaluation_in_parts_counts_what_a_whole_one_does(monkeypatch, traine
     folder, whole = trained
     monkeypatch.setattr(evaluator.parts, "forward_parts", lambda *_: 4)
     config = from_json(json.loads((folder / "config.json").read_text()))
-    again = evaluate.evaluate_run(config, str(folder))
+    again = evaluate.open_evaluation(config, str(folder)).results()
     assert {k: again[k] for k in ("examples", "cls", "dist")} == {
         k: whole[k] for k in ("examples", "cls", "dist")
     }

@@ -400,8 +400,7 @@ def test_the_hubs_data_sets_come_from_the_cache_where_there_is_no_hub(tmp_path):
             info.rename(info.with_name(info.name.replace("set-", "pictures-", 1)))
     code = """
         import sys
-        from deit_jax.config.serialize import from_json, to_json
-from deit_jax.configs import base
+        from deit_jax.configs import base
         from deit_jax.data.sources.registry import open_dataset
         from deit_jax.errors import UserError
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from deit_jax.analysis.classify import classify
-from deit_jax.analysis.evaluate import evaluate_run
+from deit_jax.analysis.evaluate import open_evaluation
 from deit_jax.analysis.figures import analyze
 from deit_jax.analysis.input_sheet import label_text
 from deit_jax.analysis.report.page import page
@@ -253,7 +253,8 @@ def test_a_run_learns_is_evaluated_and_told_of(painting, painted, tmp_path):
     saver = Checkpointer(tmp_path / "run", keep=2, read_only=True, best="mAP")
     assert saver.facts(120)["mAP"] == results["fused"]["mAP"]
     assert "top1" not in saver.facts(120)
-    again = evaluate_run(from_json(read_json(tmp_path / "run" / "config.json")), f"{tmp_path}/run")
+    config = from_json(read_json(tmp_path / "run" / "config.json"))
+    again = open_evaluation(config, f"{tmp_path}/run").results()
     assert again["fused"]["mAP"] == pytest.approx(results["fused"]["mAP"])
     assert again["fused"]["AP"] == pytest.approx(results["fused"]["AP"])
     assert "mAP %" in table(again)
@@ -318,7 +319,7 @@ def test_one_label_and_several_are_not_mixed_up(painting, tmp_path):
     """Neither in an evaluation nor in a prediction."""
     convert(random_weights(), tmp_path / "one", "deit_jax")
     with pytest.raises(UserError, match=r"one class an image; .*data\.multi_label=False"):
-        evaluate_run(painting, str(tmp_path / "one"))
+        open_evaluation(painting, str(tmp_path / "one")).results()
     with pytest.raises(UserError, match=r"^--multi_label: .* answers one class an image"):
         classify(str(tmp_path / "one"), [f"{painting.data.source[7:]}/1.png"], multi_label=True)
     several = dataclasses.replace(random_weights(), multi_label=True)
@@ -326,7 +327,7 @@ def test_one_label_and_several_are_not_mixed_up(painting, tmp_path):
     painting.data.multi_label, painting.data.labels = False, ""
     painting.data.source = "digits"
     with pytest.raises(UserError, match=r"any number of classes an image; .*multi_label=True"):
-        evaluate_run(painting, str(tmp_path / "several"))
+        open_evaluation(painting, str(tmp_path / "several")).results()
 
 
 @pytest.mark.parametrize(

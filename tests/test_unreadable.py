@@ -12,7 +12,7 @@ from skimage import data
 
 from deit_jax import __main__ as program
 from deit_jax.analysis import figures
-from deit_jax.analysis.evaluate import evaluate_run
+from deit_jax.analysis.evaluate import open_evaluation
 from deit_jax.data.batches import EvalBatches
 from deit_jax.data.sources.folder import FolderSource
 from deit_jax.data.view import EvalView
@@ -116,8 +116,9 @@ def test_results_are_of_the_readable_images(run, answers):
 def test_eval_says_so(run, capsys):
     workdir, _ = run
     assert program.main(["eval", f"--workdir={workdir}", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == {k: v for k, v in read_json(workdir / "results.json").items() if k != "step"}
+    said = json.loads(capsys.readouterr().out)
+    assert said.pop("input")["resize"] == "pad"
+    assert said == {k: v for k, v in read_json(workdir / "results.json").items() if k != "step"}
     assert program.main(["eval", f"--workdir={workdir}"]) == 0
     assert "9 examples, besides 3 that cannot be read\n" in capsys.readouterr().out
 
@@ -126,7 +127,7 @@ def test_a_run_is_evaluated_as_it_was_trained_whatever_a_config_says(run, images
     workdir, _ = run
     c = config_of(images)
     c.data.resize, c.data.exif = "crop", False
-    results = evaluate_run(c, str(workdir))
+    results = open_evaluation(c, str(workdir)).results()
     assert results["cls"] == read_json(workdir / "results.json")["cls"]
     assert "data.resize=pad, as the run was trained, not crop" in caplog.text
     assert c.data.resize == "crop"

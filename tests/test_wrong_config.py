@@ -194,6 +194,10 @@ def test_a_misspelt_field_is_named_and_the_right_one_too(deit, key, random):
 
 
 CONTRADICTIONS = [
+    (
+        ["data.eval_split=."],
+        "data.eval_split='.': evaluates all of a folder, also what is trained on",
+    ),
     (["mesh.data=3"], "mesh.data=3"),
     (["mesh.data=4", "mesh.fsdp=4"], "mesh.fsdp=4"),
     (["mesh.fsdp=-2"], "mesh.fsdp=-2"),

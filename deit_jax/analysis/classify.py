@@ -1,23 +1,24 @@
-"""Image files and what a model takes them for."""
+"""Images and what a model takes them for."""
 
-from pathlib import Path
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from deit_jax.analysis.predictions import infer, sigmoid, softmax
-from deit_jax.data.view import EvalView
+from deit_jax.analysis.inference import stream
+from deit_jax.analysis.predictions import sigmoid, softmax
+from deit_jax.data.sources.base import Source
+from deit_jax.data.sources.named import NamedImages
 from deit_jax.errors import UserError
-from deit_jax.storage import backend
+from deit_jax.step.eval_step import jit_logits
+from deit_jax.weights.fit import LoadedWeights
 from deit_jax.weights.load import open_model
-
-BATCH = 32
 
 
 def classify(
     source: str,
-    paths: list[str],
+    paths: Sequence[str],
     topk: int = 5,
     model: str | None = None,
     multi_label: bool = False,
@@ -26,38 +27,61 @@ def classify(
 
     The probability is the softmax of the fused logits, or for weights trained with several labels
     an image the sigmoid of each; `multi_label` says so of weights that do not. `model` is the name
-    of the weights' model if they do not say it. Raise UserError naming a file that cannot be read
-    before any result is computed.
+    of the weights' model if they do not say it. Raise UserError naming a file that cannot be read.
     """
+    images = NamedImages(paths)
+    opened = open_classifier(source, model, multi_label)
+    results = dict(predictions(opened, images, topk, multi_label))
+    if missing := [path for i, path in enumerate(paths) if i not in results]:
+        raise UserError(unreadable_line(missing, len(paths)))
+    return list(results.values())
+
+
+def open_classifier(source: str, model: str | None = None, multi_label: bool = False):
+    """Return weights to classify with; raise UserError where they cannot."""
     opened = open_model(source, model)
     try:
         opened.check_convention()
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
+    if not opened.classes:
+        raise UserError(f"{source}: has no head, so it knows no classes; `deit embed` takes it")
     if multi_label and opened.multi_label is False:
         raise UserError(f"--multi_label: {source} answers one class an image; leave it out")
-    images = np.stack([_read(path, opened.view) for path in paths])
+    return opened
 
-    variables, convention = jax.device_put(opened.variables), (opened.mean, opened.std)
+
+def predictions(
+    opened: LoadedWeights, source: Source, topk: int, multi_label: bool = False, title: str = ""
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Iterate over the numbers of images that can be read and what `classify` returns of them.
+
+    In the order of the source; with a `title` there is a progress bar.
+    """
     probabilities = sigmoid if multi_label or opened.multi_label else softmax
-    scores = []
-    for start in range(0, len(images), BATCH):
-        part = images[start : start + BATCH]
-        scores.append(probabilities(infer(opened.model, variables, part, convention)["fused"]))
-    results = []
-    for path, row in zip(paths, np.concatenate(scores), strict=True):
-        best = np.argsort(-row, kind="stable")[:topk]
-        predictions = [
-            {"class": opened.classes[i], "index": int(i), "probability": float(row[i])}
-            for i in best
-        ]
-        results.append({"image": path, "predictions": predictions})
-    return results
+    mean, std = (tuple(map(float, numbers)) for numbers in (opened.mean, opened.std))
+
+    def answer(variables, images):
+        ask = functools.partial(jit_logits, model=opened.model, teacher=None, mean=mean, std=std)
+        return ask(variables, None, images)["fused"]
+
+    for batch in stream(opened, source, answer, title):
+        for number, row in zip(batch.numbers.tolist(), probabilities(batch.values), strict=True):
+            if not np.isfinite(row).all():
+                name = source.describe(number)
+                raise UserError(
+                    f"{opened.source}: the answer to {name} is not finite; the weights are damaged"
+                )
+            best = np.argsort(-row, kind="stable")[:topk]
+            said = [
+                {"class": opened.classes[i], "index": int(i), "probability": float(row[i])}
+                for i in best
+            ]
+            yield number, {"image": source.describe(number), "predictions": said}
 
 
-def _read(path: str, view: EvalView) -> np.ndarray:
-    try:
-        data = backend(Path(path)).read(Path(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return view(data, path)
+def unreadable_line(paths: Sequence[str], count: int) -> str:
+    """Return one line on images that could not be read, `paths` of so many."""
+    of = "the only image" if count == 1 else f"{len(paths)} of {count} images"
+    first = paths[0] if len(paths) == 1 else f"the first is {paths[0]}"
+    return f"{of} could not be read: {first}; repair or remove what the lines above name"

@@ -1,37 +1,107 @@
 """The accuracy of trained weights on a config's data."""
 
+import dataclasses
 import logging
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 
+from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.registry import open_dataset
+from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.parallel import sharding
+from deit_jax.shapes import per_channel, simplest
 from deit_jax.train import memory
 from deit_jax.train.evaluator import Evaluator
 from deit_jax.train.load_teacher import load_teacher, teacher_spec
 from deit_jax.weights.fit import LoadedWeights, in_order
-from deit_jax.weights.load import open_model
+from deit_jax.weights.load import load_variables
 from deit_jax.workdir import held_out
 
 log = logging.getLogger("deit_jax")
 
 
-def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any]:
-    """Evaluate the newest checkpoint in a workdir, or other weights, on the data of `config`.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Weights and the data that they are evaluated on.
 
-    The model, the normalisation of its input and, of a run, the way it reads images and makes them
-    square (data.resize, exif, bits) and its channels are the weights' own; batch size, data and
-    eval_crop_ratio come from `config`. Heads get the order of the data's classes, by name; raise
-    UserError where the names do not go together. What else differs from the run's data is said.
+    The heads of `opened` have the order of the data's classes, and its mean, std, crop and way of
+    reading are those of this evaluation, as are the fields of `data`, a config's.
+    """
+
+    source: str
+    opened: LoadedWeights
+    data: Any
+    dataset: Dataset
+    mesh: Any
+    batch_size: int
+
+    def input(self) -> dict[str, Any]:
+        """Return what the model is given of an image."""
+        reading, size = self.opened.reading, self.opened.image_size
+        return {
+            "image_size": list(size) if isinstance(size, tuple) else size,
+            "resize": reading.resize,
+            "crop_ratio": self.opened.crop_ratio if reading.resize == "crop" else None,
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+        }
+
+    def results(self, watch: Callable | None = None) -> dict[str, Any]:
+        """Return the figures of each head, of a run's moving average and of its teacher.
+
+        `watch` is called with the model's answers to each batch; see Evaluator.model.
+        """
+        opened = self.opened
+        evaluator = Evaluator(
+            self.dataset.eval,
+            self.data,
+            self.batch_size,
+            opened.image_size,
+            self.mesh,
+            classes=self.dataset.classes,
+        )
+        variables = self._place(opened.variables, opened.model)
+        evaluator.held = memory.tree_bytes(variables)
+        heads = evaluator.model(opened.model, variables, watch)
+        results: dict[str, Any] = {**evaluator.examples(), **heads}
+        if opened.run is None:
+            return results
+        if opened.run.ema is not None:
+            average = self._place(opened.run.ema, opened.model)
+            results["ema"] = evaluator.model(opened.model, average)
+        spec = teacher_spec(opened.run.config)
+        if spec and (weights := spec.weights_path(self.source)):
+            teacher, params = load_teacher(spec, weights, self.dataset.classes)
+            results["teacher"] = evaluator.teacher(teacher, self._place(params, teacher.model))
+        return results
+
+    def _place(self, tree, model):
+        return jax.device_put(tree, sharding.state_shardings(self.mesh, tree, model))
+
+
+def open_evaluation(
+    config, source: str, model: str | None = None, given: Collection[str] = ()
+) -> Evaluation:
+    """Return weights and the data of `config`, ready to be evaluated.
+
+    The model, the size, crop and normalisation of its input and, of a run, the way it reads images
+    (data.resize, exif, bits, channels) are the weights' own, unless `given` names the field of the
+    config that says otherwise: "data.eval_crop_ratio", "model.image_size", … Batch size and data
+    come from `config`. Heads get the order of the data's classes, by name; raise UserError where
+    the names do not go together. What else differs from the run's data is said.
     """
     mesh = sharding.make_mesh(config.mesh)
-    opened = open_model(source, model, dtype=config.dtype)
-    data, batch_size = config.data.copy_and_resolve_references(), config.train.eval_batch_size
+    size = config.model.image_size if "model.image_size" in given else None
+    size = None if size is None else simplest(size)
+    opened = load_variables(source, model, image_size=size, dtype=config.dtype)
+    data = config.data.copy_and_resolve_references()
     if opened.run is not None and data.rules is None:
         data.rules = opened.run.config.data.rules
     _take_channels(data, opened, source)
+    opened = _with_input(opened, data, given)
     dataset = open_dataset(data)
     if opened.multi_label not in (None, data.multi_label):
         says = "any number of classes" if opened.multi_label else "one class"
@@ -43,46 +113,40 @@ def evaluate_run(config, source: str, model: str | None = None) -> dict[str, Any
     lines = [note, *(held_out.changes(source, dataset) if opened.run else ())]
     for line in filter(None, lines):
         log.warning(line)
-    if opened.run is not None:
-        _read_as_trained(data, opened.run.config.data)
-    evaluator = Evaluator(
-        dataset.eval, data, batch_size, opened.image_size, mesh, classes=dataset.classes
-    )
-
-    def place(tree, model):
-        return jax.device_put(tree, sharding.state_shardings(mesh, tree, model))
-
-    variables = place(opened.variables, opened.model)
-    evaluator.held = memory.tree_bytes(variables)
-    heads = evaluator.model(opened.model, variables)
-    results: dict[str, Any] = {**evaluator.examples(), **heads}
-    if opened.run is None:
-        return results
-    if opened.run.ema is not None:
-        results["ema"] = evaluator.model(opened.model, place(opened.run.ema, opened.model))
-    spec = teacher_spec(opened.run.config)
-    if spec and (weights := spec.weights_path(source)):
-        teacher, params = load_teacher(spec, weights, dataset.classes)
-        results["teacher"] = evaluator.teacher(teacher, place(params, teacher.model))
-    return results
+    return Evaluation(source, opened, data, dataset, mesh, config.train.eval_batch_size)
 
 
 def _take_channels(data, opened: LoadedWeights, source: str) -> None:
-    """Take the channels and the normalisation that the weights are for; raise UserError without."""
+    """Take the channels that the weights are for; raise UserError without their normalisation."""
     channels = opened.reading.channels
-    if data.channels != channels:
-        log.warning("data.channels=%d, as the weights take, not %d", channels, data.channels)
-    elif not opened.mean:  # only the config knows it
+    if data.channels == channels:
         return
+    log.warning("data.channels=%d, as the weights take, not %d", channels, data.channels)
     try:
         opened.check_convention()
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    data.channels, data.mean, data.std = channels, opened.mean, opened.std
+    data.channels = channels
 
 
-def _read_as_trained(data, own) -> None:
-    for key in ("resize", "exif", "bits"):
-        if data[key] != own[key]:
-            log.warning("data.%s=%s, as the run was trained, not %s", key, own[key], data[key])
-            data[key] = own[key]
+def _with_input(opened: LoadedWeights, data, given: Collection[str]) -> LoadedWeights:
+    """Return weights, and change `data`, so that both have the input of this evaluation."""
+    if "data.eval_crop_ratio" not in given:
+        data.eval_crop_ratio = opened.crop_ratio
+    for key, own in (("mean", opened.mean), ("std", opened.std)):
+        if own and f"data.{key}" not in given:  # () where only the config knows it
+            data[key] = own
+    if opened.run is not None:  # other weights do not say how images were read
+        for key in ("resize", "exif", "bits"):
+            own = opened.run.config.data[key]
+            if f"data.{key}" not in given and data[key] != own:
+                log.warning("data.%s=%s, as the run was trained, not %s", key, own, data[key])
+                data[key] = own
+    reading = reading_of(data)
+    return dataclasses.replace(
+        opened,
+        mean=per_channel(data.mean, data.channels),
+        std=per_channel(data.std, data.channels),
+        crop_ratio=data.eval_crop_ratio,
+        reading=reading,
+    )

@@ -17,6 +17,7 @@ COMMANDS = {
     "report": Entry("one or several runs, also under way, as a page to read in a browser"),
     "analyze": Entry("the figures of that page as JSON"),
     "predict": Entry("classify image files"),
+    "embed": Entry("features of image files, as an array or a table"),
     "convert": Entry("bring weights from one format into another"),
     "prepare": Entry("turn images into a TFDS data set, without TensorFlow"),
     "inspect": Entry("draw training images as the model is given them"),

@@ -1,24 +1,35 @@
 """`deit eval`: top-1 and top-5 of each head on a data set."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from deit_jax.analysis.evaluate import evaluate_run
+from deit_jax.analysis.evaluate import Evaluation, open_evaluation
+from deit_jax.analysis.probe import PROBES, probe
+from deit_jax.analysis.real_labels import RealLabels
+from deit_jax.cli import rows
 from deit_jax.cli.flags import Command, UsageError, no_words
 from deit_jax.config.serialize import from_json
-from deit_jax.train.evaluator import table
+from deit_jax.errors import UserError
+from deit_jax.train.evaluator import NAMES, table
+from deit_jax.weights.pretrained import PRETRAINED
 from deit_jax.workdir import records
 
 EVAL_DOC = """usage: deit eval --workdir=DIR [--config=FILE[:ARGS]]
-       deit eval --weights=W --config=FILE[:ARGS] [--model=NAME]
+       deit eval (--weights=W | --model=NAME) --config=FILE[:ARGS]
 
 Evaluate a trained model on the config's evaluation data, every example once; without --config, on
 those that the run was trained with. W is the workdir of a run, a .pth or .safetensors file, a
-Hugging Face or timm folder, or hf-hub:ORG/NAME.
+Hugging Face or timm folder, or hf-hub:ORG/NAME; without it the weights published for NAME are
+taken. Size, crop, mean and std of the images are those of the weights, unless --config.model.
+image_size or --config.data.eval_crop_ratio, mean or std are given; what they are is said.
 
   deit eval --workdir=runs/quickstart
-  deit eval --workdir=runs/deit_s --config=configs/deit.py --config.data.dir=/elsewhere"""
+  deit eval --workdir=runs/deit_s --config=configs/deit.py --config.data.dir=/elsewhere
+  deit eval --model=deit_small_patch16_224 --config=configs/deit.py --out=answers.csv
+  deit eval --workdir=runs/deit_s --probe=knn"""
 
 
 def main(argv: list[str]) -> None:
@@ -27,20 +38,76 @@ def main(argv: list[str]) -> None:
     command.add_config(argv)
     command.string("workdir", "", "evaluate the run in it")
     command.string("weights", "", "evaluate these weights")
-    command.string("model", None, "name of the weights' model")
+    command.string("model", None, "name of the weights' model, or whose published ones to take")
+    command.string("out", "", "csv file of path, label, and each head's answer and probability")
+    command.string("real_labels", "", "ReaL's real.json: also top-1 by all labels of each image")
+    what = "the heads' place is taken by a classifier of their features: nearest training images, "
+    command.choice("probe", None, PROBES, f"{what}or logistic regression")
     command.boolean("json", False, "print one JSON object")
     no_words(command.parse(argv))
     values = command.flags
-    if bool(values.workdir) == bool(values.weights):
+    source = values.workdir or values.weights or (PRETRAINED if values.model else "")
+    if not source or (values.workdir and values.weights):
         raise UsageError("give either --workdir=DIR or --weights=W")
+    if values.probe and (values.out or values.real_labels):
+        raise UsageError("--probe asks no head: leave out --out and --real_labels")
     config = command.config
     if config is None:
-        if values.weights:
+        if not values.workdir:
             raise UsageError("--weights=W needs the data: --config=FILE")
         config = from_json(records.config_of(Path(values.workdir)))
-    results = evaluate_run(config, values.workdir or values.weights, values.model)
+    evaluation = open_evaluation(config, source, values.model, command.given())
+    if values.probe:
+        results = probe(evaluation, values.probe)
+    else:
+        results = _results(evaluation, values.out, values.real_labels)
+    results["input"] = evaluation.input()
     if values.json:
         json.dump(results, sys.stdout)
         print()
     else:
-        print(table(results))
+        print(_text(results))
+
+
+def _results(evaluation: Evaluation, out: str, real_labels: str) -> dict[str, Any]:
+    """Return the figures, and write what each head says of each image."""
+    if (out or real_labels) and evaluation.data.multi_label:
+        flag = "--out" if out else "--real_labels"
+        raise UserError(f"{flag}: is for images of one class each; leave it out")
+    if out and Path(out).suffix != ".csv":
+        raise UserError(f"--out={out}: answers are a .csv file; name it so")
+    watching: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        real = RealLabels(real_labels, evaluation.dataset) if real_labels else None
+        if real:
+            watching.append(real.watch)
+        if out:
+            file = stack.enter_context(contextlib.closing(rows.Out(out)))
+            watching.append(rows.Answers(file, evaluation.dataset).watch)
+
+        def watch(*answers) -> None:
+            for each in watching:
+                each(*answers)
+
+        results = evaluation.results(watch if watching else None)
+    return {**results, "real_labels": real.results()} if real else results
+
+
+def _text(results: dict[str, Any]) -> str:
+    """Return the figures as lines for people, the input first."""
+    given = results["input"]
+    size, ratio = given["image_size"], given["crop_ratio"]
+    shape = f"{size[0]} x {size[1]}" if isinstance(size, list) else f"{size} x {size}"
+    crop = f"crop {ratio:g}" if ratio else given["resize"]
+    mean, std = (", ".join(f"{x:g}" for x in given[key]) for key in ("mean", "std"))
+    lines = [f"images of {shape} pixels, {crop}, mean {mean}, std {std}"]
+    if found := results.get("probe"):
+        lines.append(f"{results['examples']} examples, {found['train_examples']} to learn from")
+        lines.append(f"{'':24}{'top-1 %':>9}{'top-5 %':>9}")
+        lines.append(f"{found['kind'] + ' on features':24}{found['top1']:9.2f}{found['top5']:9.2f}")
+        return "\n".join(lines)
+    lines.append(table(results))
+    if real := results.get("real_labels"):
+        lines += ["", f"{real['examples']} examples with ReaL's labels", f"{'':24}{'top-1 %':>9}"]
+        lines += [f"{NAMES[k]:24}{real[k]['top1']:9.2f}" for k in NAMES if k in real]
+    return "\n".join(lines)

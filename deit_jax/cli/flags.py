@@ -134,6 +134,12 @@ class Command:
         """The config that --config names, with its changes; None if it was not given."""
         return self.flags.config
 
+    def given(self) -> frozenset[str]:
+        """Return which fields of the config the command line sets: "data.eval_crop_ratio", …"""
+        if self.config is None:
+            return frozenset()
+        return frozenset(config_flags.get_override_values(self.flags["config"]))
+
     def required_config(self) -> ConfigDict:
         """Return the config that --config names; raise UsageError if it was not given."""
         if (config := self.config) is None:

@@ -156,7 +156,9 @@ class EvalBatches:
         view: EvalView,
         rows: Sequence[int],
         skip_unreadable: bool = False,
+        left_out_of: str = "the evaluation",
     ):
+        self._left_out_of = left_out_of
         self._source, self._batch_size, self._rows = source, batch_size, rows
         self._labels = label_room(source, len(rows))
         self._view, self._skip = view, skip_unreadable
@@ -200,7 +202,7 @@ class EvalBatches:
                 raise UserError(f"{error}; {remedy}") from error
             if name not in self.unreadable:
                 self.unreadable.add(name)
-                log.warning("left out of the evaluation: %s", error)
+                log.warning("left out of %s: %s", self._left_out_of, error)
             return None
 
 

@@ -35,6 +35,14 @@ def eval_logits(variables, batch, *, model, mean, std, parts: int = 1) -> dict[s
     return {**answers, "label": batch["label"], "valid": batch["valid"]}
 
 
+def count_answers(answers: dict[str, Array]) -> dict[str, Any]:
+    """Return what eval_step does, from the logits that eval_logits returns."""
+    labels, valid = answers["label"], answers["valid"]
+    heads = {k: x for k, x in answers.items() if k not in ("label", "valid")}
+    counts = {name: count_correct(x, labels, valid) for name, x in heads.items()}
+    return {**counts, "examples": jnp.sum(valid)}
+
+
 def all_logits(
     variables, teacher_params, images: UInt8[Array, "B H W C"], *, model, teacher, mean, std
 ) -> dict[str, Float[Array, "B K"]]:

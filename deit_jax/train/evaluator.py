@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,16 +75,34 @@ class Evaluator:
             out_shardings=sharding.replicated(self._mesh),  # every process ranks all examples
         )
 
-    def model(self, model, variables) -> dict[str, Any]:
+    def model(self, model, variables, watch: Callable | None = None) -> dict[str, Any]:
         """Return {"cls" | "dist" | "fused": {"top1", "top5"}} in percent of the examples.
 
-        Of images with several labels {"mAP", "AP": {class: …}}.
+        Of images with several labels {"mAP", "AP": {class: …}}. `watch(numbers, labels, logits)` is
+        told what each head [n K] said of the examples of each batch that can be read.
         """
-        count = self._parts(model, self.image_size)
+        known = {"model": model, "parts": self._parts(model, self.image_size)}
+        answer = functools.partial(self._answer, variables, **known)
         if self._data.multi_label:
-            answer = functools.partial(self._answer, variables, model=model, parts=count)
             return self._rank(answer)
-        return self._evaluate(functools.partial(self._count, variables, model=model, parts=count))
+        if watch is not None:
+            return self._evaluate(self._watched(answer, watch))
+        return self._evaluate(functools.partial(self._count, variables, **known))
+
+    def _watched(self, answer: Callable, watch: Callable) -> Callable:
+        """Return what counts the right answers to a batch after they were looked at."""
+        firsts = itertools.count(step=self._batch_size)
+        score = jax.jit(eval_step.count_answers)
+
+        def count(batch):
+            answers = answer(batch=batch)
+            logits = jax.device_get(answers)
+            valid, labels = logits.pop("valid"), logits.pop("label")
+            numbers = next(firsts) + np.flatnonzero(valid)
+            watch(numbers, labels[valid], {name: x[valid] for name, x in logits.items()})
+            return score(answers)
+
+        return count
 
     def examples(self) -> dict[str, Any]:
         """Return how many examples were counted last and, if any were not, how many were not.

@@ -60,6 +60,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         check(unset or allowed.holds(flat[key]), key, str(allowed))
     bits = config.data.bits
     check(bits == 0 or bits > 8, "data.bits", "must be 0, or between 9 and 32")
+    check(
+        config.data.eval_split != ".",
+        "data.eval_split",
+        "evaluates all of a folder, also what is trained on: for `deit eval`; name another part",
+    )
     _check_channels(config.data, config.augment, check)
     _check_images(config.augment, config.mixing, check)
     _check_batches(mesh_sizes(config.mesh, num_devices), check)

@@ -9,6 +9,7 @@ import numpy as np
 
 from deit_jax.data.classes import align
 from deit_jax.data.decode import PLAIN, Reading
+from deit_jax.data.preprocess import InputSpec
 from deit_jax.data.view import EvalView
 from deit_jax.models import registry
 from deit_jax.models.build import build_model
@@ -52,6 +53,12 @@ class LoadedWeights:
     def view(self) -> EvalView:
         """What the model is shown of an image, by its own size, crop and way of reading."""
         return EvalView(self.image_size, self.crop_ratio, self.reading)
+
+    @property
+    def spec(self) -> InputSpec:
+        """What images must be, for people; raise ValueError where it is not known."""
+        self.check_convention()
+        return InputSpec(self.view, self.mean, self.std)
 
     def check_convention(self) -> None:
         """Raise ValueError where nothing says how images are normalised for these weights."""

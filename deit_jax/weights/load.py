@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from deit_jax.data.decode import PLAIN
-from deit_jax.data.view import reading_of
+from deit_jax.data.preprocess import InputSpec
+from deit_jax.data.view import EvalView, reading_of
 from deit_jax.errors import UserError
 from deit_jax.models import build, family, registry
 from deit_jax.models.build import build_model, compute_dtype
@@ -35,6 +36,7 @@ from deit_jax.weights.fit import (
 )
 from deit_jax.weights.metadata import DISBELIEF, Metadata, in_one_line, read_metadata
 from deit_jax.weights.places import Wanted
+from deit_jax.weights.pretrained import PRETRAINED, hub_id
 from deit_jax.weights.torch_names import from_torch
 from deit_jax.workdir.saved_run import load_run
 
@@ -56,30 +58,53 @@ def load(
     image_size: Size | None = None,
     head: str = "error",
     in_channels: int | None = None,
-) -> tuple[Any, dict[str, Any]]:
+    *,
+    pretrained: bool = False,
+    return_spec: bool = False,
+) -> tuple[Any, ...]:
     """Return (model, params) for `model.apply({"params": params}, images, train=False)`.
 
-    Without weights the params are random (seed 0). Without a name, as in `load("runs/mine")`, the
+    With `return_spec` (model, params, spec): what the images must be, for `deit_jax.preprocess`.
+    With `pretrained` the weights are those published for the name (weights/pretrained.py). Without
+    weights the params are random (seed 0). Without a name, as in `load("runs/mine")`, the
     model is the weights' own; so are the numbers of classes and of input channels, and the image
     size, a side or (height, width), that are not given. The first layer is adapted to other
     channels as timm does it.
     A convnet comes with its batch norm folded into the convolutions. `head` is one of
     HEAD_POLICIES.
     """
+    if pretrained and weights is not None:
+        raise WeightsError(f"pretrained=True and weights={weights}: give one of them")
+    if pretrained:
+        weights = PRETRAINED
     if weights is None and name not in registry.specs() and Path(split_key(str(name))[0]).exists():
         name, weights = None, name  # load("runs/mine")
     if weights is not None:
         opened = load_variables(
             weights, name, num_classes, image_size, head, in_channels=in_channels
         )
-        return folded(opened.model, opened.variables)
+        loaded = folded(opened.model, opened.variables)
+        return (*loaded, opened.spec) if return_spec else loaded
     if name is None:
         raise WeightsError("neither a model's name nor weights; give one")
     overrides = {} if in_channels is None else {"in_channels": in_channels}
     model = registry.create_model(name, 1000 if num_classes is None else num_classes, **overrides)
     if image_size is not None and hasattr(model, "image_size"):
         model = model.clone(image_size=simplest(image_size))
-    return folded(model, init_variables(model, 0))
+    loaded = folded(model, init_variables(model, 0))
+    return (*loaded, _spec_of_name(name, model, image_size)) if return_spec else loaded
+
+
+def _spec_of_name(name: str, model, image_size: Size | None) -> InputSpec:
+    """Return what a name says of its images."""
+    said, channels = registry.get_spec(name), getattr(model, "in_channels", 3)
+    size = getattr(model, "image_size", image_size or said.image_size)
+    reading = dataclasses.replace(PLAIN, channels=channels, fill=(0,) * channels)
+    view = EvalView(simplest(size), said.crop_ratio, reading)
+    mean, std = (_convention(x, channels, "") for x in (said.mean, said.std))
+    if not mean:
+        raise WeightsError(f"{name}: nothing says the mean and std of {channels} channels")
+    return InputSpec(view, mean, std)
 
 
 def folded(model, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -121,6 +146,8 @@ def load_variables(
     the notes tell of all. `ema` takes the moving average of a run's weights. Raise WeightsError (a
     ValueError) with the names and shapes that do not fit.
     """
+    if str(source) == PRETRAINED:
+        source = HUB + hub_id(getattr(model or default, "name", model or default))
     if head not in HEAD_POLICIES:
         raise WeightsError(f"head={head!r}: choose one of {', '.join(HEAD_POLICIES)}")
     try:
@@ -280,7 +307,10 @@ def _locate(source: str) -> Path:
                 break
     except Exception as error:  # the client's own, its HTTP library's and the operating system's
         reason = " ".join(str(error).split())
-        raise WeightsError(f"{source}: cannot be downloaded ({reason:.300})") from error
+        raise WeightsError(
+            f"{source}: cannot be downloaded ({reason:.300}); `hf download {repository}`, where "
+            "there is a network, puts it into the cache at HF_HOME, or name a file that is here"
+        ) from error
     return folder
 
 

@@ -77,6 +77,8 @@ class _Parts:
 
 def _parts(root: Path, data) -> _Parts:
     """Find the folders to train and to evaluate on; raise UserError with those that are there."""
+    if data.eval_split == ".":  # whatever is trained on: to evaluate a folder of images
+        return _Parts(root, root)
     if data.train_split == ".":
         return _Parts(root)
     there = [name for name in subfolders(root) if has_images(root / name, data.channels)]

@@ -1,0 +1,120 @@
+"""Rows of answers, to a file or to stdout, as they come: text, JSON, JSON lines or csv."""
+
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deit_jax.analysis.predictions import softmax
+from deit_jax.data.sources.base import Dataset
+from deit_jax.errors import UserError
+from deit_jax.storage import backend
+
+FORMATS = {
+    "text": "lines to read",
+    "json": "one JSON object, its `results` a list",
+    "jsonl": "a JSON object a line",
+    "csv": "a row an image",
+}
+_SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".json": "json", ".txt": "text"}
+
+
+def format_of(out: str, asked: str | None) -> str:
+    """Return the format that was asked for, or that a file's name says."""
+    return asked or _SUFFIXES.get(Path(out).suffix, "text")
+
+
+class Out:
+    """The file that --out names, or stdout without a name; what is written is there at once."""
+
+    def __init__(self, out: str):
+        self._name, self._end = out, None
+        if out:
+            with self._explained():
+                self._end = backend(Path(out)).create(Path(out))
+
+    def write(self, text: str) -> None:
+        """Write a text; raise UserError where that cannot be."""
+        if self._end is None:
+            sys.stdout.write(text)
+            return
+        with self._explained():  # names of files that are no UTF-8 keep their bytes
+            self._end.append(text.encode("utf-8", "surrogateescape"))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._end is not None:
+            self._end.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--out={self._name}: cannot be written ({reason})") from error
+
+
+class Predictions:
+    """Predictions of one image after the other, written as they come."""
+
+    def __init__(self, file: Out, form: str, topk: int):
+        self._file, self._form, self._topk, self._count = file, form, topk, 0
+        self._csv = csv.writer(file, lineterminator="\n")
+        if form == "csv":
+            ranks = [f"{what}_{i}" for i in range(1, topk + 1) for what in ("class", "probability")]
+            self._csv.writerow(["path", *ranks])
+        elif form == "json":
+            file.write('{"results": [')
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Write what is said of one image."""
+        said = result["predictions"]
+        if self._form == "csv":
+            cells = [x for p in said for x in (p["class"], f"{p['probability']:.6f}")]
+            self._csv.writerow([result["image"], *cells])
+        elif self._form == "text":
+            lines = [f"  {p['probability']:6.1%}  {p['class']}\n" for p in said]
+            self._file.write("".join([f"{result['image']}\n", *lines]))
+        else:
+            before = "" if self._form == "jsonl" or not self._count else ", "
+            after = "\n" if self._form == "jsonl" else ""
+            self._file.write(f"{before}{json.dumps(result)}{after}")
+        self._count += 1
+
+    def end(self, unreadable: list[str]) -> None:
+        """Write what stands at the end: in JSON the images that could not be read."""
+        if self._form == "json":
+            left_out = f', "unreadable": {json.dumps(unreadable)}' if unreadable else ""
+            self._file.write(f"]{left_out}}}\n")
+
+
+class Answers:
+    """What each head said of each example of an evaluation: rows of a csv file."""
+
+    def __init__(self, file: Out, dataset: Dataset):
+        self._csv, self._dataset, self._begun = (
+            csv.writer(file, lineterminator="\n"),
+            dataset,
+            False,
+        )
+
+    def watch(self, numbers: np.ndarray, labels: np.ndarray, logits: dict[str, np.ndarray]) -> None:
+        """Write the rows of some examples."""
+        if not self._begun:
+            heads = [cell for head in logits for cell in (head, f"{head}_probability")]
+            self._csv.writerow(["path", "label", *heads])
+            self._begun = True
+        classes, said = self._dataset.classes, []
+        for x in logits.values():
+            best = x.argmax(axis=1)
+            said.append((best, softmax(x)[np.arange(len(x)), best]))
+        for i, number in enumerate(numbers.tolist()):
+            cells = [c for best, p in said for c in (classes[best[i]], f"{p[i]:.6f}")]
+            path, label = self._dataset.eval.describe(number), classes[int(labels[i])]
+            self._csv.writerow([path, label, *cells])

@@ -1,0 +1,85 @@
+"""Images named on a command line: files, folders, patterns, lists and what is piped in."""
+
+import glob
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from deit_jax.data.sources.base import PackedStrings
+from deit_jax.data.sources.files import FolderSource
+from deit_jax.data.sources.scan import Scan
+from deit_jax.errors import UserError
+
+PIPED = "-"  # stands for the paths on stdin, one a line
+
+
+class NamedImages(FolderSource):
+    """Image files by their paths, as they were given; they have no labels."""
+
+    def __init__(self, paths: Iterable[str]):
+        packed = PackedStrings(paths)
+        super().__init__(Path(), packed, np.zeros(len(packed), np.int32))
+
+
+def named_images(words: Iterable[str], channels: int = 3, listed: str = "") -> NamedImages:
+    """Return the images that words name, in that order; of a folder all below it, by name.
+
+    A word is a file, a folder, a pattern such as `photos/**/*.jpg`, or `-`: paths on stdin.
+    `listed` is a file of paths, one a line. A file is opened when its turn comes: whether it is
+    there shows then. Raise UserError for a folder or a pattern without images.
+    """
+    return NamedImages(_paths(words, channels, listed))
+
+
+def _paths(words: Iterable[str], channels: int, listed: str) -> Iterator[str]:
+    for word in words:
+        if word == PIPED:
+            yield from _lines(sys.stdin, "stdin")
+        elif os.path.isdir(word):
+            yield from _below(word, channels)
+        elif glob.has_magic(word) and not os.path.lexists(word):
+            yield from _matches(word)
+        else:
+            yield word
+    if listed == PIPED:
+        yield from _lines(sys.stdin, "stdin")
+    elif listed:
+        try:
+            with open(listed, encoding="utf-8-sig", errors="surrogateescape") as file:
+                yield from _lines(file, listed)
+        except OSError as error:
+            raise UserError(f"--list={listed}: cannot be read ({error.strerror})") from error
+
+
+def _lines(file: Iterable[str], where: str) -> Iterator[str]:
+    count = 0
+    for line in file:
+        if path := line.rstrip("\r\n"):
+            count += 1
+            yield path
+    if not count:
+        raise UserError(f"{where}: names no image; give one path a line")
+
+
+def _below(folder: str, channels: int) -> Iterator[str]:
+    scan, count = Scan(Path(folder), channels), 0
+    for place in scan.walk():
+        for name in place.files:
+            count += 1
+            yield os.path.join(folder, place.path, name)
+    if not count:
+        others = ", ".join(f"{n} {reason}" for reason, n in scan.left_out.most_common(3))
+        raise UserError(f"{folder}: no images in this folder" + (f" ({others})" if others else ""))
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    count = 0
+    for path in sorted(glob.iglob(pattern, recursive=True)):
+        if not os.path.isdir(path):
+            count += 1
+            yield path
+    if not count:
+        raise UserError(f"{pattern}: matches no file")
