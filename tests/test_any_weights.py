@@ -10,6 +10,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 import deit_jax
@@ -400,6 +401,22 @@ def test_a_backbone_is_converted_without_a_head(tiny, tmp_path, torch, capsys):
         model, params = deit_jax.load(str(again), num_classes=0)
         assert model.num_classes == 0
         assert_same(jax.device_get(params), without_head(backbone.variables["params"]))
+
+
+def test_embed_takes_backbones_with_and_without_a_head(tmp_path, torch):
+    backbone = opened(PLAIN, {"image_size": 32})
+    flat = to_torch(backbone.variables)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    image.save(tmp_path / "i.png")
+    written = []
+    for name, tree in (("full", flat), ("dino", dino_of(without_head(flat)))):
+        path = saved(tmp_path, torch, tree)
+        out = tmp_path / f"{name}.npy"
+        words = ["embed", f"--weights={path}", f"--out={out}", str(tmp_path / "i.png")]
+        assert __main__.main(words) == 0
+        written.append(np.load(out))
+    assert written[0].shape == (1, 192)
+    np.testing.assert_array_equal(*written)
 
 
 def dino_of(flat):

@@ -34,6 +34,15 @@ def test_every_published_name_is_one_of_timms():
         assert "22k" not in cfg.tag
         model = deit_jax.create_model(name)
         assert cfg.input_size[1] == getattr(model, "image_size", cfg.input_size[1])
+        if name.startswith("vit_"):
+            assert timm.models.get_pretrained_cfg(name).hf_hub_id == repository
+    untrained = {n for n in deit_jax.list_models("vit_*") if n not in PUBLISHED}
+    assert untrained == {"vit_small_patch8_224", "vit_large_patch14_224", "vit_large_patch32_224"}
+    assert all(
+        timm.models.get_pretrained_cfg(n).num_classes != 1000
+        or "untrained" in timm.models.get_pretrained_cfg(n).tag
+        for n in untrained
+    )
     without = {n for n in deit_jax.list_models("deit*") if n not in PUBLISHED}
     assert without == {"deit3_medium_patch16_384"}
     assert timm.models.get_pretrained_cfg("deit3_medium_patch16_384") is None

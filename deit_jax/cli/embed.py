@@ -6,7 +6,7 @@ from deit_jax.analysis.features import KINDS
 from deit_jax.cli.flags import Command, UsageError
 from deit_jax.data.sources.named import named_images
 from deit_jax.errors import UserError
-from deit_jax.weights.load import open_model
+from deit_jax.weights.load import load_variables
 from deit_jax.weights.pretrained import PRETRAINED
 
 EMBED_DOC = """usage: deit embed (--weights=W | --model=NAME) --out=FILE [--features=…] IMAGES ...
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     if not words and not values.list:
         raise UsageError("no image given; see `deit embed --help`")
     source = values.weights or PRETRAINED
-    opened = open_model(source, values.model)
+    opened = load_variables(source, values.model, num_classes=0)  # a head or none: all the same
     try:
         opened.check_convention()
     except ValueError as error:

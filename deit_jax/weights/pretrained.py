@@ -1,7 +1,8 @@
 """Where published weights of a name lie on the Hugging Face hub: `pretrained`, instead of a path.
 
 The files are timm's copies of the authors' own; those trained on ImageNet-1k alone where there are
-several. Others go by their id: hf-hub:timm/deit3_base_patch16_224.fb_in22k_ft_in1k.
+several, and of ViTs timm's first choice. Others go by their id:
+hf-hub:timm/deit3_base_patch16_224.fb_in22k_ft_in1k.
 """
 
 import difflib
@@ -28,9 +29,26 @@ _OF_DEIT = (
     "deit3_large_patch16_384",
     "deit3_huge_patch14_224",
 )
+_OF_VIT = (
+    "vit_tiny_patch16_224",
+    "vit_tiny_patch16_384",
+    "vit_small_patch16_224",
+    "vit_small_patch16_384",
+    "vit_small_patch32_224",
+    "vit_small_patch32_384",
+    "vit_base_patch16_384",
+    "vit_base_patch32_224",
+    "vit_base_patch32_384",
+    "vit_large_patch16_224",
+    "vit_large_patch16_384",
+)
 # By the name of the model; of regnety_160 the one that taught the published DeiTs.
 PUBLISHED = {
     **{name: f"timm/{name}.fb_in1k" for name in _OF_DEIT},
+    **{name: f"timm/{name}.augreg_in21k_ft_in1k" for name in _OF_VIT},
+    "vit_base_patch8_224": "timm/vit_base_patch8_224.augreg2_in21k_ft_in1k",
+    "vit_base_patch16_224": "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "vit_large_patch32_384": "timm/vit_large_patch32_384.orig_in21k_ft_in1k",
     "regnety_002": "timm/regnety_002.pycls_in1k",
     "regnety_004": "timm/regnety_004.tv2_in1k",
     "regnety_040": "timm/regnety_040.ra3_in1k",
