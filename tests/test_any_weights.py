@@ -184,6 +184,22 @@ def test_features_of_weights_with_and_without_a_head(tmp_path, torch, timm):
     assert deit_jax.load(str(path))[0].num_classes == 3
 
 
+@pytest.mark.parametrize("name", ["regnety_002", "efficientnet_lite0"])
+def test_convnets_without_a_head_give_features_and_start(name, tmp_path, torch, timm):
+    theirs = timm.create_model(name.replace("eff", "tf_eff"), num_classes=0).eval()
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": prefixed(theirs.state_dict(), "module.")}, path)
+    model, params = deit_jax.load(str(path), num_classes=0)
+    images = np.random.default_rng(1).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+    features = jax.jit(model.apply)({"params": params}, images).cls
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+    start = load_variables(path, None, 7, head="drop")
+    assert start.name == name
+    assert start.notes[-1] == "heads start anew: 7 classes"
+
+
 def test_distilled_weights_without_heads_start_both(tmp_path, torch):
     first = opened(DISTILLED, TINY)
     path = saved(tmp_path, torch, without_head(to_torch(first.variables)))

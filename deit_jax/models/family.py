@@ -45,7 +45,8 @@ class Family:
     `aliases` are the names of tensors in other files, the first row that fits winning; before them
     `rewrite` may change a name by rules that no table holds. `heads` are the paths of the linear
     layers whose outputs are classes, the class head first; `stem` is that of the convolution that
-    reads the image, "" if its kernel has no channels to adapt. A convnet is recognised among files
+    reads the image, "" if its kernel has no channels to adapt; by it the model is found in files,
+    whatever they wrap it in (weights/places.py). A convnet is recognised among files
     by the number of its blocks: `block` matches the beginning of a tensor's name that belongs to
     one.
     """
