@@ -129,7 +129,9 @@ def test_dino_starts_a_run_from_its_teacher(tiny, tmp_path, torch):
     )
     other = load_variables(f"{path}::student", config_of(TINY), 10, head="drop")
     assert other.variables["params"]["cls_token"] == pytest.approx(params["cls_token"] + 1)
-    with pytest.raises(UserError, match=r"no weights at 'nurse'; there are student\S* and teacher"):
+    with pytest.raises(
+        UserError, match=r"w\.pth: no weights at 'nurse'; there are student\S* and teacher"
+    ):
         load_variables(f"{path}::nurse", config_of(TINY), 10)
 
 

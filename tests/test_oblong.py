@@ -98,7 +98,7 @@ def test_convnets_take_two_sides_as_timms_do(name):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [((14, 14), (14, 20)), ((14, 14), (7, 9)), ((4, 6), (5, 5))]
+    ("old", "new"), [((14, 14), (14, 20)), ((14, 14), (7, 9)), ((4, 6), (5, 5)), ((4, 6), (3, 8))]
 )
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 def test_positions_are_resized_as_timm_does(old, new, prefix):

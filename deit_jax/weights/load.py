@@ -1,7 +1,8 @@
 """Weights from anywhere, and what they say about themselves, fitted to the model asked for.
 
-A source is a file (.pth, .safetensors), a Hugging Face or timm folder, the workdir of a run or
-`hf-hub:ORG/NAME`. torch_names.py knows the names in the files, readers.py their bytes.
+A source is a file (PyTorch's, .safetensors, .npz, msgpack), a Hugging Face, timm or Orbax folder,
+the workdir of a run or `hf-hub:ORG/NAME`; SOURCE::KEY names one of several weights in it.
+torch_names.py knows the names in the files, places.py where they are, readers.py their bytes.
 """
 
 import dataclasses
@@ -143,7 +144,8 @@ def load_variables(
 
     Position embeddings are resized to the image size, the first layer is adapted to the channels
     and to the patches (first_layer.py), what starts anew is drawn from `seed`, and
-    the notes tell of all. `ema` takes the moving average of a run's weights. Raise WeightsError (a
+    the notes tell of all. `ema` takes the moving average of the weights, of a run or in a file.
+    Weights without a head need `num_classes`, 0 for features, or head="drop". Raise WeightsError (a
     ValueError) with the names and shapes that do not fit.
     """
     if str(source) == PRETRAINED:
@@ -162,7 +164,8 @@ def load_variables(
         size = getattr(target, "image_size", image_size or found.image_size)
         fitted = fit(found, target, head, seed)
     except DISBELIEF as error:
-        prefix = "" if str(error).startswith(str(source)) else f"{source}: "
+        named = str(error).startswith(split_key(str(source))[0])
+        prefix = "" if named else f"{source}: "
         raise WeightsError(f"{prefix}{in_one_line(error)}") from error
     return dataclasses.replace(fitted, image_size=size, name=name_of(model, fitted))
 
