@@ -90,6 +90,8 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
         c.model.image_size = image_size(config.model)
     c.epochs, c.optim.lr = c.teacher.epochs, c.teacher.lr
     c.optim.ema_decay = 0.0
+    c.optim.tune, c.optim.freeze = "all", ""  # the student's alone
+    c.optim.layer_decay, c.optim.lr_multipliers = 1.0, ""
     c.distill.kind, c.teacher.tape = "none", "off"
     c.init.weights, c.init.required = "", False
     return c

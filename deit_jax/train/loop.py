@@ -80,7 +80,8 @@ class Trainer:
             return state
         params, stats = self._start["params"], self._start.get("batch_stats", {})
         params |= {EXTRAS: state.params[EXTRAS]} if EXTRAS in state.params else {}
-        ema = {"params": params, "batch_stats": stats} if state.ema is not None else None
+        moving = self.experiment.settings.tuning.moving(params)
+        ema = {"params": moving, "batch_stats": stats} if state.ema is not None else None
         places = self.experiment.state_shardings
         return state.replace(
             params=jax.device_put(params, places.params),
@@ -265,5 +266,5 @@ class Trainer:
         heads = self.evaluator.model(self.experiment.model, self.state.variables)
         results: dict[str, Any] = {**self.evaluator.examples(), **heads}
         if self.state.ema is not None:
-            results["ema"] = self.evaluator.model(self.experiment.model, self.state.ema)
+            results["ema"] = self.evaluator.model(self.experiment.model, self.state.averaged)
         return results

@@ -89,7 +89,11 @@ def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):
     Heads that are kept get the order of `classes`.
     """
     init = experiment.config.init
-    if not init.weights or steps_in(workdir / "checkpoints"):
+    if steps_in(workdir / "checkpoints"):
+        return None
+    if not init.weights:
+        if experiment.settings.tuning.partial:
+            log.warning("what is frozen stays as drawn: config.init.weights names no weights")
         return None
     try:
         opened = load_variables(
@@ -113,17 +117,22 @@ def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):
 
 def summary(trainer: Trainer) -> str:
     """Return a line on model, data, length, devices and decoder."""
-    experiment, dataset = trainer.experiment, trainer.dataset
-    count = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    experiment, dataset, params = trainer.experiment, trainer.dataset, trainer.state.params
+    count, moving = map(_count, (params, experiment.settings.tuning.moving(params)))
+    trained = "" if moving == count else f", {moving / 1e6:.2f} M of them trained"
     return (
-        f"{experiment.name}: {count / 1e6:.2f} M parameters; {len(dataset.train)} training and "
-        f"{len(dataset.eval)} evaluation images in {len(dataset.classes)} classes; "
-        f"{trainer.total_steps} steps of {experiment.batch_size}, "
+        f"{experiment.name}: {count / 1e6:.2f} M parameters{trained}; "
+        f"{len(dataset.train)} training and {len(dataset.eval)} evaluation images in "
+        f"{len(dataset.classes)} classes; {trainer.total_steps} steps of {experiment.batch_size}, "
         f"{experiment.order.steps_per_epoch} an epoch; "
         f"{experiment.mesh.size} {jax.devices()[0].device_kind} device(s), "
         f"{experiment.dtype.name} compute; images decoded by "
         f"{choose(experiment.data.decoder)}{_in_parts(experiment)}"
     )
+
+
+def _count(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def uneven(experiment: Experiment, dataset: Dataset) -> list[str]:

@@ -62,6 +62,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     check(bits == 0 or bits > 8, "data.bits", "must be 0, or between 9 and 32")
     _check_channels(config.data, config.augment, check)
     _check_images(config.augment, config.mixing, check)
+    check_schedule(config.optim, config.optim.lr)
     _check_batches(mesh_sizes(config.mesh, num_devices), check)
     teacher = [] if config.distill.kind == "none" else [(config.teacher.model, "teacher.")]
     _check_devices(config.dtype, [(config.model, ""), *teacher], config.data.channels, check)
@@ -87,6 +88,18 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "distillation needs a teacher: give the workdir of one trained by `deit train`, or train "
         "one first with --config.teacher.epochs=N",
     )
+
+
+def check_schedule(optim, lr: float, key: str = "optim.lr") -> None:
+    """Raise UserError if a learning rate climbs where it should fall; `key` is the peak's name."""
+    for name, when in (("min_lr", "at the end"), ("warmup_lr", "before the warm-up")):
+        used = name == "min_lr" or optim.warmup_epochs > 0
+        if used and optim[name] > lr and not optim.may_rise:
+            raise UserError(
+                f"config.optim.{name}={optim[name]:g}: the rate {when} is above its peak, "
+                f"config.{key}={lr:g}, which follows batch_size unless it is given; lower {name} "
+                f"to {lr:g} or less, or allow it with --config.optim.may_rise=True"
+            )
 
 
 def _check_heads(model_config, heads: str, kind: str, channels: int, check: Check) -> None:
@@ -267,6 +280,7 @@ def check_teacher(config: ConfigDict, num_devices: int) -> None:
     if config.teacher.weights or config.teacher.tape == "replay":
         return
     own = teacher_config(config)
+    check_schedule(own.optim, own.optim.lr, "teacher.lr")
     validate(own, num_devices)
     model = build_model(own.model, 2, of="teacher.", channels=channels)
     size, given = own.model.image_size, config.teacher.model.image_size

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
-from deit_jax.step.state import EXTRAS
+from deit_jax.step.state import EXTRAS, averaged
 from deit_jax.storage import exists, read_json
 from deit_jax.workdir import checksums
 
@@ -47,7 +47,9 @@ def load_run(workdir: str | Path, dtype: str = "float32") -> Run:
     if "attention" in here:  # the kernel of the training's devices, which may not be at hand
         del here["attention"]
     model = build_model(here, len(classes), dtype, channels=config.data.channels)
-    ema = _models_own(state["ema"]) if state["ema"] is not None else None
+    ema = None
+    if state["ema"] is not None:
+        ema = _models_own(averaged(state["params"], state["ema"]))
     return Run(config, classes, model, variables, ema, int(state["step"]))
 
 
