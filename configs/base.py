@@ -50,6 +50,8 @@ def get_config() -> ConfigDict:
     c.init = ConfigDict()
     c.init.weights = ""  # start from a run's workdir, a weight file or folder, hf-hub:ORG/NAME
     c.init.head = "error"  # where heads differ: error, drop = all anew, cls = keep the class head
+    c.init.checkpoint = "latest"  # of a run: latest, best or a step; best of those that are kept
+    c.init.ema = False  # the moving average of its weights
     c.init.required = False  # whether this config makes sense without weights to start from
 
     c.data = ConfigDict()
@@ -132,6 +134,8 @@ def get_config() -> ConfigDict:
 
     c.teacher = ConfigDict()
     c.teacher.weights = ""  # workdir of a finished `deit train`
+    c.teacher.checkpoint = "latest"  # of a run: latest, best or a step
+    c.teacher.ema = False  # the moving average of its weights
     c.teacher.epochs = 0.0  # without weights: first train teacher.model so long, in WORKDIR/teacher
     # Resize its images on device: a side or (height, width); None = the student's.
     c.teacher.image_size = placeholder(object)

@@ -104,6 +104,8 @@ def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):
             init.head,
             seed=experiment.settings.seed,
             in_channels=experiment.data.channels,
+            checkpoint=init.checkpoint,
+            ema=init.ema,
         )
     except UserError as error:
         raise UserError(f"config.init.weights={init.weights}: {error}") from error

@@ -21,6 +21,7 @@ from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
 from deit_jax.train.load_teacher import teacher_config
+from deit_jax.workdir.saved_run import LATEST, parse_checkpoint
 
 
 class Check:
@@ -78,6 +79,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "init.weights",
         "this config starts from trained weights: give a run's workdir or a weight file",
     )
+    _check_checkpoints(check)
     _check_tape(config.teacher, config.distill.kind, config.data.multi_label, check)
     check(
         config.distill.kind == "none"
@@ -152,6 +154,30 @@ def _check_labels(check: Check) -> None:
         "loss.class_weights",
         f"loss.kind={kind} knows no weights of classes; leave it out",
     )
+
+
+def _check_checkpoints(check: Check) -> None:
+    """Check which weights of other runs are meant, and that they are asked for."""
+    trained_first = check["teacher.epochs"] > 0 and check["teacher.tape"] != "replay"
+    known = check["distill.kind"] != "none" and bool(check["teacher.weights"])
+    chosen_from = {
+        "init.checkpoint": bool(check["init.weights"]),
+        "init.ema": bool(check["init.weights"]),
+        "teacher.checkpoint": known or (check["distill.kind"] != "none" and trained_first),
+        "teacher.ema": known,  # a teacher that is trained first has none
+    }
+    for key, there in chosen_from.items():
+        group, field = key.split(".")
+        if field == "checkpoint":
+            try:
+                parse_checkpoint(check[key])
+            except UserError as error:
+                raise UserError(f"config.{group}.{error}") from None
+        check(
+            there or check[key] in (LATEST, False),
+            key,
+            f"there is no config.{group}.weights that it could be of; give it, or leave this out",
+        )
 
 
 def _check_tape(teacher, kind: str, several: bool, check: Check) -> None:

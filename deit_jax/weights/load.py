@@ -35,7 +35,7 @@ from deit_jax.weights.fit import (
 )
 from deit_jax.weights.metadata import DISBELIEF, Metadata, in_one_line, read_metadata
 from deit_jax.weights.torch_names import from_torch
-from deit_jax.workdir.saved_run import load_run
+from deit_jax.workdir.saved_run import LATEST, load_run
 
 HUB = "hf-hub:"
 
@@ -91,14 +91,23 @@ def folded(model, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def open_model(
-    source: str | Path, model: str | None = None, *, default=None, dtype: str = "float32"
+    source: str | Path,
+    model: str | None = None,
+    *,
+    default=None,
+    dtype: str = "float32",
+    checkpoint: str | int = LATEST,
+    ema: bool = False,
 ) -> LoadedWeights:
     """Return weights as they are, with their own classes and image size.
 
     `model` is their registered name where they do not say it; `default` a name or config.model for
-    weights that neither say it nor have the shapes of one registered model.
+    weights that neither say it nor have the shapes of one registered model. `checkpoint` and `ema`
+    are as in load_variables.
     """
-    return load_variables(source, model, default=default, dtype=dtype)
+    return load_variables(
+        source, model, default=default, dtype=dtype, checkpoint=checkpoint, ema=ema
+    )
 
 
 def load_variables(
@@ -113,18 +122,20 @@ def load_variables(
     default=None,
     seed: int = 0,
     dtype: str = "float32",
+    checkpoint: str | int = LATEST,
 ) -> LoadedWeights:
     """Return weights fitted to a model: a registered name, a config.model, or None, their own.
 
     Position embeddings are resized to the image size, the first layer is adapted to the channels
     (fit.adapt_channels), what starts anew is drawn from `seed`, and
-    the notes tell of all. `ema` takes the moving average of a run's weights. Raise WeightsError (a
+    the notes tell of all. `ema` takes the moving average of a run's weights, `checkpoint` one of
+    its checkpoints: latest, best or a step. Raise WeightsError (a
     ValueError) with the names and shapes that do not fit.
     """
     if head not in HEAD_POLICIES:
         raise WeightsError(f"head={head!r}: choose one of {', '.join(HEAD_POLICIES)}")
     try:
-        found = _open(str(source), model, default, image_size, dtype)
+        found = _open(str(source), model, default, image_size, dtype, checkpoint)
         found = _averaged(found) if ema else found
         target = target_model(found, model, num_classes, image_size, in_channels, head, dtype)
         size = getattr(target, "image_size", image_size or found.image_size)
@@ -135,11 +146,15 @@ def load_variables(
     return dataclasses.replace(fitted, image_size=size, name=name_of(model, fitted))
 
 
-def _open(source: str, model, default, image_size: Size | None, dtype: str) -> LoadedWeights:
+def _open(
+    source: str, model, default, image_size: Size | None, dtype: str, checkpoint: str | int
+) -> LoadedWeights:
     """Return the weights in their own model."""
     path = _locate(source)
     if path.is_dir() and not any(exists(path / name) for name in _IN_FOLDER):
-        return _open_run(source, path, model, dtype)
+        return _open_run(source, path, model, dtype, checkpoint)
+    if checkpoint != LATEST:
+        raise ValueError(f"checkpoint={checkpoint} is of a run, and this is none; leave it out")
     metadata, flat = read_metadata(path), readers.read(path)
     name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
     variables = from_torch(flat, name, **overrides)
@@ -174,12 +189,12 @@ def _convention(values: tuple[float, ...], channels: int, key: str) -> tuple[flo
     return ()
 
 
-def _open_run(source: str, path: Path, model, dtype: str) -> LoadedWeights:
+def _open_run(source: str, path: Path, model, dtype: str, checkpoint: str | int) -> LoadedWeights:
     if not exists(path / "classes.json"):
         files = " or ".join(_IN_FOLDER)
         raise ValueError(f"neither the workdir of a `deit train` run nor a folder with {files}")
     try:
-        run = load_run(path, dtype)
+        run = load_run(path, dtype, checkpoint)
     except UserError as error:  # of its own config, which is not the one at hand
         raise ValueError(str(error)) from error
     check_shapes(run.variables, run.model, run.model)

@@ -5,6 +5,7 @@ WORKDIR/checkpoints/N   the state after N steps; sha256.json in it holds checksu
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from deit_jax.workdir import checksums
 log = logging.getLogger("deit_jax")
 # Orbax warns of a directory that we open to read that it is only to be read.
 logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
+
+
+def best_of(facts: Mapping[int, dict[str, Any]], figure: str) -> int | None:
+    """Return the step whose `figure` is the highest, the newest of equals; None without any.
+
+    `facts` are those saved beside the states, by their steps. The figure is the fused prediction's
+    of the weights themselves, not of their average.
+    """
+    ranked = [s for s, known in facts.items() if known.get(figure) is not None]
+    return max(ranked, key=lambda s: (facts[s][figure], s), default=None)
 
 
 @dataclasses.dataclass
@@ -41,9 +52,8 @@ class KeepPolicy:
         # what a run finds to roll back to would depend on when it was stopped.
         kept = {s for s in steps if not facts[s].get("interim")}
         kept = set(sorted(kept)[-self.keep :]) | set(steps[-1:])
-        ranked = [s for s in steps if facts[s].get(self.best) is not None]
-        if ranked:
-            kept.add(max(ranked, key=lambda s: (facts[s][self.best], s)))
+        if (best := best_of(facts, self.best)) is not None:
+            kept.add(best)
         return [s in kept for s in steps]
 
 
