@@ -185,6 +185,8 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.log_every_steps = 50
     c.train.eval_every_epochs = 1.0
+    # Stop early, once no evaluation was better than the best for so many epochs; 0 = never.
+    c.train.patience_epochs = 0.0
     c.train.save_every_epochs = 1.0
     c.train.keep_checkpoints = 2  # the latest ones; the best one is kept besides
     c.train.eval_batch_size = 1024

@@ -166,6 +166,7 @@ RANGES = {
     "train.log_every_steps": _COUNT,
     "train.eval_every_epochs": _EPOCHS,
     "train.save_every_epochs": _EPOCHS,
+    "train.patience_epochs": _SIZE,
     "train.keep_checkpoints": _COUNT,
     "train.eval_batch_size": _BATCH,
     "train.max_bad_steps": Range(0, INT32),

@@ -101,6 +101,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     c.init.weights, c.init.required = "", False
     c.init.checkpoint, c.init.ema = LATEST, False
     c.teacher.checkpoint, c.teacher.ema = LATEST, False
+    c.train.patience_epochs = 0.0
     return c
 
 

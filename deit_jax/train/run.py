@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,7 +17,8 @@ from deit_jax.data.sources.base import Dataset
 from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.parallel.signals import StopRequest
-from deit_jax.storage import steps_in, write_json
+from deit_jax.step.optimizer import make_schedule
+from deit_jax.storage import exists, read_json, steps_in, write_json
 from deit_jax.train import memory
 from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.load_teacher import load_teacher, teacher_config
@@ -54,6 +56,8 @@ def train(
         tape = open_tape(experiment, workdir, dataset, teacher)
         teacher = None  # the tape keeps it on hand
     with directory.locked(workdir):
+        before = _epochs_before(workdir)
+        _check_length(experiment, workdir)
         directory.bind_config(workdir, config, dataset.classes, allowed)
         for line in held_out.note(workdir, dataset, experiment.settings.class_weights):
             log.warning(line)
@@ -65,10 +69,43 @@ def train(
         tape = tape or open_tape(experiment, workdir, dataset, teacher)
         with experiment.explained():
             trainer = Trainer(experiment, workdir, dataset, teacher, start, stop, tape=tape)
-        if results := directory.finished(workdir, trainer.total_steps):
+        patience = experiment.train.patience_epochs
+        if results := directory.finished(workdir, trainer.total_steps, patience):
             log.info("%s: already finished", workdir)
             return results
+        _tell_length(experiment, int(trainer.state.step), before)
         return _run_to_the_end(trainer)
+
+
+def _epochs_before(workdir: Path) -> float | None:
+    """Return the epochs that the run in a workdir was to train so far, None without one."""
+    path = workdir / "config.json"
+    return float(read_json(path)["epochs"]) if exists(path) else None
+
+
+def _check_length(experiment: Experiment, workdir: Path) -> None:
+    """Raise UserError for a number of epochs that the run in a workdir has passed."""
+    config, total = experiment.config, experiment.total_steps
+    if (step := max(steps_in(workdir / "checkpoints"), default=0)) > total:
+        raise UserError(
+            f"config.epochs={config.epochs:g}: these are {total} steps, and the run has taken "
+            f"{step}; give more epochs, or choose a new --workdir"
+        )
+
+
+def _tell_length(experiment: Experiment, step: int, before: float | None) -> None:
+    """Say what another number of epochs does to the learning rate."""
+    config = experiment.config
+    if before is None or before == config.epochs or not step:
+        return
+    old = make_schedule(config.optim, before, experiment.order.steps_per_epoch)
+    log.info(
+        "config.epochs: %g -> %g: the schedule is that of the new length, so that the learning "
+        "rate goes on at %.3g, where it would have been %.3g",
+        before,
+        config.epochs,
+        *(float(schedule(jnp.int32(step))) for schedule in (experiment.schedule, old)),
+    )
 
 
 def _announce(dataset: Dataset, source: str, workdir: Path, reading: Reading) -> None:
@@ -182,7 +219,8 @@ def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
     provenance = directory.provenance()
     directory.log_event(workdir, "start", step=int(trainer.state.step), **provenance)
     trainer.run()
-    results = {"step": trainer.total_steps, **trainer.evaluate()}
+    early = {"stopped_early": trainer.stopped_early} if trainer.stopped_early else {}
+    results = {"step": int(trainer.state.step), **early, **trainer.evaluate()}
     if trainer.teacher:
         results["teacher"] = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
     _draw(trainer, results)

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -106,13 +107,15 @@ class Checkpointer:
         score: float | None,
         interim: bool = False,
         eval_pending: bool = False,
+        known: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Start saving; `score` (percent) ranks the checkpoint if it was just evaluated.
 
-        `interim` marks a checkpoint outside the plan, `eval_pending` one whose evaluation is due.
+        `interim` marks a checkpoint outside the plan, `eval_pending` one whose evaluation is due;
+        what is `known` besides is in its facts too.
         """
         self.settle()
-        facts = {self._best: score, "interim": interim, "eval_pending": eval_pending}
+        facts = {self._best: score, "interim": interim, "eval_pending": eval_pending, **known}
         self._saving = step
         try:
             backend(self._directory).must_be_writable(self._directory)
