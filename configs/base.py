@@ -50,6 +50,8 @@ def get_config() -> ConfigDict:
     c.init = ConfigDict()
     c.init.weights = ""  # start from a run's workdir, a weight file or folder, hf-hub:ORG/NAME
     c.init.head = "error"  # where heads differ: error, drop = all anew, cls = keep the class head
+    c.init.checkpoint = "latest"  # of a run: latest, best or a step; best of those that are kept
+    c.init.ema = False  # the moving average of its weights
     c.init.required = False  # whether this config makes sense without weights to start from
 
     c.data = ConfigDict()
@@ -133,6 +135,8 @@ def get_config() -> ConfigDict:
 
     c.teacher = ConfigDict()
     c.teacher.weights = ""  # workdir of a finished `deit train`
+    c.teacher.checkpoint = "latest"  # of a run: latest, best or a step
+    c.teacher.ema = False  # the moving average of its weights
     c.teacher.epochs = 0.0  # without weights: first train teacher.model so long, in WORKDIR/teacher
     # Resize its images on device: a side or (height, width); None = the student's.
     c.teacher.image_size = placeholder(object)
@@ -152,12 +156,24 @@ def get_config() -> ConfigDict:
     c.optim.warmup_lr = 1e-6
     c.optim.warmup_epochs = 5.0
     c.optim.min_lr = 1e-5
+    # Whether min_lr and warmup_lr may be above lr, so that the rate climbs where it should fall.
+    # None = no, but for runs that began when that was not asked.
+    c.optim.may_rise = placeholder(bool)
     c.optim.weight_decay = 0.05
     c.optim.b1 = 0.9  # momentum, for sgd
     c.optim.b2 = 0.999
     c.optim.eps = 1e-8
     c.optim.clip_norm = 0.0  # of the global gradient; 0 = no clipping
     c.optim.accum_steps = 1  # micro-batches per update, for memory's sake
+    # What is trained: all; linear_probe = the heads; attention_only = attention, positions, heads.
+    # Of it, freeze what fits patterns of paths with commas between them, where * stands for
+    # anything: blocks_[0-5],patch_embed. Frozen parameters have no gradient and no moments.
+    c.optim.tune = "all"
+    c.optim.freeze = ""
+    # Rates of single layers: times layer_decay for every layer further from the heads, as in timm;
+    # and times the number of the first pattern that fits: head*=10,patch_embed=0.1
+    c.optim.layer_decay = 1.0
+    c.optim.lr_multipliers = ""
     c.optim.ema_decay = 0.99996  # exponential moving average of the weights; 0 = none
 
     c.mesh = ConfigDict()
@@ -170,6 +186,8 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.log_every_steps = 50
     c.train.eval_every_epochs = 1.0
+    # Stop early, once no evaluation was better than the best for so many epochs; 0 = never.
+    c.train.patience_epochs = 0.0
     c.train.save_every_epochs = 1.0
     c.train.keep_checkpoints = 2  # the latest ones; the best one is kept besides
     c.train.eval_batch_size = 1024

@@ -26,7 +26,9 @@ def get_config(text: str = ""):
     c.epochs = 30.0
     c.batch_size = 512
     c.optim.lr = c.get_ref("batch_size").to_float() * 5e-6 / 512
-    c.optim.min_lr = 5e-6  # flat after the warm-up
+    # Flat after the warm-up, for whatever batch: both follow it as the rate does.
+    c.optim.min_lr = c.get_ref("batch_size").to_float() * 5e-6 / 512
+    c.optim.warmup_lr = c.get_ref("batch_size").to_float() * 1e-6 / 512
     c.optim.weight_decay = 1e-8
     c.optim.ema_decay = 0.0
     return c

@@ -1,5 +1,7 @@
 """Schedule, mask and update against their formulas."""
 
+import importlib
+import json
 import math
 
 import jax
@@ -8,9 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from deit_jax.configs import base, deit
+from deit_jax.config import files
+from deit_jax.config.serialize import to_json
+from deit_jax.configs import base, deit, deit_finetune384
 from deit_jax.data.order import whole_steps
+from deit_jax.errors import UserError
 from deit_jax.step.optimizer import decay_mask, make_optimizer, make_schedule
+from deit_jax.train.began import began_rising
+from deit_jax.train.validate import check_schedule
+from tests.tiny import make_tiny_config
 
 STEPS = 10
 
@@ -55,6 +63,72 @@ def test_learning_rate_follows_the_batch_size():
     c.optim.lr = 7e-4
     c.batch_size = 1024
     assert c.optim.lr == pytest.approx(7e-4)  # a rate set by hand stays
+
+
+ARGUMENTS = {
+    "deit": [f"variant={v},distilled={d}" for v in ("tiny", "base") for d in (False, True)],
+    "deit3": [
+        f"size={s},stage={t}"
+        for s in ("small", "huge")
+        for t in ("pretrain", "finetune224", "finetune384")
+    ],
+    "deit_finetune384": ["", "variant=tiny,distilled=False"],
+    "deit_transfer": [f"dataset={d}" for d in ("cifar10", "inat18")],
+    "teacher": [f"variant={v}" for v in ("002", "160")],
+}
+
+
+def shipped(name, argument):
+    made = importlib.import_module(f"deit_jax.configs.{name}").get_config
+    return made(argument) if name in ARGUMENTS else made()
+
+
+@pytest.mark.parametrize("batch", [64, 256, 1024, 4096])
+def test_every_shipped_schedule_falls_after_its_warm_up(batch):
+    names = {name.split("/")[-1].removesuffix(".py") for name in files.shipped()}
+    assert set(ARGUMENTS) < names
+    for name in sorted(names):
+        for argument in ARGUMENTS.get(name, [""]):
+            c = shipped(name, argument)
+            c.batch_size = batch
+            check_schedule(c.optim, c.optim.lr)
+            check_schedule(c.optim, c.teacher.lr, "teacher.lr")
+            schedule = make_schedule(c.optim, c.epochs, STEPS)
+            rates = np.asarray(jax.vmap(schedule)(jnp.arange(int(c.epochs * STEPS))))
+            after = rates[math.ceil(c.optim.warmup_epochs * STEPS) :]
+            assert (np.diff(after) <= 1e-6 * c.optim.lr).all(), (name, argument)
+            assert rates.max() <= c.optim.lr * (1 + 1e-6), (name, argument)
+
+
+def test_finetuning_at_384_is_the_references_at_its_batch():
+    c = deit_finetune384.get_config("")
+    assert (c.optim.lr, c.optim.min_lr, c.optim.warmup_lr) == (5e-6, 5e-6, 1e-6)
+
+
+def test_a_rate_that_would_climb_is_refused_with_both_numbers():
+    c = deit.get_config("variant=tiny")
+    c.optim.lr = 5e-6
+    with pytest.raises(UserError, match=r"optim.min_lr=1e-05: .*config.optim.lr=5e-06, .*may_rise"):
+        check_schedule(c.optim, c.optim.lr)
+    c.optim.min_lr, c.optim.warmup_lr = 0.0, 1e-5
+    with pytest.raises(UserError, match=r"optim.warmup_lr=1e-05: .*config.optim.lr=5e-06"):
+        check_schedule(c.optim, c.optim.lr)
+    c.optim.warmup_epochs = 0.0  # then it is never used
+    check_schedule(c.optim, c.optim.lr)
+    c.optim.min_lr, c.optim.may_rise = 1.0, True
+    check_schedule(c.optim, c.optim.lr)
+
+
+def test_a_run_that_began_with_a_climbing_rate_goes_on_so(tmp_path):
+    """Its config.json is of a version without the field, or says that it may."""
+    assert not began_rising(tmp_path)
+    old = to_json(make_tiny_config())
+    del old["optim"]["may_rise"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert began_rising(tmp_path)
+    old["optim"]["may_rise"] = False
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert not began_rising(tmp_path)
 
 
 def params():

@@ -19,6 +19,7 @@ from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import TrainState
 from deit_jax.step.teacher import Teacher
 from deit_jax.train.experiment import settings_of
+from deit_jax.train.finetune import tuning_of
 from deit_jax.weights.torch_names import from_torch
 from tests.tiny import make_tiny_config
 
@@ -127,9 +128,12 @@ def reference_optimizer(torch, model, c):
     )
 
 
-def run_reference(torch, model, c, data):
-    """Return the loss of every step; the model is trained in place."""
-    optimizer, losses = reference_optimizer(torch, model, c), []
+def run_reference(torch, model, c, data, optimizer=None):
+    """Return the loss of every step; the model is trained in place.
+
+    A group of a given optimizer may have a factor of the rate, as timm's schedulers know it.
+    """
+    optimizer, losses = optimizer or reference_optimizer(torch, model, c), []
     for lr, images, labels, taught in zip(learning_rates(c), *data, strict=True):
         images = (images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
         off = c.loss.smoothing / K
@@ -140,7 +144,7 @@ def run_reference(torch, model, c, data):
             torch, outputs, torch.from_numpy(targets), torch.from_numpy(taught), c.distill
         )
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -151,7 +155,8 @@ def run_reference(torch, model, c, data):
 def run_ours(name, params, c, data):
     """Return the loss of every train_step and the final parameters."""
     model = create_model(name, num_classes=K, **SHAPE)
-    tx = make_optimizer(c.optim, make_schedule(c.optim, 1.0, STEPS))
+    tuning = tuning_of(c.optim, c.init, name, model, SIZE)
+    tx = make_optimizer(c.optim, make_schedule(c.optim, 1.0, STEPS), tuning)
     teacher = Recorded(None, MEAN, STD, MEAN, STD) if c.distill.kind != "none" else None
     train_step = jax.jit(
         functools.partial(
@@ -159,11 +164,12 @@ def run_ours(name, params, c, data):
             model=model,
             teacher=teacher,
             tx=tx,
-            settings=settings_of(c, K),
+            settings=settings_of(c, K, tuning=tuning),
         )
     )
     params = jax.tree.map(jnp.asarray, params)
-    state, losses = TrainState(jnp.int32(0), params, {}, tx.init(params), None), []
+    moments = tx.init(tuning.moving(params))
+    state, losses = TrainState(jnp.int32(0), params, {}, moments, None), []
     for images, labels, taught in zip(*data, strict=True):
         state, metrics = train_step(state, taught, {"image": images, "label": labels})
         losses.append(float(metrics["loss"]))

@@ -27,6 +27,7 @@ from deit_jax.train.load_teacher import load_teacher, teacher_spec
 from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import open_model
 from deit_jax.workdir import records
+from deit_jax.workdir.saved_run import LATEST
 
 log = logging.getLogger("deit_jax")
 
@@ -35,7 +36,15 @@ TOKEN_IMAGES = 128  # that the tokens' cosine is averaged over
 ATTENTION_IMAGES = 5
 TRIES = 3
 _COMPUTED = (
-    *("checkpoint_step", "total_steps", "steps_per_epoch", "evaluation", "tokens", "attention"),
+    *(
+        "checkpoint_step",
+        "checkpoint_ema",
+        "total_steps",
+        "steps_per_epoch",
+        "evaluation",
+        "tokens",
+        "attention",
+    ),
     *("patch_grid", "position_similarity", "patch_filters"),
 )
 
@@ -58,9 +67,15 @@ class _Seen:
     said: predictions.Predictions | None = None
 
 
-def analyze(workdirs: Sequence[str | Path], images: int = IMAGES) -> Analysis:
+def analyze(
+    workdirs: Sequence[str | Path],
+    images: int = IMAGES,
+    checkpoint: str | int = LATEST,
+    ema: bool = False,
+) -> Analysis:
     """Return the figures of runs, evaluated on at most `images` evenly spaced held-out images.
 
+    `checkpoint` (latest, best or a step) and `ema` say which of their weights are looked at.
     What cannot be computed, as without a checkpoint, is None, and the run's `notes` say why. Raise
     UserError if there is no run in one of the directories.
     """
@@ -69,7 +84,9 @@ def analyze(workdirs: Sequence[str | Path], images: int = IMAGES) -> Analysis:
     for path in paths:
         records.config_of(path)
     _leave_accelerator(paths)
-    seen = [_run(path, name, images) for path, name in zip(paths, names, strict=True)]
+    seen = [
+        _run(path, name, images, (checkpoint, ema)) for path, name in zip(paths, names, strict=True)
+    ]
     figures = {
         "deit_jax": __version__,
         "generated": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -88,17 +105,19 @@ def _leave_accelerator(workdirs: Sequence[Path]) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def _run(workdir: Path, name: str, images: int) -> _Seen:
+def _run(workdir: Path, name: str, images: int, which: tuple[str | int, bool]) -> _Seen:
     figures = {"name": name, **records.read(workdir), **dict.fromkeys(_COMPUTED), "notes": {}}
     seen, notes = _Seen(figures), figures["notes"]
     figures["data_card"] = records.data_card(workdir)
     try:
-        opened = _open(workdir)
+        opened = _open(workdir, *which)
         if opened.run is None:
             raise UserError(f"{workdir}: has weight files besides a run's; move them elsewhere")
-        figures["checkpoint_step"] = opened.run.step
+        figures["checkpoint_step"], figures["checkpoint_ema"] = opened.run.step, which[1]
         figures |= transformer.learned(opened)
     except UserError as error:
+        if which != (LATEST, False):  # it was asked for
+            raise
         opened, notes["checkpoint"] = None, str(error)
         if figures["step"] == 0 and exists(workdir / "teacher" / "config.json"):
             notes["checkpoint"] += f"; its teacher is a run of its own, {workdir / 'teacher'}"
@@ -112,13 +131,13 @@ def _run(workdir: Path, name: str, images: int) -> _Seen:
     return seen
 
 
-def _open(workdir: Path) -> LoadedWeights:
-    """Return the newest checkpoint; a training may delete one while it is being read."""
+def _open(workdir: Path, checkpoint: str | int, ema: bool) -> LoadedWeights:
+    """Return a checkpoint's weights; a training may delete one while it is being read."""
     dtype = records.config_of(workdir)["dtype"]
     for _ in range(TRIES):
         before = _checkpoints(workdir)
         try:
-            return open_model(workdir, dtype=dtype)
+            return open_model(workdir, dtype=dtype, checkpoint=checkpoint, ema=ema)
         except UserError as error:
             failure = error
             if _checkpoints(workdir) == before:

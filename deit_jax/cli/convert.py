@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deit_jax.cli.flags import Command, UsageError
+from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
 from deit_jax.weights.convert import EXPORTERS, convert
 from deit_jax.weights.fit import HEAD_POLICIES
 from deit_jax.weights.load import load_variables
@@ -32,15 +32,14 @@ def main(argv: list[str]) -> None:
     command.integer("num_classes", None, "with --head=drop: classes of DST")
     policies = "; ".join(f"{k} = {v}" for k, v in HEAD_POLICIES.items())
     command.choice("head", "error", list(HEAD_POLICIES), policies)
-    command.boolean("ema", False, "take the moving average of the weights, of a run or in a file")
+    add_checkpoint_flags(command)
     command.boolean("force", False, "overwrite DST")
     words = command.parse(argv)
     if len(words) != 2:
         raise UsageError("give SRC and DST; see `deit convert --help`")
     values = command.flags
-    opened = load_variables(
-        words[0], values.model, values.num_classes, values.image_size, values.head, ema=values.ema
-    )
+    shape = (values.model, values.num_classes, values.image_size, values.head)
+    opened = load_variables(words[0], *shape, ema=values.ema, checkpoint=values.checkpoint)
     to = convert(opened, words[1], values.to, values.force)
     for note in opened.notes:
         print(note)

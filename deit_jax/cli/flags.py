@@ -12,6 +12,7 @@ from deit_jax.config import files
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
 from deit_jax.storage import write_text
+from deit_jax.workdir.saved_run import LATEST, parse_checkpoint
 
 _LIST = "configs/base.py lists them all"
 _REMEDIES = {  # for what the flags' libraries say of a value
@@ -36,6 +37,26 @@ class _SizeParser(flags.ArgumentParser):
     def flag_type(self) -> str:
         """Return what --help calls it."""
         return "size"
+
+
+class _CheckpointParser(flags.ArgumentParser):
+    """`latest`, `best` or the number of a step; with `every` also `all`."""
+
+    def __init__(self, every: bool):
+        self._every = every
+
+    def parse(self, argument: str | int) -> str | int:
+        """Return which checkpoint is meant; raise ValueError for what is none."""
+        if self._every and argument == "all":
+            return "all"
+        try:
+            return parse_checkpoint(argument)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+    def flag_type(self) -> str:
+        """Return what --help calls it."""
+        return "checkpoint"
 
 
 class UsageError(UserError):
@@ -165,6 +186,14 @@ def add_workdir_flags(command: Command, images: int) -> None:
     command.integer(
         "images", images, "evaluate on at most so many images, evenly spaced", lower_bound=1
     )
+
+
+def add_checkpoint_flags(command: Command, every: bool = False) -> None:
+    """Define --checkpoint and --ema, which say what of a run is taken; `every` allows all."""
+    words = "latest, best or a step" + (", or all" if every else "")
+    text = f"of a run: {words}; best by the held-out images, of those that are kept"
+    flags.DEFINE(_CheckpointParser(every), "checkpoint", LATEST, text, command.flags)
+    command.boolean("ema", False, "take a run's moving average of the weights")
 
 
 def write_output(path: str | Path, text: str) -> None:

@@ -7,11 +7,17 @@ from pathlib import Path
 
 from deit_jax.analysis.figures import IMAGES, analyze
 from deit_jax.analysis.report.page import page
-from deit_jax.cli.flags import Command, add_workdir_flags, no_words, write_output
+from deit_jax.cli.flags import (
+    Command,
+    add_checkpoint_flags,
+    add_workdir_flags,
+    no_words,
+    write_output,
+)
 
 log = logging.getLogger("deit_jax")
 
-REPORT_DOC = """usage: deit report --workdir=DIR[,DIR…] [--images=N] [--out=FILE]
+REPORT_DOC = """usage: deit report --workdir=DIR[,DIR…] [--images=N] [--checkpoint=best] …
 
 Write DIR/report.html: curves, accuracies, confusion, mistakes, tokens, attention maps and config
 of a run; of several runs side by side, comparison.html in the first DIR. --out names another file.
@@ -24,11 +30,12 @@ def main(argv: list[str]) -> None:
     """Run `deit report`."""
     command = Command("report", REPORT_DOC)
     add_workdir_flags(command, IMAGES)
+    add_checkpoint_flags(command)
     command.string("out", "", "where to write it, if not in the (first) run")
     command.boolean("json", False, "print where it is as JSON")
     no_words(command.parse(argv, required=("workdir",)))
     values = command.flags
-    found = analyze(values.workdir, values.images)
+    found = analyze(values.workdir, values.images, values.checkpoint, values.ema)
     name = "report.html" if len(values.workdir) == 1 else "comparison.html"
     out = Path(values.out or Path(values.workdir[0]) / name)
     write_output(out, page(found))

@@ -35,6 +35,7 @@ CHOICES = {
     "init.head": ("error", "drop", "cls"),
     "loss.heads": ("cls", "both"),
     "distill.reduction": ("batchmean", "numel"),
+    "optim.tune": ("all", "linear_probe", "attention_only"),
     "teacher.tape": ("off", "record", "replay"),
     "train.on_divergence": ("stop", "rollback"),
 }
@@ -154,6 +155,7 @@ RANGES = {
     "optim.b2": _NOT_QUITE_ONE,
     "optim.eps": Range(1e-30, 1),  # a 0 of float32 would divide 0 by 0 where a gradient vanishes
     "optim.clip_norm": _SIZE,
+    "optim.layer_decay": Range(0, 1, above=True),
     "optim.accum_steps": _BATCH,
     "train.micro_batch": Range(0, INT32),
     "optim.ema_decay": _NOT_QUITE_ONE,
@@ -164,6 +166,7 @@ RANGES = {
     "train.log_every_steps": _COUNT,
     "train.eval_every_epochs": _EPOCHS,
     "train.save_every_epochs": _EPOCHS,
+    "train.patience_epochs": _SIZE,
     "train.keep_checkpoints": _COUNT,
     "train.eval_batch_size": _BATCH,
     "train.max_bad_steps": Range(0, INT32),

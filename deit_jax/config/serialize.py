@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # What a field meant before it was there, where that is not its default.
-BEFORE = {"data.rules": 1}
+BEFORE = {"data.rules": 1, "optim.may_rise": True}
 
 
 def flatten(tree) -> dict[str, Any]:

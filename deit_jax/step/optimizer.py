@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from deit_jax.parallel.sharding import path_name
+from deit_jax.step.state import EVERYTHING, Everything
 
 Links = tuple[optax.GradientTransformation, ...]
 NO_DECAY = ("cls_token", "pos_embed")  # the reference does decay dist_token (deit issue 48)
@@ -85,7 +86,13 @@ def sgd(optim, schedule) -> Links:
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "lamb": lamb}
 
 
-def make_optimizer(optim, schedule) -> optax.GradientTransformation:
-    """Return clipping, then the optimizer of a `config.optim`."""
+def make_optimizer(
+    optim, schedule, tuning: Everything = EVERYTHING
+) -> optax.GradientTransformation:
+    """Return clipping, the optimizer of a `config.optim`, then every parameter's own rate.
+
+    In each of OPTIMIZERS an update is the rate times what does not depend on it, decay included:
+    to scale it is to scale the rate, as torch's groups do.
+    """
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
-    return optax.chain(*clip, *OPTIMIZERS[optim.name](optim, schedule))
+    return optax.chain(*clip, *OPTIMIZERS[optim.name](optim, schedule), *tuning.scaling())

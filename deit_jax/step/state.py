@@ -12,6 +12,27 @@ from jaxtyping import Array, Bool, Float, Key
 EXTRAS = "distill"  # where, among the parameters, those of a kind of distillation are
 
 
+class Everything:
+    """What a training moves of the parameters: all, equally fast. tuning.py knows of less."""
+
+    partial = False  # whether anything may be frozen
+
+    def moving(self, params) -> Any:
+        """Return the tree without what is frozen."""
+        return params
+
+    def whole(self, moving, params) -> Any:
+        """Return all of `params`, those that are trained taken from `moving`."""
+        return moving
+
+    def scaling(self) -> tuple[Any, ...]:
+        """Return the optimizer's links that give each parameter a rate of its own."""
+        return ()
+
+
+EVERYTHING = Everything()
+
+
 def new_health() -> dict[str, Any]:
     """Return the part of the state that watches over the run."""
     return {
@@ -28,14 +49,30 @@ class TrainState(struct.PyTreeNode):
     step: Any  # int32 scalar: updates taken
     params: Any
     batch_stats: Any  # running statistics of batch norm; {} in a transformer
-    opt_state: Any
-    ema: Any  # {"params", "batch_stats"}, averaged; None without averaging
+    opt_state: Any  # of the parameters that are trained
+    ema: Any  # {"params", "batch_stats"}, averaged, of those that are; None without averaging
     health: Any = struct.field(default_factory=new_health)
 
     @property
     def variables(self) -> dict[str, Any]:
         """The collections that `model.apply` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """The same of the moving average, which has no copy of what is frozen."""
+        return averaged(self.params, self.ema)
+
+
+def averaged(params, ema) -> dict[str, Any]:
+    """Return the variables of a moving average: what it lacks is frozen, and as in `params`."""
+
+    def filled(average, whole):
+        if not isinstance(whole, dict):
+            return average
+        return {k: filled(average[k], v) if k in average else v for k, v in whole.items()}
+
+    return {**ema, "params": filled(ema["params"], params)}
 
 
 def init_state(
@@ -45,6 +82,7 @@ def init_state(
     tx,
     ema_decay: float,
     init_extras: Callable[[Key[Array, ""]], dict[str, Any]] = lambda key: {},
+    tuning: Everything = EVERYTHING,
 ) -> TrainState:
     """Return the state before the first step, initialised as the reference does.
 
@@ -56,8 +94,9 @@ def init_state(
     params, stats = variables["params"], variables.get("batch_stats", {})
     if extras := init_extras(jax.random.fold_in(key, 1)):
         params = {**params, EXTRAS: extras}
-    ema = {"params": params, "batch_stats": stats} if ema_decay else None
-    return TrainState(jnp.int32(0), params, stats, tx.init(params), ema)
+    moving = tuning.moving(params)
+    ema = {"params": moving, "batch_stats": stats} if ema_decay else None
+    return TrainState(jnp.int32(0), params, stats, tx.init(moving), ema)
 
 
 def update_health(health, loss: Float[Array, ""], good: Bool[Array, ""]):

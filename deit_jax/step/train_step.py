@@ -19,7 +19,7 @@ from deit_jax.step.micro_batches import accumulate, in_parts
 from deit_jax.step.mixup import mix
 from deit_jax.step.objective import chosen, objective
 from deit_jax.step.random_erasing import random_erase
-from deit_jax.step.state import EXTRAS, TrainState, update_health
+from deit_jax.step.state import EVERYTHING, EXTRAS, Everything, TrainState, update_health
 from deit_jax.step.teacher import Teacher, apply_with_features
 
 
@@ -44,6 +44,7 @@ class StepConfig:
     class_weights: tuple[float, ...] | None = None  # in the labels' loss
     several: bool = False  # labels an image: the batch's are [B K], 1 where it has a class
     record: bool = False  # whether the metrics hold the teacher's target, as "teacher_target"
+    tuning: Everything = EVERYTHING  # what is trained
 
     @property
     def kind(self) -> Distillation:
@@ -80,7 +81,7 @@ def train_step(
     grads, metrics, stats, teacher_target = gradients(
         state, teacher_params, inputs, key, model=model, teacher=teacher, settings=settings
     )
-    state, metrics = update(state, grads, metrics, stats, tx, settings.ema_decay)
+    state, metrics = update(state, grads, metrics, stats, tx, settings.ema_decay, settings.tuning)
     return state, {**metrics, "teacher_target": teacher_target} if settings.record else metrics
 
 
@@ -119,7 +120,8 @@ def teacher_targets(
 def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: StepConfig):
     """Return the gradients, the terms of the loss, new batch statistics and the teacher's target.
 
-    `inputs` are images [B H W C], targets [B K] and the teacher's target, None to ask the teacher.
+    Gradients are those of what is trained. `inputs` are images [B H W C], targets [B K] and the
+    teacher's target, None to ask the teacher.
     """
     images, targets, teacher_target = inputs
     if teacher_target is None and teacher is not None:
@@ -138,12 +140,15 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: S
             (images, targets, teacher_target)
         )
 
-        def loss(params):
+        def loss(moving):
             inputs = (images, targets, teacher_target, scales)
-            total, terms, new_stats = training_loss(model, params, stats, inputs, key, settings)
+            whole = settings.tuning.whole(moving, params)
+            total, terms, new_stats = training_loss(model, whole, stats, inputs, key, settings)
             return total, ({"loss": total, **terms}, new_stats)
 
-        (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        # Of what is trained alone: the backward pass ends where nothing before it is.
+        moving = settings.tuning.moving(params)
+        (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(moving)
         return grads, *aux
 
     summed = accumulate(
@@ -158,15 +163,18 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: S
     return *summed, teacher_target
 
 
-def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
+def update(
+    state: TrainState, grads, metrics, stats, tx, ema_decay: float, tuning: Everything = EVERYTHING
+):
     """Return the next state and all metrics of the step.
 
     Where the loss or the gradient is not finite, only the step and the schedule's clock move on.
     """
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    before = tuning.moving(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, before)
+    params = optax.apply_updates(before, updates)
     ema = state.ema
     if ema is not None:
         averaged = {"params": params, "batch_stats": stats}
@@ -177,13 +185,14 @@ def update(state: TrainState, grads, metrics, stats, tx, ema_decay: float):
             return new
         return jnp.where(good, new, old)
 
-    new, old = (params, stats, opt_state, ema), (state.params, state.batch_stats)
+    new, old = (params, stats, opt_state, ema), (before, state.batch_stats)
     params, stats, opt_state, ema = jax.tree.map(
         keep,
         new,
         (*old, state.opt_state, state.ema),
         is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
     )
+    params = tuning.whole(params, state.params)
     health, watched = update_health(state.health, metrics["loss"], good)
     metrics = {**metrics, "grad_norm": norm, **watched}
     return TrainState(state.step + 1, params, stats, opt_state, ema, health), metrics

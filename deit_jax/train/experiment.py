@@ -16,13 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from deit_jax.config.serialize import BEFORE, from_json
 from deit_jax.data.batches import Batch, Batches, TrainBatches
 from deit_jax.data.class_weights import class_weights
-from deit_jax.data.decoders import choose
 from deit_jax.data.loader import load
 from deit_jax.data.order import EpochOrder, whole_steps
-from deit_jax.data.sources.assemble import NEWEST_RULES
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.data.view import reading_of
@@ -34,11 +31,12 @@ from deit_jax.shapes import Size, input_shape, per_channel
 from deit_jax.step.compile import jit_train_step
 from deit_jax.step.distill.base import Outputs
 from deit_jax.step.optimizer import make_optimizer, make_schedule
-from deit_jax.step.state import TrainState, init_state
+from deit_jax.step.state import EVERYTHING, Everything, TrainState, init_state
 from deit_jax.step.teacher import Teacher, apply_with_features
 from deit_jax.step.train_step import StepConfig
-from deit_jax.storage import exists, read_json
 from deit_jax.train import memory, parts
+from deit_jax.train.began import began_rising, resolved_decoder, resolved_rules
+from deit_jax.train.finetune import tuning_of
 from deit_jax.train.load_teacher import (
     TeacherSpec,
     abstract_teacher,
@@ -124,6 +122,7 @@ class Experiment:
             self.optimizer,
             self.settings.ema_decay,
             self._init_extras,
+            self.settings.tuning,
         )
 
     def _init_extras(self, key) -> dict[str, Any]:
@@ -205,10 +204,12 @@ def resolve(
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     order, total_steps = length_of(config, images)
     schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
-    optimizer = make_optimizer(config.optim, schedule)
     model = build_model(config.model, classes, config.dtype, channels=config.data.channels)
     size, spec = image_size(config.model), teacher_spec(config)
-    teacher, settings = abstract_teacher(spec, classes), settings_of(config, classes, mesh, weights)
+    tuning = tuning_of(config.optim, config.init, config.model.name, model, size)
+    settings = settings_of(config, classes, mesh, weights, tuning)
+    teacher = abstract_teacher(spec, classes)
+    student = (model, size, settings)
     load = Load(
         name=config.model.name,
         mesh=mesh,
@@ -216,15 +217,13 @@ def resolve(
         image_size=size,
         batch_size=config.batch_size,
         num_classes=classes,
-        optimizer=optimizer,
+        optimizer=make_optimizer(config.optim, schedule, tuning),
         ema=bool(config.optim.ema_decay),
         settings=settings,
         teacher=teacher,
         teacher_size=spec.image_size if spec else None,
         target=lambda batch: target_shape(teacher, settings, input_shape(model, size, batch)),
-        extras=jax.eval_shape(
-            functools.partial(init_extras, model, size, settings, spec), jax.random.key(0)
-        ),
+        extras=jax.eval_shape(lambda key: init_extras(*student, spec, key), jax.random.key(0)),
     )
     if not whole:
         counts = parts.choose(load, config.optim.accum_steps, config.train.micro_batch)
@@ -244,7 +243,7 @@ def resolve(
         order=order,
         total_steps=total_steps,
         schedule=schedule,
-        optimizer=optimizer,
+        optimizer=load.optimizer,
         settings=settings,
         load=load,
     )
@@ -259,10 +258,12 @@ def prepare(
     cannot be trained, be it the teacher that is to be trained first.
     """
     count = jax.device_count() if devices is None else len(devices)
+    config = config.copy_and_resolve_references()
+    if config.optim.may_rise is None:
+        config.optim.may_rise = began_rising(workdir)
     validate(config, count)
     build_model(config.model, 2, channels=config.data.channels)  # a mistake should stop us here
     check_teacher(config, count)
-    config = config.copy_and_resolve_references()
     config.data.decoder = resolved_decoder(config.data.decoder, workdir)
     config.data.rules = resolved_rules(config.data.rules, workdir, config.teacher)
     dataset = open_dataset(config.data)
@@ -300,28 +301,6 @@ def sketch(
     return resolve(config, *size(), devices, whole)
 
 
-def resolved_decoder(name: str, workdir: Path | None) -> str:
-    """Return what `data.decoder` means: auto is the run's own if it began, else the fastest."""
-    began = workdir and workdir / "config.json"
-    if name == "auto" and began and exists(began):
-        with contextlib.suppress(UserError, KeyError, TypeError):  # which are told of later
-            name = read_json(began)["data"]["decoder"]
-    return choose(name).name
-
-
-def resolved_rules(given: int | None, workdir: Path | None, teacher: ConfigDict) -> int:
-    """Return what `data.rules` means: None are the run's own, its tape's, or else the newest."""
-    if given is not None:
-        return given
-    with contextlib.suppress(UserError, KeyError, TypeError, OSError):  # are told of later
-        if workdir and exists(workdir / "config.json"):
-            return from_json(read_json(workdir / "config.json")).data.rules
-        if teacher.tape == "replay":
-            recorded = read_json(Path(teacher.tape_path) / "tape.json")["fingerprint"]
-            return recorded.get("data.rules", BEFORE["data.rules"])
-    return NEWEST_RULES
-
-
 def length_of(config: ConfigDict, images: int) -> tuple[EpochOrder, int]:
     """Return the order of a run's examples and the number of its steps."""
     sizes = (images, config.batch_size, config.augment.repeats)
@@ -329,7 +308,9 @@ def length_of(config: ConfigDict, images: int) -> tuple[EpochOrder, int]:
     return order, whole_steps(config.epochs, order.steps_per_epoch)
 
 
-def settings_of(config: ConfigDict, num_classes: int, mesh=None, weights=None) -> StepConfig:
+def settings_of(
+    config: ConfigDict, num_classes: int, mesh=None, weights=None, tuning: Everything = EVERYTHING
+) -> StepConfig:
     """Gather what train_step reads; a device takes its share in `optim.accum_steps` parts.
 
     `weights` are what `loss.class_weights` means for the data, ones for who has none.
@@ -353,6 +334,7 @@ def settings_of(config: ConfigDict, num_classes: int, mesh=None, weights=None) -
         ema_decay=config.optim.ema_decay,
         class_weights=weights,
         several=config.data.multi_label,
+        tuning=tuning,
     )
 
 

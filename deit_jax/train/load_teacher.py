@@ -15,6 +15,7 @@ from deit_jax.shapes import Size, input_shape, per_channel, simplest, text
 from deit_jax.step.teacher import Teacher
 from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import folded, open_model
+from deit_jax.workdir.saved_run import LATEST
 
 log = logging.getLogger("deit_jax")
 
@@ -38,6 +39,8 @@ class TeacherSpec:
     tape: str
     source: str
     several: bool = False
+    checkpoint: str | int = LATEST  # of a run's weights
+    ema: bool = False  # whether it is their moving average
 
     def build(self, num_classes: int):
         """Return the model as the config knows it, with its batch norm folded."""
@@ -79,6 +82,8 @@ def teacher_spec(config: ConfigDict) -> TeacherSpec | None:
         tape=config.teacher.tape,
         source=config.data.source,
         several=config.data.multi_label,
+        checkpoint=config.teacher.checkpoint,
+        ema=config.teacher.ema,
     )
 
 
@@ -90,8 +95,13 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
         c.model.image_size = image_size(config.model)
     c.epochs, c.optim.lr = c.teacher.epochs, c.teacher.lr
     c.optim.ema_decay = 0.0
+    c.optim.tune, c.optim.freeze = "all", ""  # the student's alone
+    c.optim.layer_decay, c.optim.lr_multipliers = 1.0, ""
     c.distill.kind, c.teacher.tape = "none", "off"
     c.init.weights, c.init.required = "", False
+    c.init.checkpoint, c.init.ema = LATEST, False
+    c.teacher.checkpoint, c.teacher.ema = LATEST, False
+    c.train.patience_epochs = 0.0
     return c
 
 
@@ -103,7 +113,8 @@ def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[T
     student's images.
     """
     try:
-        opened = open_model(weights, default=spec.model_config, dtype=spec.dtype)
+        known = {"default": spec.model_config, "dtype": spec.dtype}
+        opened = open_model(weights, **known, checkpoint=spec.checkpoint, ema=spec.ema)
     except UserError as error:
         if weights != spec.weights:
             raise

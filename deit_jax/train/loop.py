@@ -21,6 +21,7 @@ from deit_jax.step.teacher import Teacher
 from deit_jax.train import divergence, memory
 from deit_jax.train.evaluator import NAMES, Evaluator, told
 from deit_jax.train.experiment import Experiment
+from deit_jax.train.patience import Patience
 from deit_jax.train.tape.session import NoTape
 from deit_jax.workdir.checkpoints import Checkpointer
 from deit_jax.workdir.directory import log_event
@@ -80,7 +81,8 @@ class Trainer:
             return state
         params, stats = self._start["params"], self._start.get("batch_stats", {})
         params |= {EXTRAS: state.params[EXTRAS]} if EXTRAS in state.params else {}
-        ema = {"params": params, "batch_stats": stats} if state.ema is not None else None
+        moving = self.experiment.settings.tuning.moving(params)
+        ema = {"params": moving, "batch_stats": stats} if state.ema is not None else None
         places = self.experiment.state_shardings
         return state.replace(
             params=jax.device_put(params, places.params),
@@ -121,7 +123,7 @@ class Trainer:
             with processes.ending_all(), self.experiment.explained():
                 while not self._run_once():
                     pass
-            self.checkpointer.require_saved(self.total_steps)
+            self.checkpointer.require_saved(int(self.state.step))
             self.stop.armed = False
         finally:
             self.checkpointer.close()
@@ -144,12 +146,16 @@ class Trainer:
     def _loop(self, start: int, writer: MetricWriter) -> None:
         meter, in_flight = Meter(), None
         self._in_row = int(self.state.health["skipped_in_row"])
+        self.patience = self._patience(start)
         if start and self.checkpointer.facts(start).get("eval_pending"):
             self._evaluate_and_save(start, writer)  # which being told to stop had put off
         self._batches = batches = self.batches()
         loader = self.experiment.loaded(batches, start, self.total_steps)
         with contextlib.closing(loader):
             for step in range(start + 1, self.total_steps + 1):
+                if self.patience.exhausted(step - 1):
+                    self._tell_stop(step - 1, writer)
+                    break
                 began = time.perf_counter()
                 read = next(loader)
                 meter.waited(time.perf_counter() - began)
@@ -166,6 +172,27 @@ class Trainer:
                     in_flight = None
                     self._evaluate_and_save(step, writer, stopping)
                     meter.read()  # the next reading is of training alone
+
+    def _patience(self, step: int) -> Patience:
+        """Return what the evaluations up to a step, as saved beside its state, leave of it."""
+        epochs = self.experiment.train.patience_epochs
+        steps = self.experiment.steps_of(epochs) if epochs else 0
+        return Patience(steps, self.checkpointer.facts(step) if step else {})
+
+    def _tell_stop(self, step: int, writer: MetricWriter) -> None:
+        writer.say(
+            f"stopping after step {step} of {self.total_steps}: {self.figure[1]} was never above "
+            f"the {self.patience.best:.2f} of step {self.patience.best_step} for "
+            f"config.train.patience_epochs={self.experiment.train.patience_epochs:g} epochs"
+        )
+
+    @property
+    def stopped_early(self) -> dict[str, Any] | None:
+        """What results.json says of a run that ended before its last step, None for others."""
+        if int(self.state.step) == self.total_steps:
+            return None
+        told = {"patience_epochs": self.experiment.train.patience_epochs, **self.patience.facts}
+        return {**told, "figure": self.figure[0], "total_steps": self.total_steps}
 
     def batches(self) -> TrainBatches:
         """Return this process's share of every training batch, by number."""
@@ -230,17 +257,21 @@ class Trainer:
         if eval_due and not stopping:
             try:
                 score = self._log_evaluation(step, writer)
+                self.patience.evaluated(step, score)
             except Interrupted:
                 stopping = True
         # A state of bad steps is the one before them: kept out of the plan, that one stays.
-        planned = self._due(step, "save") and (self._in_row == 0 or step == self.total_steps)
+        last = step == self.total_steps or self.patience.exhausted(step)
+        planned = last or (self._due(step, "save") and self._in_row == 0)
+        known = self.patience.facts
         if not stopping:
             if planned:
-                self.checkpointer.save(step, self.state, score)
+                self.checkpointer.save(step, self.state, score, known=known)
             return
         pending = eval_due and score is None
         interim = pending or not planned
-        self.checkpointer.save(step, self.state, score, interim=interim, eval_pending=pending)
+        marks = {"interim": interim, "eval_pending": pending}
+        self.checkpointer.save(step, self.state, score, **marks, known=known)
         self.checkpointer.require_saved(step)
         log_event(self.workdir, "stopped", step=step, signal=self.stop.name)
         raise Interrupted(
@@ -265,5 +296,5 @@ class Trainer:
         heads = self.evaluator.model(self.experiment.model, self.state.variables)
         results: dict[str, Any] = {**self.evaluator.examples(), **heads}
         if self.state.ema is not None:
-            results["ema"] = self.evaluator.model(self.experiment.model, self.state.ema)
+            results["ema"] = self.evaluator.model(self.experiment.model, self.state.averaged)
         return results

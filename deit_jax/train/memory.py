@@ -105,9 +105,9 @@ class Load:
     @functools.cached_property
     def state_bytes(self) -> int:
         """What a device holds from step to step: the state and the teacher's parameters."""
-        params = self._variables["params"]
-        trees = [params, jax.eval_shape(self.optimizer.init, params)]
-        trees += [params] if self.ema else []
+        moving = self.settings.tuning.moving(self._variables["params"])
+        trees = [self._variables["params"], jax.eval_shape(self.optimizer.init, moving)]
+        trees += [moving] if self.ema else []
         total = _share(trees, self.mesh, self.model)
         if self.teacher is not None:
             total += _share(self.teacher[1], self.mesh, self.teacher[0].model)
@@ -116,8 +116,8 @@ class Load:
     @functools.cached_property
     def gradient_bytes(self) -> int:
         """The gradient's sum over micro-batches, which each device has whole."""
-        params = self._variables["params"]
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+        moving = self.settings.tuning.moving(self._variables["params"])
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moving))
 
     @functools.cached_property
     def gradient(self) -> Takes:
@@ -131,12 +131,15 @@ class Load:
         teacher_target = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.target(batch))
         targets = jnp.zeros((batch, self.num_classes))
 
-        def loss(params):
+        params, tuning = variables["params"], self.settings.tuning
+
+        def loss(moving):
             stats = variables.get("batch_stats", {})
             inputs = (images, targets, teacher_target, scales)
-            return training_loss(self.model, params, stats, inputs, key, self.settings)[0]
+            whole = tuning.whole(moving, params)
+            return training_loss(self.model, whole, stats, inputs, key, self.settings)[0]
 
-        return jax.value_and_grad(loss)(variables["params"])
+        return jax.value_and_grad(loss)(tuning.moving(params))
 
     @functools.cached_property
     def _variables(self):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -18,7 +19,8 @@ from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.parallel.signals import StopRequest
 from deit_jax.shapes import per_channel
-from deit_jax.storage import steps_in, write_json
+from deit_jax.step.optimizer import make_schedule
+from deit_jax.storage import exists, read_json, steps_in, write_json
 from deit_jax.train import memory
 from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.load_teacher import load_teacher, teacher_config
@@ -56,6 +58,8 @@ def train(
         tape = open_tape(experiment, workdir, dataset, teacher)
         teacher = None  # the tape keeps it on hand
     with directory.locked(workdir):
+        before = _epochs_before(workdir)
+        _check_length(experiment, workdir)
         directory.bind_config(workdir, config, dataset.classes, allowed)
         for line in held_out.note(workdir, dataset, experiment.settings.class_weights):
             log.warning(line)
@@ -71,10 +75,43 @@ def train(
         if start:
             facts = {"weights": start.source, "format": start.format, "notes": list(start.notes)}
             directory.log_event(workdir, "init", **facts)
-        if results := directory.finished(workdir, trainer.total_steps):
+        patience = experiment.train.patience_epochs
+        if results := directory.finished(workdir, trainer.total_steps, patience):
             log.info("%s: already finished", workdir)
             return results
+        _tell_length(experiment, int(trainer.state.step), before)
         return _run_to_the_end(trainer)
+
+
+def _epochs_before(workdir: Path) -> float | None:
+    """Return the epochs that the run in a workdir was to train so far, None without one."""
+    path = workdir / "config.json"
+    return float(read_json(path)["epochs"]) if exists(path) else None
+
+
+def _check_length(experiment: Experiment, workdir: Path) -> None:
+    """Raise UserError for a number of epochs that the run in a workdir has passed."""
+    config, total = experiment.config, experiment.total_steps
+    if (step := max(steps_in(workdir / "checkpoints"), default=0)) > total:
+        raise UserError(
+            f"config.epochs={config.epochs:g}: these are {total} steps, and the run has taken "
+            f"{step}; give more epochs, or choose a new --workdir"
+        )
+
+
+def _tell_length(experiment: Experiment, step: int, before: float | None) -> None:
+    """Say what another number of epochs does to the learning rate."""
+    config = experiment.config
+    if before is None or before == config.epochs or not step:
+        return
+    old = make_schedule(config.optim, before, experiment.order.steps_per_epoch)
+    log.info(
+        "config.epochs: %g -> %g: the schedule is that of the new length, so that the learning "
+        "rate goes on at %.3g, where it would have been %.3g",
+        before,
+        config.epochs,
+        *(float(schedule(jnp.int32(step))) for schedule in (experiment.schedule, old)),
+    )
 
 
 def _announce(dataset: Dataset, source: str, workdir: Path, reading: Reading) -> None:
@@ -103,7 +140,11 @@ def fitted_weights(
     Heads that are kept get the order of `classes`. The notes tell of all that was changed.
     """
     init = experiment.config.init
-    if not init.weights or steps_in(workdir / "checkpoints"):
+    if steps_in(workdir / "checkpoints"):
+        return None
+    if not init.weights:
+        if experiment.settings.tuning.partial:
+            log.warning("what is frozen stays as drawn: config.init.weights names no weights")
         return None
     try:
         opened = load_variables(
@@ -114,6 +155,8 @@ def fitted_weights(
             init.head,
             seed=experiment.settings.seed,
             in_channels=experiment.data.channels,
+            checkpoint=init.checkpoint,
+            ema=init.ema,
         )
     except UserError as error:
         raise UserError(f"config.init.weights={init.weights}: {error}") from error
@@ -139,17 +182,22 @@ def _other_convention(opened: LoadedWeights, data: ConfigDict) -> str:
 
 def summary(trainer: Trainer) -> str:
     """Return a line on model, data, length, devices and decoder."""
-    experiment, dataset = trainer.experiment, trainer.dataset
-    count = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    experiment, dataset, params = trainer.experiment, trainer.dataset, trainer.state.params
+    count, moving = map(_count, (params, experiment.settings.tuning.moving(params)))
+    trained = "" if moving == count else f", {moving / 1e6:.2f} M of them trained"
     return (
-        f"{experiment.name}: {count / 1e6:.2f} M parameters; {len(dataset.train)} training and "
-        f"{len(dataset.eval)} evaluation images in {len(dataset.classes)} classes; "
-        f"{trainer.total_steps} steps of {experiment.batch_size}, "
+        f"{experiment.name}: {count / 1e6:.2f} M parameters{trained}; "
+        f"{len(dataset.train)} training and {len(dataset.eval)} evaluation images in "
+        f"{len(dataset.classes)} classes; {trainer.total_steps} steps of {experiment.batch_size}, "
         f"{experiment.order.steps_per_epoch} an epoch; "
         f"{experiment.mesh.size} {jax.devices()[0].device_kind} device(s), "
         f"{experiment.dtype.name} compute; images decoded by "
         f"{choose(experiment.data.decoder)}{_in_parts(experiment)}"
     )
+
+
+def _count(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def uneven(experiment: Experiment, dataset: Dataset) -> list[str]:
@@ -197,7 +245,8 @@ def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
     provenance = directory.provenance()
     directory.log_event(workdir, "start", step=int(trainer.state.step), **provenance)
     trainer.run()
-    results = {"step": trainer.total_steps, **trainer.evaluate()}
+    early = {"stopped_early": trainer.stopped_early} if trainer.stopped_early else {}
+    results = {"step": int(trainer.state.step), **early, **trainer.evaluate()}
     if trainer.teacher:
         results["teacher"] = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
     _draw(trainer, results)

@@ -21,6 +21,7 @@ from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
 from deit_jax.train.load_teacher import teacher_config
+from deit_jax.workdir.saved_run import LATEST, parse_checkpoint
 
 
 class Check:
@@ -67,6 +68,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     )
     _check_channels(config.data, config.augment, check)
     _check_images(config.augment, config.mixing, check)
+    check_schedule(config.optim, config.optim.lr)
     _check_batches(mesh_sizes(config.mesh, num_devices), check)
     teacher = [] if config.distill.kind == "none" else [(config.teacher.model, "teacher.")]
     _check_devices(config.dtype, [(config.model, ""), *teacher], config.data.channels, check)
@@ -82,6 +84,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "init.weights",
         "this config starts from trained weights: give a run's workdir or a weight file",
     )
+    _check_checkpoints(check)
     _check_tape(config.teacher, config.distill.kind, config.data.multi_label, check)
     check(
         config.distill.kind == "none"
@@ -92,6 +95,18 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "distillation needs a teacher: give the workdir of one trained by `deit train`, or train "
         "one first with --config.teacher.epochs=N",
     )
+
+
+def check_schedule(optim, lr: float, key: str = "optim.lr") -> None:
+    """Raise UserError if a learning rate climbs where it should fall; `key` is the peak's name."""
+    for name, when in (("min_lr", "at the end"), ("warmup_lr", "before the warm-up")):
+        used = name == "min_lr" or optim.warmup_epochs > 0
+        if used and optim[name] > lr and not optim.may_rise:
+            raise UserError(
+                f"config.optim.{name}={optim[name]:g}: the rate {when} is above its peak, "
+                f"config.{key}={lr:g}, which follows batch_size unless it is given; lower {name} "
+                f"to {lr:g} or less, or allow it with --config.optim.may_rise=True"
+            )
 
 
 def _check_heads(model_config, heads: str, kind: str, channels: int, check: Check) -> None:
@@ -144,6 +159,30 @@ def _check_labels(check: Check) -> None:
         "loss.class_weights",
         f"loss.kind={kind} knows no weights of classes; leave it out",
     )
+
+
+def _check_checkpoints(check: Check) -> None:
+    """Check which weights of other runs are meant, and that they are asked for."""
+    trained_first = check["teacher.epochs"] > 0 and check["teacher.tape"] != "replay"
+    known = check["distill.kind"] != "none" and bool(check["teacher.weights"])
+    chosen_from = {
+        "init.checkpoint": bool(check["init.weights"]),
+        "init.ema": bool(check["init.weights"]),
+        "teacher.checkpoint": known or (check["distill.kind"] != "none" and trained_first),
+        "teacher.ema": known,  # a teacher that is trained first has none
+    }
+    for key, there in chosen_from.items():
+        group, field = key.split(".")
+        if field == "checkpoint":
+            try:
+                parse_checkpoint(check[key])
+            except UserError as error:
+                raise UserError(f"config.{group}.{error}") from None
+        check(
+            there or check[key] in (LATEST, False),
+            key,
+            f"there is no config.{group}.weights that it could be of; give it, or leave this out",
+        )
 
 
 def _check_tape(teacher, kind: str, several: bool, check: Check) -> None:
@@ -272,6 +311,7 @@ def check_teacher(config: ConfigDict, num_devices: int) -> None:
     if config.teacher.weights or config.teacher.tape == "replay":
         return
     own = teacher_config(config)
+    check_schedule(own.optim, own.optim.lr, "teacher.lr")
     validate(own, num_devices)
     model = build_model(own.model, 2, of="teacher.", channels=channels)
     size, given = own.model.image_size, config.teacher.model.image_size

@@ -35,21 +35,14 @@ from deit_jax.weights.fit import (
     num_classes_of,
     target_model,
 )
+from deit_jax.weights.locate import HUB, WeightsError, locate, split_key
 from deit_jax.weights.metadata import DISBELIEF, Metadata, in_one_line, read_metadata
 from deit_jax.weights.places import Wanted
 from deit_jax.weights.pretrained import PRETRAINED, hub_id
 from deit_jax.weights.torch_names import from_torch
-from deit_jax.workdir.saved_run import load_run
-
-HUB = "hf-hub:"
+from deit_jax.workdir.saved_run import LATEST, load_run
 
 _IN_METADATA = ("format", "classes", "image_size", "mean", "std", "crop_ratio", "multi_label")
-
-_HUB_FILES = ("config.json", "preprocessor_config.json")
-
-
-class WeightsError(UserError, ValueError):
-    """Weights that cannot be used as asked."""
 
 
 def load(
@@ -62,6 +55,8 @@ def load(
     *,
     pretrained: bool = False,
     return_spec: bool = False,
+    checkpoint: str | int = LATEST,
+    ema: bool = False,
 ) -> tuple[Any, ...]:
     """Return (model, params) for `model.apply({"params": params}, images, train=False)`.
 
@@ -72,7 +67,8 @@ def load(
     size, a side or (height, width), that are not given. The first layer is adapted to other
     channels as timm does it.
     A convnet comes with its batch norm folded into the convolutions. `head` is one of
-    HEAD_POLICIES.
+    HEAD_POLICIES; `checkpoint` is one of a run's, latest, best or a step, and `ema` takes the
+    moving average of the weights.
     """
     if pretrained and weights is not None:
         raise WeightsError(f"pretrained=True and weights={weights}: give one of them")
@@ -81,9 +77,8 @@ def load(
     if weights is None and name not in registry.specs() and Path(split_key(str(name))[0]).exists():
         name, weights = None, name  # load("runs/mine")
     if weights is not None:
-        opened = load_variables(
-            weights, name, num_classes, image_size, head, in_channels=in_channels
-        )
+        which: dict[str, Any] = {"checkpoint": checkpoint, "ema": ema, "in_channels": in_channels}
+        opened = load_variables(weights, name, num_classes, image_size, head, **which)
         loaded = folded(opened.model, opened.variables)
         return (*loaded, opened.spec) if return_spec else loaded
     if name is None:
@@ -117,14 +112,23 @@ def folded(model, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def open_model(
-    source: str | Path, model: str | None = None, *, default=None, dtype: str = "float32"
+    source: str | Path,
+    model: str | None = None,
+    *,
+    default=None,
+    dtype: str = "float32",
+    checkpoint: str | int = LATEST,
+    ema: bool = False,
 ) -> LoadedWeights:
     """Return weights as they are, with their own classes and image size.
 
     `model` is their registered name where they do not say it; `default` a name or config.model for
-    weights that neither say it nor have the shapes of one registered model.
+    weights that neither say it nor have the shapes of one registered model. `checkpoint` and `ema`
+    are as in load_variables.
     """
-    return load_variables(source, model, default=default, dtype=dtype)
+    return load_variables(
+        source, model, default=default, dtype=dtype, checkpoint=checkpoint, ema=ema
+    )
 
 
 def load_variables(
@@ -139,13 +143,15 @@ def load_variables(
     default=None,
     seed: int = 0,
     dtype: str = "float32",
+    checkpoint: str | int = LATEST,
 ) -> LoadedWeights:
     """Return weights fitted to a model: a registered name, a config.model, or None, their own.
 
     Position embeddings are resized to the image size, the first layer is adapted to the channels
     and to the patches (first_layer.py), what starts anew is drawn from `seed`, and
-    the notes tell of all. `ema` takes the moving average of the weights, of a run or in a file.
-    Weights without a head need `num_classes`, 0 for features, or head="drop". Raise WeightsError (a
+    the notes tell of all. `ema` takes the moving average of the weights, of a run or in a file,
+    `checkpoint` one of a run's checkpoints: latest, best or a step. Weights without a head need
+    `num_classes`, 0 for features, or head="drop". Raise WeightsError (a
     ValueError) with the names and shapes that do not fit.
     """
     if str(source) == PRETRAINED:
@@ -154,7 +160,8 @@ def load_variables(
         raise WeightsError(f"head={head!r}: choose one of {', '.join(HEAD_POLICIES)}")
     try:
         anew = head == "drop" or num_classes == 0
-        found = _open(str(source), model, default, image_size, dtype, ema, anew)
+        sizes = image_size, dtype
+        found = _open(str(source), model, default, *sizes, checkpoint, ema, anew)
         if not found.classes and num_classes is None:
             raise ValueError(
                 "has no head; num_classes=0 gives its features, head='drop' with a number of "
@@ -171,17 +178,26 @@ def load_variables(
 
 
 def _open(
-    source: str, model, default, image_size: Size | None, dtype: str, ema: bool, anew: bool
+    source: str,
+    model,
+    default,
+    image_size: Size | None,
+    dtype: str,
+    checkpoint: str | int,
+    ema: bool,
+    anew: bool,
 ) -> LoadedWeights:
     """Return the weights in their own model; `anew` says that nobody needs their head."""
     place, key = split_key(source)
-    path = _locate(place)
+    path = locate(place)
     files = [name for name in readers.IN_FOLDER if exists(path / name)]
     if path.is_dir() and exists(path / "classes.json") and not files:
         if key:
             raise ValueError(f"::{key:.60}: the run of a `deit train` has no parts; leave it out")
-        run = _open_run(source, path, model, dtype)
+        run = _open_run(source, path, model, dtype, checkpoint)
         return _averaged(run) if ema else run
+    if checkpoint != LATEST:
+        raise ValueError(f"checkpoint={checkpoint} is of a run, and this is none; leave it out")
     part = readers.read_part(path, Wanted(ema, key))
     metadata, flat, notes = _told_of(part, read_metadata(path)), part.tensors, part.notes
     asked = _described(model)[0]
@@ -245,9 +261,9 @@ def _convention(values: tuple[float, ...], channels: int, key: str) -> tuple[flo
     return ()
 
 
-def _open_run(source: str, path: Path, model, dtype: str) -> LoadedWeights:
+def _open_run(source: str, path: Path, model, dtype: str, checkpoint: str | int) -> LoadedWeights:
     try:
-        run = load_run(path, dtype)
+        run = load_run(path, dtype, checkpoint)
     except UserError as error:  # of its own config, which is not the one at hand
         raise ValueError(str(error)) from error
     check_shapes(run.variables, run.model, run.model)
@@ -278,43 +294,6 @@ def _averaged(found: LoadedWeights) -> LoadedWeights:
     if found.run is None or found.run.ema is None:
         raise ValueError("has no moving average of its weights")
     return dataclasses.replace(found, variables=found.run.ema)
-
-
-def split_key(source: str) -> tuple[str, str]:
-    """Return the file or folder in FILE::KEY and which weights in it are meant, "" for any."""
-    if Path(source).exists() or "::" not in source:
-        return source, ""
-    place, _, key = source.rpartition("::")
-    return place, key
-
-
-def _locate(source: str) -> Path:
-    """Return where the weights lie, downloaded if they are on the Hugging Face hub."""
-    if not source.startswith(HUB):
-        if Path(source).exists():
-            return Path(source)
-        raise WeightsError(f"{source}: no such file or folder")
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError as error:
-        raise WeightsError(f"{source}: needs pip install 'deit_jax[hub]'") from error
-    repository, _, revision = source.removeprefix(HUB).partition("@")
-    try:
-        for name in readers.IN_FOLDER:  # older repositories hold the same weights twice
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    repository, revision=revision or None, allow_patterns=[name, *_HUB_FILES]
-                )
-            )
-            if (folder / name).exists():
-                break
-    except Exception as error:  # the client's own, its HTTP library's and the operating system's
-        reason = " ".join(str(error).split())
-        raise WeightsError(
-            f"{source}: cannot be downloaded ({reason:.300}); `hf download {repository}`, where "
-            "there is a network, puts it into the cache at HF_HOME, or name a file that is here"
-        ) from error
-    return folder
 
 
 def _identify(

@@ -5,7 +5,9 @@ WORKDIR/checkpoints/N   the state after N steps; sha256.json in it holds checksu
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,6 +23,16 @@ from deit_jax.workdir import checksums
 log = logging.getLogger("deit_jax")
 # Orbax warns of a directory that we open to read that it is only to be read.
 logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
+
+
+def best_of(facts: Mapping[int, dict[str, Any]], figure: str) -> int | None:
+    """Return the step whose `figure` is the highest, the newest of equals; None without any.
+
+    `facts` are those saved beside the states, by their steps. The figure is the fused prediction's
+    of the weights themselves, not of their average.
+    """
+    ranked = [s for s, known in facts.items() if known.get(figure) is not None]
+    return max(ranked, key=lambda s: (facts[s][figure], s), default=None)
 
 
 @dataclasses.dataclass
@@ -41,9 +53,8 @@ class KeepPolicy:
         # what a run finds to roll back to would depend on when it was stopped.
         kept = {s for s in steps if not facts[s].get("interim")}
         kept = set(sorted(kept)[-self.keep :]) | set(steps[-1:])
-        ranked = [s for s in steps if facts[s].get(self.best) is not None]
-        if ranked:
-            kept.add(max(ranked, key=lambda s: (facts[s][self.best], s)))
+        if (best := best_of(facts, self.best)) is not None:
+            kept.add(best)
         return [s in kept for s in steps]
 
 
@@ -96,13 +107,15 @@ class Checkpointer:
         score: float | None,
         interim: bool = False,
         eval_pending: bool = False,
+        known: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Start saving; `score` (percent) ranks the checkpoint if it was just evaluated.
 
-        `interim` marks a checkpoint outside the plan, `eval_pending` one whose evaluation is due.
+        `interim` marks a checkpoint outside the plan, `eval_pending` one whose evaluation is due;
+        what is `known` besides is in its facts too.
         """
         self.settle()
-        facts = {self._best: score, "interim": interim, "eval_pending": eval_pending}
+        facts = {self._best: score, "interim": interim, "eval_pending": eval_pending, **known}
         self._saving = step
         try:
             backend(self._directory).must_be_writable(self._directory)

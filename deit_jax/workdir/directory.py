@@ -218,8 +218,10 @@ def recorded_config(workdir: Path) -> ConfigDict:
     return config.lock()
 
 
-def finished(workdir: Path, total_steps: int) -> dict[str, Any] | None:
-    """Return the results of a run that already took its last step."""
+def finished(workdir: Path, total_steps: int, patience: float = 0.0) -> dict[str, Any] | None:
+    """Return the results of a run that took its last step, or stopped early by this `patience`."""
     path = workdir / "results.json"
-    results = read_json(path) if exists(path) else {"step": None}
-    return results if results["step"] == total_steps else None
+    results: dict[str, Any] = read_json(path) if exists(path) else {"step": None}
+    early = results.get("stopped_early", {})
+    told = (early.get("total_steps"), early.get("patience_epochs"))
+    return results if results["step"] == total_steps or told == (total_steps, patience) else None

@@ -13,11 +13,15 @@ from ml_collections import ConfigDict
 from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
-from deit_jax.step.state import EXTRAS
-from deit_jax.storage import exists, read_json
+from deit_jax.step.state import EXTRAS, averaged
+from deit_jax.storage import exists, read_json, steps_in
 from deit_jax.workdir import checksums
+from deit_jax.workdir.checkpoints import best_of
 
 log = logging.getLogger("deit_jax")
+
+LATEST, BEST = "latest", "best"
+FIGURES = ("top1", "mAP")  # what ranks checkpoints: of one label an image, and of several
 
 
 @dataclasses.dataclass
@@ -32,22 +36,29 @@ class Run:
     step: int
 
 
-def load_run(workdir: str | Path, dtype: str = "float32") -> Run:
-    """Load the newest checkpoint of a workdir; raise UserError where there is none."""
-    workdir = Path(workdir)
+def load_run(workdir: str | Path, dtype: str = "float32", checkpoint: str | int = LATEST) -> Run:
+    """Load a checkpoint of a workdir; raise UserError where it is not there.
+
+    `checkpoint` is latest, the newest good one; best, the one of the best figure among those that
+    are kept (checkpoints.best_of); or the number of steps taken.
+    """
+    workdir, checkpoint = Path(workdir), parse_checkpoint(checkpoint)
     if not exists(workdir / "config.json"):
         raise UserError(f"{workdir}: not the workdir of a `deit train` run (no config.json there)")
     config = from_json(read_json(workdir / "config.json"))
     classes = read_json(workdir / "classes.json", list)
     if not all(isinstance(name, str) for name in classes):
         raise UserError(f"{workdir / 'classes.json'}: not a list of names; restore it from a copy")
-    state = _restore_on_host(workdir / "checkpoints")
+    figure = FIGURES[bool(config.data.multi_label)]
+    state = _restore_on_host(workdir / "checkpoints", checkpoint, figure)
     variables = _models_own({k: state[k] or {} for k in ("params", "batch_stats")})
     here = config.model.copy_and_resolve_references()
     if "attention" in here:  # the kernel of the training's devices, which may not be at hand
         del here["attention"]
     model = build_model(here, len(classes), dtype, channels=config.data.channels)
-    ema = _models_own(state["ema"]) if state["ema"] is not None else None
+    ema = None
+    if state["ema"] is not None:
+        ema = _models_own(averaged(state["params"], state["ema"]))
     return Run(config, classes, model, variables, ema, int(state["step"]))
 
 
@@ -56,7 +67,27 @@ def _models_own(variables: dict[str, Any]) -> dict[str, Any]:
     return variables | {"params": {k: v for k, v in variables["params"].items() if k != EXTRAS}}
 
 
-def _restore_on_host(directory: Path) -> dict[str, Any]:
+def parse_checkpoint(text: str | int) -> str | int:
+    """Return which checkpoint is meant: latest, best or a step; raise UserError for another word.
+
+    >>> parse_checkpoint("500")
+    500
+    """
+    if text in (LATEST, BEST):
+        return text
+    if not str(text).isdecimal():
+        raise UserError(f"checkpoint={text}: give {LATEST}, {BEST} or a step, as 500")
+    return int(text)
+
+
+def kept_steps(workdir: str | Path) -> list[int]:
+    """Return the steps of a run whose checkpoints are there, the first one first."""
+    return sorted(steps_in(Path(workdir) / "checkpoints"))
+
+
+def _restore_on_host(
+    directory: Path, checkpoint: str | int = LATEST, figure: str = "top1"
+) -> dict[str, Any]:
     """Read what inference needs as numpy arrays, whatever devices the state was saved from."""
     if not exists(directory):
         raise UserError(f"{directory.parent}: no checkpoint yet; let `deit train` save one first")
@@ -69,12 +100,42 @@ def _restore_on_host(directory: Path) -> dict[str, Any]:
             raise UserError(
                 f"{directory.parent}: no checkpoint yet; let `deit train` save one first"
             )
-        step = _newest_good(directory, manager.all_steps())
+        step = _chosen(directory, manager.all_steps(), checkpoint, figure)
         saved = manager.item_metadata(step).tree
         wanted = {key: saved[key] for key in ("params", "batch_stats", "ema", "step")}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
         return manager.restore(step, args=args)
+
+
+def _chosen(directory: Path, steps, checkpoint: str | int, figure: str) -> int:
+    if checkpoint == LATEST:
+        return _newest_good(directory, steps)
+    workdir, there = directory.parent, ", ".join(map(str, sorted(steps)))
+    step: int | None
+    if checkpoint == BEST:
+        step = best_of({s: _facts(directory / str(s)) for s in steps}, figure)
+        if step is None:
+            raise UserError(
+                f"{workdir}: checkpoint=best: none of those there ({there}) was evaluated when it "
+                "was saved; take latest, or one of these steps"
+            )
+    elif checkpoint not in steps:
+        raise UserError(
+            f"{workdir}: checkpoint={checkpoint}: not there (any more); there are {there}. "
+            "config.train.keep_checkpoints says how many stay"
+        )
+    else:
+        step = int(checkpoint)
+    if problem := checksums.problem(directory / str(step)):
+        raise UserError(f"{directory / str(step)}: damaged ({problem}); take another of {there}")
+    return step
+
+
+def _facts(place: Path) -> dict[str, Any]:
+    """Return what was saved beside a state; {} where nothing was."""
+    path = place / "metrics" / "metrics"
+    return read_json(path) if exists(path) else {}
 
 
 def _newest_good(directory: Path, steps) -> int:

@@ -157,9 +157,10 @@ def _introduction(run: Mapping[str, Any], name: str) -> Element:
     lines = [f"{run['model']} on {run['source']}, {single_run.state(run)}. {run['workdir']}"]
     if run["evaluation"]:
         images = single_run.images_text(run["evaluation"])
+        average = " (the weights' moving average)" if run["checkpoint_ema"] else ""
         lines.append(
-            f"What follows is of the checkpoint after step {run['checkpoint_step']}, on {images} "
-            "of the evaluation data."
+            f"What follows is of the checkpoint after step {run['checkpoint_step']}{average}, on "
+            f"{images} of the evaluation data."
         )
         if not run["attention"]:
             lines.append(NO_TRANSFORMER)
