@@ -4,10 +4,13 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
+import deit_jax
 from deit_jax.__main__ import main
 from deit_jax.errors import UserError
 from deit_jax.storage import read_lines
@@ -164,3 +167,76 @@ def test_a_teacher_trained_first_may_be_its_best():
     c = make_tiny_config()
     c.teacher.checkpoint = "best"
     assert prepare(c)[0].teacher.checkpoint == "best"
+
+
+def told(workdir):
+    """Return the evaluations of a run by their step, as it noted them."""
+    records = [r for r in read_lines(workdir / "metrics.jsonl") if "eval/fused.top1" in r]
+    return {r["step"]: r for r in records}
+
+
+def test_every_kept_checkpoint_is_evaluated_in_one_call(run, capsys):
+    assert main(["eval", f"--workdir={run}", "--checkpoint=all", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["checkpoints"]
+    noted = told(run)
+    assert [one["step"] for one in said] == sorted(noted) == [2, 4, 6, 8, 10]
+    for one in said:
+        for head in ("cls", "dist", "fused"):
+            expected = noted[one["step"]][f"eval/{head}.top1"]
+            assert one[head]["top1"] == pytest.approx(expected, abs=1e-6)
+    assert main(["eval", f"--workdir={run}", "--checkpoint=all"]) == 0
+    out = capsys.readouterr().out
+    assert [f"step {step}: images of" in out for step in (2, 4, 6, 8, 10)] == [True] * 5
+
+
+def test_an_evaluation_of_one_checkpoint_and_of_the_average(run, better_before, capsys):
+    assert main(["eval", f"--workdir={better_before}", "--checkpoint=best", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)
+    assert best["step"] == 4
+    assert best["fused"]["top1"] == pytest.approx(told(run)[4]["eval/fused.top1"], abs=1e-6)
+    assert main(["eval", f"--workdir={run}", "--checkpoint=4", "--ema", "--json"]) == 0
+    average = json.loads(capsys.readouterr().out)
+    assert average["cls"] == best["ema"]["cls"]
+    assert "ema" not in average
+
+
+def test_predictions_and_features_of_one_checkpoint(run, better_before, tmp_path, capsys):
+    """The features are those of the parameters that Orbax reads there."""
+    picture = tmp_path / "x.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(picture)
+    model, _, spec = deit_jax.load(better_before, return_spec=True)
+    images = jnp.asarray(deit_jax.preprocess(picture, spec))
+    for words, step, part in (
+        (["--checkpoint=best"], 4, "params"),
+        (["--checkpoint=6", "--ema"], 6, "ema"),
+        ([], 10, "params"),
+    ):
+        params = parameters_at(run, step, part)
+        params = jax.tree.map(jnp.asarray, params["params"] if part == "ema" else params)
+        out = tmp_path / f"{step}.npy"
+        command = [f"--weights={better_before}", *words, str(picture)]
+        assert main(["embed", f"--out={out}", *command]) == 0
+        tokens = np.asarray(deit_jax.features(model, params, images, layers=-1))
+        np.testing.assert_allclose(np.load(out), tokens[:, :2].mean(1), atol=1e-5)
+        capsys.readouterr()
+        assert main(["predict", "--json", *command]) == 0
+        (said,) = json.loads(capsys.readouterr().out)["results"]
+        logits = jax.jit(model.apply)({"params": params}, images).fused()
+        chances = np.sort(np.asarray(jax.nn.softmax(logits)[0]))[::-1]
+        np.testing.assert_allclose(
+            [p["probability"] for p in said["predictions"]], chances[:5], atol=1e-5
+        )
+    _, params = deit_jax.load(better_before, checkpoint="best")
+    assert same(params, parameters_at(run, 4))
+
+
+def test_checkpoints_that_commands_cannot_take(run, capsys):
+    for words, line in (
+        (["eval", f"--weights={run}", "--checkpoint=all"], "is for the --workdir of a run"),
+        (["eval", f"--workdir={run}", "--checkpoint=5"], "there are 2, 4, 6, 8, 10"),
+        (["predict", f"--weights={run}", "--checkpoint=all", "x.png"], "latest, best or a step"),
+        (["embed", f"--weights={run}", "--checkpoint=7", "--out=x.npy", "x.png"], "not there"),
+    ):
+        assert main(words) in (1, 2)
+        assert line in capsys.readouterr().err.splitlines()[-1]

@@ -14,6 +14,7 @@ from deit_jax.errors import UserError
 from deit_jax.step.eval_step import jit_logits
 from deit_jax.weights.fit import LoadedWeights
 from deit_jax.weights.load import open_model
+from deit_jax.workdir.saved_run import LATEST
 
 
 def classify(
@@ -37,9 +38,15 @@ def classify(
     return list(results.values())
 
 
-def open_classifier(source: str, model: str | None = None, multi_label: bool = False):
-    """Return weights to classify with; raise UserError where they cannot."""
-    opened = open_model(source, model)
+def open_classifier(
+    source: str,
+    model: str | None = None,
+    multi_label: bool = False,
+    checkpoint: str | int = LATEST,
+    ema: bool = False,
+) -> LoadedWeights:
+    """Return weights to classify with, as load_variables does; raise UserError for others."""
+    opened = open_model(source, model, checkpoint=checkpoint, ema=ema)
     try:
         opened.check_convention()
     except ValueError as error:

@@ -19,6 +19,7 @@ from deit_jax.train.load_teacher import load_teacher, teacher_spec
 from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import load_variables
 from deit_jax.workdir import held_out
+from deit_jax.workdir.saved_run import LATEST
 
 log = logging.getLogger("deit_jax")
 
@@ -37,6 +38,7 @@ class Evaluation:
     dataset: Dataset
     mesh: Any
     batch_size: int
+    ema: bool = False  # whether the weights are a run's moving average
 
     def input(self) -> dict[str, Any]:
         """Return what the model is given of an image."""
@@ -69,7 +71,8 @@ class Evaluation:
         results: dict[str, Any] = {**evaluator.examples(), **heads}
         if opened.run is None:
             return results
-        if opened.run.ema is not None:
+        results["step"] = opened.run.step
+        if opened.run.ema is not None and not self.ema:
             average = self._place(opened.run.ema, opened.model)
             results["ema"] = evaluator.model(opened.model, average)
         spec = teacher_spec(opened.run.config)
@@ -83,7 +86,12 @@ class Evaluation:
 
 
 def open_evaluation(
-    config, source: str, model: str | None = None, given: Collection[str] = ()
+    config,
+    source: str,
+    model: str | None = None,
+    given: Collection[str] = (),
+    checkpoint: str | int = LATEST,
+    ema: bool = False,
 ) -> Evaluation:
     """Return weights and the data of `config`, ready to be evaluated.
 
@@ -91,12 +99,14 @@ def open_evaluation(
     (data.resize, exif, bits, channels) are the weights' own, unless `given` names the field of the
     config that says otherwise: "data.eval_crop_ratio", "model.image_size", … Batch size and data
     come from `config`. Heads get the order of the data's classes, by name; raise UserError where
-    the names do not go together. What else differs from the run's data is said.
+    the names do not go together. What else differs from the run's data is said. `checkpoint` and
+    `ema` are as in load_variables.
     """
     mesh = sharding.make_mesh(config.mesh)
     size = config.model.image_size if "model.image_size" in given else None
     size = None if size is None else simplest(size)
-    opened = load_variables(source, model, image_size=size, dtype=config.dtype)
+    which: dict[str, Any] = {"checkpoint": checkpoint, "ema": ema}
+    opened = load_variables(source, model, image_size=size, dtype=config.dtype, **which)
     data = config.data.copy_and_resolve_references()
     if opened.run is not None and data.rules is None:
         data.rules = opened.run.config.data.rules
@@ -113,7 +123,7 @@ def open_evaluation(
     lines = [note, *(held_out.changes(source, dataset) if opened.run else ())]
     for line in filter(None, lines):
         log.warning(line)
-    return Evaluation(source, opened, data, dataset, mesh, config.train.eval_batch_size)
+    return Evaluation(source, opened, data, dataset, mesh, config.train.eval_batch_size, ema)
 
 
 def _take_channels(data, opened: LoadedWeights, source: str) -> None:

@@ -3,7 +3,7 @@
 from deit_jax.analysis.classify import unreadable_line
 from deit_jax.analysis.embed import embed
 from deit_jax.analysis.features import KINDS
-from deit_jax.cli.flags import Command, UsageError
+from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
 from deit_jax.data.sources.named import named_images
 from deit_jax.errors import UserError
 from deit_jax.weights.load import load_variables
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     command.integer("layer", -1, "the block that they leave: 0, 1, … or from the end -1, -2, …")
     command.boolean("norm", True, "apply the model's last norm, also to earlier blocks")
     command.choice("dtype", "float32", ("float32", "float16"), "of the numbers written")
+    add_checkpoint_flags(command)
     command.string("list", "", "file with paths of images, one a line; - is stdin")
     command.boolean("force", False, "overwrite FILE, and begin anew")
     words = command.parse(argv, required=("out",))
@@ -39,7 +40,9 @@ def main(argv: list[str]) -> None:
     if not words and not values.list:
         raise UsageError("no image given; see `deit embed --help`")
     source = values.weights or PRETRAINED
-    opened = load_variables(source, values.model, num_classes=0)  # a head or none: all the same
+    which = {"checkpoint": values.checkpoint, "ema": values.ema}
+    # With a head or without, the features are the same.
+    opened = load_variables(source, values.model, num_classes=0, **which)
     try:
         opened.check_convention()
     except ValueError as error:

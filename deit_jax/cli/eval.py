@@ -10,12 +10,13 @@ from deit_jax.analysis.evaluate import Evaluation, open_evaluation
 from deit_jax.analysis.probe import PROBES, probe
 from deit_jax.analysis.real_labels import RealLabels
 from deit_jax.cli import rows
-from deit_jax.cli.flags import Command, UsageError, no_words
+from deit_jax.cli.flags import ALL, Command, UsageError, add_checkpoint_flags, no_words
 from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.train.evaluator import NAMES, table
 from deit_jax.weights.pretrained import PRETRAINED
 from deit_jax.workdir import records
+from deit_jax.workdir.saved_run import kept_steps
 
 EVAL_DOC = """usage: deit eval --workdir=DIR [--config=FILE[:ARGS]]
        deit eval (--weights=W | --model=NAME) --config=FILE[:ARGS]
@@ -29,6 +30,7 @@ image_size or --config.data.eval_crop_ratio, mean or std are given; what they ar
   deit eval --workdir=runs/quickstart
   deit eval --workdir=runs/deit_s --config=configs/deit.py --config.data.dir=/elsewhere
   deit eval --model=deit_small_patch16_224 --config=configs/deit.py --out=answers.csv
+  deit eval --workdir=runs/deit_s --checkpoint=all
   deit eval --workdir=runs/deit_s --probe=knn"""
 
 
@@ -39,6 +41,7 @@ def main(argv: list[str]) -> None:
     command.string("workdir", "", "evaluate the run in it")
     command.string("weights", "", "evaluate these weights")
     command.string("model", None, "name of the weights' model, or whose published ones to take")
+    add_checkpoint_flags(command, every=True)
     command.string("out", "", "csv file of path, label, and each head's answer and probability")
     command.string("real_labels", "", "ReaL's real.json: also top-1 by all labels of each image")
     what = "the heads' place is taken by a classifier of their features: nearest training images, "
@@ -47,26 +50,38 @@ def main(argv: list[str]) -> None:
     no_words(command.parse(argv))
     values = command.flags
     source = values.workdir or values.weights or (PRETRAINED if values.model else "")
+    every = values.checkpoint == ALL
     if not source or (values.workdir and values.weights):
         raise UsageError("give either --workdir=DIR or --weights=W")
     if values.probe and (values.out or values.real_labels):
         raise UsageError("--probe asks no head: leave out --out and --real_labels")
+    if every and (values.out or not values.workdir):
+        raise UsageError("--checkpoint=all is for the --workdir of a run, and without --out")
     config = command.config
     if config is None:
         if not values.workdir:
             raise UsageError("--weights=W needs the data: --config=FILE")
         config = from_json(records.config_of(Path(values.workdir)))
-    evaluation = open_evaluation(config, source, values.model, command.given())
-    if values.probe:
-        results = probe(evaluation, values.probe)
-    else:
-        results = _results(evaluation, values.out, values.real_labels)
-    results["input"] = evaluation.input()
+    said = []
+    for step in _steps(values.workdir) if every else [values.checkpoint]:
+        which = (command.given(), step, values.ema)
+        evaluation = open_evaluation(config, source, values.model, *which)
+        if values.probe:
+            results = probe(evaluation, values.probe)
+        else:
+            results = _results(evaluation, values.out, values.real_labels)
+        said.append({**results, "input": evaluation.input()})
+        if not values.json:
+            print(_text(said[-1]), flush=True)
     if values.json:
-        json.dump(results, sys.stdout)
+        json.dump({"checkpoints": said} if every else said[0], sys.stdout)
         print()
-    else:
-        print(_text(results))
+
+
+def _steps(workdir: str) -> list[int]:
+    if steps := kept_steps(workdir):
+        return steps
+    raise UserError(f"{workdir}: no checkpoint yet; let `deit train` save one first")
 
 
 def _results(evaluation: Evaluation, out: str, real_labels: str) -> dict[str, Any]:
@@ -100,7 +115,8 @@ def _text(results: dict[str, Any]) -> str:
     shape = f"{size[0]} x {size[1]}" if isinstance(size, list) else f"{size} x {size}"
     crop = f"crop {ratio:g}" if ratio else given["resize"]
     mean, std = (", ".join(f"{x:g}" for x in given[key]) for key in ("mean", "std"))
-    lines = [f"images of {shape} pixels, {crop}, mean {mean}, std {std}"]
+    step = f"step {results['step']}: " if "step" in results else ""
+    lines = [f"{step}images of {shape} pixels, {crop}, mean {mean}, std {std}"]
     if found := results.get("probe"):
         lines.append(f"{results['examples']} examples, {found['train_examples']} to learn from")
         lines.append(f"{'':24}{'top-1 %':>9}{'top-5 %':>9}")

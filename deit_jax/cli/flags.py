@@ -39,6 +39,9 @@ class _SizeParser(flags.ArgumentParser):
         return "size"
 
 
+ALL = "all"  # checkpoints, one after the other
+
+
 class _CheckpointParser(flags.ArgumentParser):
     """`latest`, `best` or the number of a step; with `every` also `all`."""
 
@@ -47,8 +50,8 @@ class _CheckpointParser(flags.ArgumentParser):
 
     def parse(self, argument: str | int) -> str | int:
         """Return which checkpoint is meant; raise ValueError for what is none."""
-        if self._every and argument == "all":
-            return "all"
+        if self._every and argument == ALL:
+            return ALL
         try:
             return parse_checkpoint(argument)
         except UserError as error:
@@ -193,7 +196,7 @@ def add_checkpoint_flags(command: Command, every: bool = False) -> None:
     words = "latest, best or a step" + (", or all" if every else "")
     text = f"of a run: {words}; best by the held-out images, of those that are kept"
     flags.DEFINE(_CheckpointParser(every), "checkpoint", LATEST, text, command.flags)
-    command.boolean("ema", False, "take a run's moving average of the weights")
+    command.boolean("ema", False, "take the moving average of the weights, of a run or in a file")
 
 
 def write_output(path: str | Path, text: str) -> None:

@@ -5,7 +5,7 @@ import sys
 
 from deit_jax.analysis.classify import open_classifier, predictions, unreadable_line
 from deit_jax.cli import rows
-from deit_jax.cli.flags import Command, UsageError
+from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
 from deit_jax.data.sources.named import named_images
 from deit_jax.errors import UserError
 from deit_jax.weights.pretrained import PRETRAINED
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     command.string("model", None, "name of the weights' model, or whose published ones to take")
     command.integer("topk", 5, "classes to print", lower_bound=1)
     command.boolean("multi_label", False, "each class has a probability of its own")
+    add_checkpoint_flags(command)
     command.string("list", "", "file with paths of images, one a line; - is stdin")
     command.string("out", "", "write to this file; .csv, .jsonl, .json and .txt tell the format")
     forms = "; ".join(f"{k} = {v}" for k, v in rows.FORMATS.items())
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
     if values.json and values.format not in (None, "json"):
         raise UsageError(f"--json and --format={values.format}: give one of them")
     form = rows.format_of(values.out, "json" if values.json else values.format)
-    opened = open_classifier(values.weights or PRETRAINED, values.model, values.multi_label)
+    source, which = values.weights or PRETRAINED, (values.checkpoint, values.ema)
+    opened = open_classifier(source, values.model, values.multi_label, *which)
     images = named_images(words, opened.reading.channels, values.list)
     topk = min(values.topk, len(opened.classes))
     answered = bytearray(len(images))

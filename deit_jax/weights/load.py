@@ -46,7 +46,7 @@ _IN_METADATA = ("format", "classes", "image_size", "mean", "std", "crop_ratio", 
 
 
 def load(
-    name: str | None,
+    name: str | Path | None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
     image_size: Size | None = None,
@@ -76,6 +76,7 @@ def load(
         weights = PRETRAINED
     if weights is None and name not in registry.specs() and Path(split_key(str(name))[0]).exists():
         name, weights = None, name  # load("runs/mine")
+    name = None if name is None else str(name)
     if weights is not None:
         which: dict[str, Any] = {"checkpoint": checkpoint, "ema": ema, "in_channels": in_channels}
         opened = load_variables(weights, name, num_classes, image_size, head, **which)
