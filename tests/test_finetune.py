@@ -70,5 +70,5 @@ def test_what_it_cannot_do_without_is_asked_for():
     with pytest.raises(UserError, match=r"init\.weights"):
         train(c, "/nowhere")
     c.init.weights, c.data.source = "x", finetune.get_config().data.source
-    with pytest.raises(UserError, match="folder:.: give digits"):
+    with pytest.raises(UserError, match=r"source=.folder:.: give digits"):
         train(c, "/nowhere")
