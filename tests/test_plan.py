@@ -65,6 +65,30 @@ def test_data_parallel_moves_each_gradient_once_and_no_image(tpu):
     assert result["chips"] == 4
 
 
+@pytest.mark.slow
+def test_what_is_frozen_takes_neither_memory_nor_communication(tpu):
+    """One of two blocks: its moments, its gradient and what they need of a chip are gone."""
+    whole, c = plan_of(small(), "v5e:2x2"), small()
+    c.optim.freeze = "blocks_0,patch_embed,*_token,pos_embed"
+    part = plan_of(c, "v5e:2x2")
+    model = build_model(c.model, 1000)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    frozen = sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not path[0].key.startswith(("blocks_1", "norm", "head"))
+    )
+    saved = whole["per_chip"]["argument_bytes"] - part["per_chip"]["argument_bytes"]
+    copies = 2 + bool(c.optim.ema_decay)
+    assert saved == pytest.approx(copies * 4 * frozen, rel=0.02)  # a TPU pads its arrays
+    assert part["per_chip"]["peak_bytes"] < whole["per_chip"]["peak_bytes"] - saved
+    moved = [p["collectives"]["all_reduce"] for p in (whole, part)]
+    assert moved[0] - moved[1] == pytest.approx(2 * frozen, rel=0.05)
+    assert part["flops_per_step"] < 0.85 * whole["flops_per_step"]
+    assert part["estimated_cycles"] < whole["estimated_cycles"]
+
+
 @pytest.mark.parametrize("tape", ["off", "replay"])
 def test_plan_is_of_the_step_that_a_run_compiles(tpu, tiny_config, tmp_path, monkeypatch, tape):
     """On the same CPU devices, the plan's program is the Trainer's, to the letter."""

@@ -345,7 +345,8 @@ def test_commands_write_one_file_and_agree(run, found, capsys, few_images, monke
     assert program.main(["analyze", f"--workdir={run},x", f"--out={tmp_path}/figures.json"]) == 0
     assert capsys.readouterr().out == ""
     assert json.loads((tmp_path / "figures.json").read_text()) == found.figures
-    assert asked == [([str(run)], 20), ([str(run), "x"], 5000)]
+    latest = ("latest", False)
+    assert asked == [([str(run)], 20, *latest), ([str(run), "x"], 5000, *latest)]
 
 
 def test_several_runs_and_one_without_attention(run, found, few_images):

@@ -304,6 +304,31 @@ def test_a_tuned_run_goes_on_to_the_same_bits(tuned, tmp_path):
 
 
 @pytest.mark.eight_devices
+def test_parts_over_several_devices_make_the_gradient_of_the_whole():
+    """Where the mesh splits only the batch, each device sums its own parts (shard_map)."""
+    params = []
+    for parts in (1, 2):
+        c = make_tiny_config()
+        c.distill.kind, c.optim.freeze, c.train.micro_batch = "none", "blocks_0", 4 // parts
+        c.optim.name, c.optim.b1 = "sgd", 0.0  # Adam divides rounding by itself
+        experiment = resolved(c, Data)
+        assert experiment.settings.micro_batches == parts
+        state = experiment.new_state()
+        step, batch = experiment.jit_step(None), random_batch(experiment)
+        for _ in range(2):
+            state, _ = step(state, None, batch)
+        params.append(jax.device_get(state.params))
+    first = jax.device_get(experiment.new_state().params)
+    assert same_tree(params[0]["blocks_0"], first["blocks_0"])
+    assert not same_tree(params[0]["blocks_1"], first["blocks_1"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *params)
+
+
+def same_tree(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.mark.eight_devices
 def test_frozen_without_weights_to_start_from_is_said(tmp_path, caplog):
     c = make_tiny_config()
     c.distill.kind, c.epochs, c.optim.tune = "none", 0.2, "linear_probe"

@@ -131,7 +131,7 @@ def _run(workdir: Path, name: str, images: int, which: tuple[str | int, bool]) -
     return seen
 
 
-def _open(workdir: Path, checkpoint: str | int, ema: bool) -> LoadedWeights:
+def _open(workdir: Path, checkpoint: str | int = LATEST, ema: bool = False) -> LoadedWeights:
     """Return a checkpoint's weights; a training may delete one while it is being read."""
     dtype = records.config_of(workdir)["dtype"]
     for _ in range(TRIES):
