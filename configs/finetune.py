@@ -1,9 +1,10 @@
 """Fine-tune a trained DeiT on images of your own: a folder for each class, a thousand are enough.
 
     deit train --config=configs/finetune.py:data=/path/to/images,variant=small \\
-        --config.init.weights=hf-hub:facebook/deit-small-patch16-224 --workdir=runs/mine
+        --config.init.weights=pretrained --workdir=runs/mine
     deit eval --config=configs/finetune.py:data=/path/to/images --workdir=runs/mine
 
+`pretrained` are the weights published for the model's name; a run, a file or a folder do as well.
 Arguments: data = a folder, or any config.data.source; variant = tiny, small or base; distilled =
 True for weights with a distillation token, both of whose heads then learn the labels; image_size.
 Of images without classes for evaluation a fifth is held out (config.data.eval_fraction).
