@@ -16,7 +16,6 @@ import json
 import platform
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -133,12 +132,11 @@ def pixels(torch, batch, experiment):
 
 
 def measure(name: str, weights: Path, seed: int, folder: Path) -> dict:
-    """Train one arm; return its accuracy, seconds, steps and losses."""
-    workdir, began = folder / f"{name.replace('/', '-')}-{seed}", time.perf_counter()
+    """Train one arm; return its accuracy, steps and losses."""
+    workdir = folder / f"{name.replace('/', '-')}-{seed}"
     results = train(tuning(weights, seed, ARMS[name]), workdir)
     losses = [r["loss"] for r in read_lines(workdir / "metrics.jsonl") if "loss" in r]
-    found = {"top1": results["fused"]["top1"], "steps": results["step"], "losses": losses}
-    return found | {"seconds": time.perf_counter() - began}
+    return {"top1": results["fused"]["top1"], "steps": results["step"], "losses": losses}
 
 
 def main() -> None:
@@ -146,9 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--idx", required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", default="", help="keep the runs there, and go on from them")
     given = parser.parse_args()
     run_lib._draw = lambda trainer, results: None
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(given.folder or tempfile.mkdtemp())
     pretrained = train(pretraining(given.idx), folder / "pretrained")
     result = {
         "date": datetime.date.today().isoformat(),
@@ -158,7 +157,7 @@ def main() -> None:
     }
     for name in ARMS:
         runs = [measure(name, folder / "pretrained", s, folder) for s in range(given.seeds)]
-        result["arms"][name] = {key: [r[key] for r in runs] for key in ("top1", "steps", "seconds")}
+        result["arms"][name] = {key: [r[key] for r in runs] for key in ("top1", "steps")}
         print(name, result["arms"][name], file=sys.stderr)
         if name == "configs/finetune.py":
             theirs = [
