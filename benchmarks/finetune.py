@@ -37,11 +37,11 @@ SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 8, 96, 6, 3
 SHAPE = {"image_size": SIDE, "patch_size": PATCH, "width": WIDTH, "depth": DEPTH}
 ARMS = {
     "configs/finetune.py": {},
+    "from scratch": {"init.weights": "", "init.required": False, "optim.layer_decay": 1.0},
     "without layer decay": {"optim.layer_decay": 1.0},
     "linear probe": {"optim.tune": "linear_probe", "optim.layer_decay": 1.0},
     "attention only": {"optim.tune": "attention_only"},
     "blocks 0 to 2 and patches frozen": {"optim.freeze": "blocks_[0-2],patch_embed"},
-    "from scratch": {"init.weights": "", "init.required": False, "optim.layer_decay": 1.0},
 }
 
 
