@@ -78,7 +78,7 @@ def with_torch(config, folder: Path) -> dict:
     from timm.optim import param_groups_layer_decay
     from timm.scheduler import CosineLRScheduler
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # more would wait for each other where others use the cores
     experiment, dataset = prepare(config)
     start = starting_weights(experiment, folder, dataset.classes)
     model = timm.models.vision_transformer.VisionTransformer(
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--idx", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", default="", help="keep the runs there, and go on from them")
+    parser.add_argument("--arms", type=int, default=len(ARMS), help="only the first so many")
     given = parser.parse_args()
     run_lib._draw = lambda trainer, results: None
     folder = Path(given.folder or tempfile.mkdtemp())
@@ -155,7 +156,7 @@ def main() -> None:
         "pretrained_top1": pretrained["fused"]["top1"],
         "arms": {},
     }
-    for name in ARMS:
+    for name in list(ARMS)[: given.arms]:
         runs = [measure(name, folder / "pretrained", s, folder) for s in range(given.seeds)]
         result["arms"][name] = {key: [r[key] for r in runs] for key in ("top1", "steps")}
         print(name, result["arms"][name], file=sys.stderr)
