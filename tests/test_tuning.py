@@ -329,6 +329,17 @@ def same_tree(a, b):
 
 
 @pytest.mark.eight_devices
+@pytest.mark.parametrize("allowed", [(), ("optim.freeze",)])
+def test_what_is_trained_stays_a_runs_own(tuned, allowed):
+    c, workdir, _ = tuned
+    other, before = c.copy_and_resolve_references(), (workdir / "config.json").read_bytes()
+    other.optim.freeze = "blocks_1"
+    with pytest.raises(UserError, match=r"optim.freeze: .* -> blocks_1: .*--config.init.weights="):
+        train(other, workdir, allowed=allowed)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+@pytest.mark.eight_devices
 def test_frozen_without_weights_to_start_from_is_said(tmp_path, caplog):
     c = make_tiny_config()
     c.distill.kind, c.epochs, c.optim.tune = "none", 0.2, "linear_probe"

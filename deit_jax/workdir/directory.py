@@ -41,6 +41,8 @@ from deit_jax.storage import (
 
 log = logging.getLogger("deit_jax")
 
+STATE_FIELDS = ("optim.freeze", "optim.tune")  # which no --allow-config-change lets differ
+
 PACKAGES = (  # those that decide numbers
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes"),
     *("grain", "pillow", "simplejpeg", "opencv-python-headless", "kornia-rs", "cykooz-resizer"),
@@ -126,6 +128,11 @@ def check_unchanged(values: dict[str, Any], path: Path, allowed: Iterable[str] =
         if key not in flatten(values):
             raise UserError(f"--allow-config-change={key}: no such field in configs/base.py")
     refused = {key: text for key, text in changed.items() if key not in allowed}
+    if fixed := [text for key, text in changed.items() if key in STATE_FIELDS]:
+        raise UserError(
+            f"{path.parent}: {'; '.join(fixed)}: the optimizer's state is of what was trained, so "
+            f"that a run keeps it; begin a new one with --config.init.weights={path.parent}"
+        )
     if refused:
         raise UserError(
             f"{path.parent} holds a run with another config ({'; '.join(refused.values())}): "
