@@ -156,8 +156,9 @@ def slow(values, seconds):
 
 def test_steps_have_a_median_and_a_spread():
     times = step_time.step_times(slow(np.zeros(1), [0.01, 0.01, 0.01, 0.04]), None, 0.8)
-    assert np.median(times) == pytest.approx(0.01, rel=0.5)
-    assert np.percentile(times, 90) == pytest.approx(0.04, rel=0.5)
+    # A machine that has other work takes longer, and no machine less.
+    assert 0.009 < np.median(times) < np.percentile(times, 90)
+    assert np.percentile(times, 90) > 0.03
 
 
 class Nothing:

@@ -286,8 +286,8 @@ def test_flags_may_be_written_with_dashes(capsys, tmp_path):
         (
             ["--config=nowhere.py"],
             f"--config=nowhere.py: no such file below {Path.cwd()}, nor among those of deit_jax "
-            "(base.py, deit.py, deit3.py, deit_finetune384.py, deit_transfer.py, quickstart.py, "
-            "teacher.py)",
+            "(base.py, deit.py, deit3.py, deit_finetune384.py, deit_transfer.py, finetune.py, "
+            "quickstart.py, teacher.py)",
         ),
     ],
 )

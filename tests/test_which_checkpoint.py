@@ -21,7 +21,8 @@ from deit_jax.train.run import starting_weights, train
 from deit_jax.train.tape.fingerprint import parameters_sha256
 from deit_jax.weights.load import load_variables, open_model
 from deit_jax.workdir import checksums
-from deit_jax.workdir.saved_run import kept_steps, load_run
+from deit_jax.workdir.saved_run import load_run
+from deit_jax.workdir.which import kept_steps
 from tests.tiny import make_tiny_config
 
 pytestmark = pytest.mark.eight_devices

@@ -14,7 +14,7 @@ from deit_jax.errors import UserError
 from deit_jax.step.eval_step import jit_logits
 from deit_jax.weights.fit import LoadedWeights
 from deit_jax.weights.load import open_model
-from deit_jax.workdir.saved_run import LATEST
+from deit_jax.workdir.which import LATEST
 
 
 def classify(

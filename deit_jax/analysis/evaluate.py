@@ -19,7 +19,7 @@ from deit_jax.train.load_teacher import load_teacher, teacher_spec
 from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import load_variables
 from deit_jax.workdir import held_out
-from deit_jax.workdir.saved_run import LATEST
+from deit_jax.workdir.which import LATEST
 
 log = logging.getLogger("deit_jax")
 

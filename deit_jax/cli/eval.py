@@ -16,7 +16,7 @@ from deit_jax.errors import UserError
 from deit_jax.train.evaluator import NAMES, table
 from deit_jax.weights.pretrained import PRETRAINED
 from deit_jax.workdir import records
-from deit_jax.workdir.saved_run import kept_steps
+from deit_jax.workdir.which import kept_steps
 
 EVAL_DOC = """usage: deit eval --workdir=DIR [--config=FILE[:ARGS]]
        deit eval (--weights=W | --model=NAME) --config=FILE[:ARGS]

@@ -12,7 +12,7 @@ from deit_jax.config import files
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
 from deit_jax.storage import write_text
-from deit_jax.workdir.saved_run import LATEST, parse_checkpoint
+from deit_jax.workdir.which import LATEST, parse_checkpoint
 
 _LIST = "configs/base.py lists them all"
 _REMEDIES = {  # for what the flags' libraries say of a value

@@ -15,7 +15,7 @@ from deit_jax.shapes import Size, input_shape, per_channel, simplest, text
 from deit_jax.step.teacher import Teacher
 from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import folded, open_model
-from deit_jax.workdir.saved_run import LATEST
+from deit_jax.workdir.which import LATEST
 
 log = logging.getLogger("deit_jax")
 

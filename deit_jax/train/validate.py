@@ -21,7 +21,7 @@ from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
 from deit_jax.train.load_teacher import teacher_config
-from deit_jax.workdir.saved_run import LATEST, parse_checkpoint
+from deit_jax.workdir.which import LATEST, parse_checkpoint
 
 
 class Check:

@@ -40,7 +40,8 @@ from deit_jax.weights.metadata import DISBELIEF, Metadata, in_one_line, read_met
 from deit_jax.weights.places import Wanted
 from deit_jax.weights.pretrained import PRETRAINED, hub_id
 from deit_jax.weights.torch_names import from_torch
-from deit_jax.workdir.saved_run import LATEST, load_run
+from deit_jax.workdir.saved_run import load_run
+from deit_jax.workdir.which import LATEST
 
 _IN_METADATA = ("format", "classes", "image_size", "mean", "std", "crop_ratio", "multi_label")
 

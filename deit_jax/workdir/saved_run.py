@@ -14,13 +14,13 @@ from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
 from deit_jax.step.state import EXTRAS, averaged
-from deit_jax.storage import exists, read_json, steps_in
+from deit_jax.storage import exists, read_json
 from deit_jax.workdir import checksums
 from deit_jax.workdir.checkpoints import best_of
+from deit_jax.workdir.which import BEST, LATEST, parse_checkpoint
 
 log = logging.getLogger("deit_jax")
 
-LATEST, BEST = "latest", "best"
 FIGURES = ("top1", "mAP")  # what ranks checkpoints: of one label an image, and of several
 
 
@@ -65,24 +65,6 @@ def load_run(workdir: str | Path, dtype: str = "float32", checkpoint: str | int 
 def _models_own(variables: dict[str, Any]) -> dict[str, Any]:
     """Return variables without the parameters of a kind of distillation."""
     return variables | {"params": {k: v for k, v in variables["params"].items() if k != EXTRAS}}
-
-
-def parse_checkpoint(text: str | int) -> str | int:
-    """Return which checkpoint is meant: latest, best or a step; raise UserError for another word.
-
-    >>> parse_checkpoint("500")
-    500
-    """
-    if text in (LATEST, BEST):
-        return text
-    if not str(text).isdecimal():
-        raise UserError(f"checkpoint={text}: give {LATEST}, {BEST} or a step, as 500")
-    return int(text)
-
-
-def kept_steps(workdir: str | Path) -> list[int]:
-    """Return the steps of a run whose checkpoints are there, the first one first."""
-    return sorted(steps_in(Path(workdir) / "checkpoints"))
 
 
 def _restore_on_host(
