@@ -113,7 +113,9 @@ def test_dino_starts_a_run_from_its_teacher(tiny, tmp_path, torch):
     path = saved(tmp_path, torch, dino(without_head(to_torch(tiny.variables))))
     with pytest.raises(UserError, match=r"w\.pth: has no head; head='drop' starts a new one$"):
         load_variables(path, config_of(TINY), 10)
-    with pytest.raises(UserError, match="has no head; num_classes=0 gives its features"):
+    with pytest.raises(
+        UserError, match="has no head; `deit embed` or num_classes=0 gives its features"
+    ):
         open_model(path, default=config_of(TINY))
     loaded = load_variables(path, config_of(TINY), 10, head="drop")
     params, expected = loaded.variables["params"], tiny.variables["params"]

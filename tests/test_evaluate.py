@@ -267,3 +267,25 @@ def test_imagenet_v2_folders_are_numbers(images, evaluate, tmp_path):
     assert code == 0, err
     _, plain, _ = evaluate("--json")
     assert json.loads(out)["fused"] == json.loads(plain)["fused"]
+
+
+def test_a_probe_needs_no_head_and_no_classes_of_its_own(images, weights, tmp_path, capsys):
+    """Of a backbone without a head, and of one whose head knows other classes."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from deit_jax.configs import base\ndef get_config():\n    c = base.get_config()\n"
+        f"    c.data.source = 'folder:{images}'\n    c.train.eval_batch_size = 16\n    return c\n"
+    )
+    for name, classes in (("none", 0), ("other", 3)):
+        words = ["convert", str(weights), str(tmp_path / f"{name}.safetensors"), "--head=drop"]
+        assert program.main([*words, f"--num_classes={classes}"]) == 0
+    capsys.readouterr()
+    answers = []
+    for file in (weights, tmp_path / "none.safetensors", tmp_path / "other.safetensors"):
+        words = ["eval", f"--config={config}", f"--weights={file}", "--probe=knn", "--json"]
+        assert program.main(words) == 0
+        answers.append(json.loads(capsys.readouterr().out)["probe"]["top1"])
+    assert answers[0] == answers[1] == answers[2]
+    words = ["eval", f"--config={config}", f"--weights={tmp_path / 'none.safetensors'}"]
+    assert program.main(words) == 1
+    assert "has no head; `deit embed` or num_classes=0" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import deit_jax
 from deit_jax import __main__ as program
@@ -23,6 +24,7 @@ from deit_jax.errors import UserError
 from deit_jax.weights.convert import convert
 from deit_jax.weights.fit import LoadedWeights, init_variables
 from deit_jax.weights.load import open_model
+from deit_jax.weights.torch_names import to_torch
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +273,34 @@ def test_answers_that_are_not_finite_are_refused(weights, photos, tmp_path):
     opened.variables["params"]["norm"]["scale"] = np.full(24, 1e6, np.float32)
     with pytest.raises(UserError, match=r"not finite in float16; .* too large for it"):
         embed(opened, images, tmp_path / "g.npy", dtype="float16")
+
+
+def test_what_is_assumed_and_chosen_is_said(photos, tmp_path, capsys):
+    """A bare file may be a DeiT's or a ViT's, and may hold an average, or numbers that are none."""
+    name = "deit_tiny_patch16_224"
+    variables = init_variables(deit_jax.create_model(name, image_size=32), 0)
+    plain = {k: v.copy() for k, v in to_torch(variables).items()}
+    save_file(plain, tmp_path / "bare.safetensors")
+    words = ["predict", f"--weights={tmp_path / 'bare.safetensors'}", photos / "000.png"]
+    code, _, err = deit(capsys, *words)
+    assert code == 0
+    assert "taken for a deit_tiny_patch16_224: mean (0.485" in err
+    assert "--model=vit_tiny_patch16_224 takes (0.5, 0.5, 0.5)" in err
+    code, _, err = deit(capsys, *words, "--model=vit_tiny_patch16_224")
+    assert (code, err) == (0, "")
+    plain["norm.weight"][0] = np.nan
+    save_file(plain, tmp_path / "bare.safetensors")
+    code, _, err = deit(capsys, *words)
+    assert code == 1
+    assert "1 parameters are not finite, params/norm/scale first: the weights are damaged" in err
+
+
+def test_names_that_mean_nothing(weights, photos, tmp_path, capsys):
+    words = ["predict", f"--weights={weights}", f"--out={tmp_path}/a.parquet", photos / "000.png"]
+    code, _, err = deit(capsys, *words)
+    assert code == 1
+    assert "a.parquet: give it one of .csv, .jsonl, .json, .txt, or say --format=" in err
+    with pytest.raises(UserError, match=r"nowhere\.pth: no such file or folder"):
+        deit_jax.load(str(tmp_path / "nowhere.pth"))
+    with pytest.raises(UserError, match=r"no weights at 'nope'; there is one model; leave ::KEY"):
+        deit_jax.load(f"{weights}::nope")

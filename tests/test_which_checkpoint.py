@@ -241,3 +241,21 @@ def test_checkpoints_that_commands_cannot_take(run, capsys):
     ):
         assert main(words) in (1, 2)
         assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_average_is_evaluated_at_another_size_too(run, tmp_path, capsys):
+    config = tmp_path / "c.py"
+    config.write_text(
+        "from tests.tiny import make_tiny_config\n"
+        "def get_config():\n    return make_tiny_config()\n"
+    )
+    words = ["eval", f"--config={config}", "--config.model.image_size=24", "--json"]
+    said = []
+    for more in ([], ["--ema"]):
+        assert main([*words, f"--workdir={run}", *more]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+        assert said[-1]["input"]["image_size"] == 24
+    assert said[0]["ema"]["cls"] == said[1]["cls"]
+    assert main(["eval", f"--workdir={run}", "--config.data.eval_crop_ratio=1.0"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--config.data.eval_crop_ratio: a field of a config; name the config too" in line

@@ -53,6 +53,7 @@ def open_classifier(
         raise UserError(f"{source}: {error}") from error
     if not opened.classes:
         raise UserError(f"{source}: has no head, so it knows no classes; `deit embed` takes it")
+    opened.tell()
     if multi_label and opened.multi_label is False:
         raise UserError(f"--multi_label: {source} answers one class an image; leave it out")
     return opened

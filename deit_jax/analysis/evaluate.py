@@ -92,6 +92,7 @@ def open_evaluation(
     given: Collection[str] = (),
     checkpoint: str | int = LATEST,
     ema: bool = False,
+    heads: bool = True,
 ) -> Evaluation:
     """Return weights and the data of `config`, ready to be evaluated.
 
@@ -100,26 +101,31 @@ def open_evaluation(
     config that says otherwise: "data.eval_crop_ratio", "model.image_size", … Batch size and data
     come from `config`. Heads get the order of the data's classes, by name; raise UserError where
     the names do not go together. What else differs from the run's data is said. `checkpoint` and
-    `ema` are as in load_variables.
+    `ema` are as in load_variables. Without `heads`, for who asks none, the model gives its
+    features, and its classes may be any.
     """
     mesh = sharding.make_mesh(config.mesh)
     size = config.model.image_size if "model.image_size" in given else None
     size = None if size is None else simplest(size)
     which: dict[str, Any] = {"checkpoint": checkpoint, "ema": ema}
-    opened = load_variables(source, model, image_size=size, dtype=config.dtype, **which)
+    classes = None if heads else 0
+    opened = load_variables(source, model, classes, size, dtype=config.dtype, **which)
+    opened.tell()
     data = config.data.copy_and_resolve_references()
     if opened.run is not None and data.rules is None:
         data.rules = opened.run.config.data.rules
     _take_channels(data, opened, source)
     opened = _with_input(opened, data, given)
     dataset = open_dataset(data)
-    if opened.multi_label not in (None, data.multi_label):
+    if heads and opened.multi_label not in (None, data.multi_label):
         says = "any number of classes" if opened.multi_label else "one class"
         raise UserError(
             f"{source}: the model answers {says} an image; evaluate it on data of which "
             f"data.multi_label={opened.multi_label}"
         )
-    opened, note = in_order(opened, dataset.classes, f"{source}: the model", data.source)
+    note = ""
+    if heads:
+        opened, note = in_order(opened, dataset.classes, f"{source}: the model", data.source)
     lines = [note, *(held_out.changes(source, dataset) if opened.run else ())]
     for line in filter(None, lines):
         log.warning(line)

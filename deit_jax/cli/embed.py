@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         opened.check_convention()
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
+    opened.tell()
     images = named_images(words, opened.reading.channels, values.list)
     choices = (values.features, values.layer, values.norm, values.dtype, values.force)
     missing = embed(opened, images, values.out, *choices, title="embed")

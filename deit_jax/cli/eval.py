@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     said = []
     for step in _steps(values.workdir) if every else [values.checkpoint]:
         which = (command.given(), step, values.ema)
-        evaluation = open_evaluation(config, source, values.model, *which)
+        evaluation = open_evaluation(config, source, values.model, *which, not values.probe)
         if values.probe:
             results = probe(evaluation, values.probe)
         else:

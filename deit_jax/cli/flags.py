@@ -249,6 +249,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
     """Return what a flag's error says that helps, on one line."""
     text = str(error).replace("\\n", "\n").replace("\\'", "'")
     none_such = "no such field"
+    if unread := re.search(r"Unknown command line flag '(config\.\S+?)'", text):
+        return f"--{unread[1]}: a field of a config; name the config too, with --config=FILE"
     if typo := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
         right, wrong = typo.groups()
         return f"{_flag(argv, wrong)}: {none_such}; did you mean {right!r}? {_LIST}"

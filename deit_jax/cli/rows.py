@@ -25,8 +25,12 @@ _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".json": "json", ".txt": "text"}
 
 
 def format_of(out: str, asked: str | None) -> str:
-    """Return the format that was asked for, or that a file's name says."""
-    return asked or _SUFFIXES.get(Path(out).suffix, "text")
+    """Return the format that was asked for, or that a file's name says; raise UserError."""
+    ending = Path(out).suffix
+    if not asked and ending and ending not in _SUFFIXES:
+        endings = ", ".join(_SUFFIXES)
+        raise UserError(f"--out={out}: give it one of {endings}, or say --format=…")
+    return asked or _SUFFIXES.get(ending, "text")
 
 
 class Out:

@@ -69,8 +69,11 @@ class FeatureFile:
         """Take up what was begun, or begin; raise UserError where something else is in the way."""
         if self.out.suffix not in SUFFIXES:
             raise UserError(f"--out={self.out}: features are {' or '.join(SUFFIXES)} files")
-        if odd := next((p for p in self.images if "\n" in p), None):
-            raise UserError(f"{odd!r}: a name with a line break cannot be listed; rename it")
+        odd = next((p for p in self.images if "\n" in p), None)
+        if odd and self.out.suffix == ".npy":
+            raise UserError(
+                f"{odd!r}: a name with a line break cannot be listed; rename it, or write .parquet"
+            )
         if self.out.exists() and not force:
             raise UserError(f"--out={self.out}: exists; --force overwrites it")
         with self._explained():

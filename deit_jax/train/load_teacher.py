@@ -118,7 +118,9 @@ def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[T
     except UserError as error:
         if weights != spec.weights:
             raise
-        raise UserError(f"config.teacher.weights={weights}: {error}") from error
+        reason = str(error).removeprefix(f"{weights}: ")
+        raise UserError(f"config.teacher.weights={weights}: {reason}") from error
+    opened.tell()
     taken = getattr(opened.model, "in_channels", 3)
     if taken != spec.channels:
         raise UserError(

@@ -159,7 +159,8 @@ def fitted_weights(
             ema=init.ema,
         )
     except UserError as error:
-        raise UserError(f"config.init.weights={init.weights}: {error}") from error
+        reason = str(error).removeprefix(f"{init.weights}: ")
+        raise UserError(f"config.init.weights={init.weights}: {reason}") from error
     whose = f"config.init.weights={init.weights}: the model"
     opened, note = in_order(opened, classes, whose, experiment.data.source)
     other = _other_convention(opened, experiment.data)

@@ -1,6 +1,7 @@
 """Weights of one model, made those of another: positions resized, tokens and heads anew."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from deit_jax.shapes import Size, input_shape, simplest
 from deit_jax.weights import torch_names
 from deit_jax.weights.first_layer import adapt_channels, resample_patches
 from deit_jax.workdir.saved_run import Run
+
+log = logging.getLogger("deit_jax")
 
 HEAD_POLICIES = {
     "error": "refuse weights whose heads or number of classes differ",
@@ -59,6 +62,11 @@ class LoadedWeights:
         """What images must be, for people; raise ValueError where it is not known."""
         self.check_convention()
         return InputSpec(self.view, self.mean, self.std)
+
+    def tell(self) -> None:
+        """Say in the log what was chosen, assumed and changed on the way in."""
+        for note in self.notes:
+            log.warning("%s: %s", self.source, note)
 
     def check_convention(self) -> None:
         """Raise ValueError where nothing says how images are normalised for these weights."""
@@ -140,7 +148,6 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
         )
     heads = {path.partition("/")[0] for path in registry.family_of(model).heads}
     if not model.num_classes:
-        notes += ["heads dropped: the model gives features"] if heads & params.keys() else []
         params = {name: layer for name, layer in params.items() if name not in heads}
     elif head == "drop":
         fresh |= heads & torch_names.shapes(model)["params"].keys()
@@ -163,6 +170,10 @@ def fit(found: LoadedWeights, model, head: str, seed: int) -> LoadedWeights:
     fitted = dataclasses.replace(
         found, model=model, variables=variables, classes=classes, notes=tuple(notes)
     )
+    if found.run is not None and found.run.ema is not None:  # which goes the same way
+        alone = dataclasses.replace(found, variables=found.run.ema, run=None)
+        average = fit(alone, model, head, seed).variables
+        fitted = dataclasses.replace(fitted, run=dataclasses.replace(found.run, ema=average))
     channels = getattr(model, "in_channels", 3)
     if channels == getattr(old, "in_channels", 3):
         return fitted

@@ -7,11 +7,13 @@ torch_names.py knows the names in the files, places.py where they are, readers.p
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deit_jax.data.decode import PLAIN
 from deit_jax.data.preprocess import InputSpec
@@ -78,9 +80,12 @@ def load(
     if weights is None and name not in registry.specs() and Path(split_key(str(name))[0]).exists():
         name, weights = None, name  # load("runs/mine")
     name = None if name is None else str(name)
+    if weights is None and name not in registry.specs() and re.search(r"[/\\.]", name or ""):
+        raise WeightsError(f"{name}: no such file or folder")
     if weights is not None:
         which: dict[str, Any] = {"checkpoint": checkpoint, "ema": ema, "in_channels": in_channels}
         opened = load_variables(weights, name, num_classes, image_size, head, **which)
+        opened.tell()
         loaded = folded(opened.model, opened.variables)
         return (*loaded, opened.spec) if return_spec else loaded
     if name is None:
@@ -166,8 +171,8 @@ def load_variables(
         found = _open(str(source), model, default, *sizes, checkpoint, ema, anew)
         if not found.classes and num_classes is None:
             raise ValueError(
-                "has no head; num_classes=0 gives its features, head='drop' with a number of "
-                "classes starts a new one"
+                "has no head; `deit embed` or num_classes=0 gives its features, head='drop' with a "
+                "number of classes starts a new one"
             )
         target = target_model(found, model, num_classes, image_size, in_channels, head, dtype)
         size = getattr(target, "image_size", image_size or found.image_size)
@@ -176,7 +181,16 @@ def load_variables(
         named = str(error).startswith(split_key(str(source))[0])
         prefix = "" if named else f"{source}: "
         raise WeightsError(f"{prefix}{in_one_line(error)}") from error
-    return dataclasses.replace(fitted, image_size=size, name=name_of(model, fitted))
+    notes = (*fitted.notes, *_damage(fitted.variables))
+    return dataclasses.replace(fitted, image_size=size, name=name_of(model, fitted), notes=notes)
+
+
+def _damage(variables: dict[str, Any]) -> tuple[str, ...]:
+    """Return a note on parameters that are no numbers."""
+    bad = [path for path, leaf in torch_names.leaves(variables) if not np.isfinite(leaf).all()]
+    if not bad:
+        return ()
+    return (f"{len(bad)} parameters are not finite, {bad[0]} first: the weights are damaged",)
 
 
 def _open(

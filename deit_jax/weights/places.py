@@ -90,7 +90,11 @@ def choose(tree: Any, wanted: Wanted) -> Chosen:
     if wanted.key:
         named = [place for place in places if _is_named(place, wanted.key)]
         if not named:
-            raise Refused(f"no weights at {wanted.key!r:.60}; there are {_labels(places)}")
+            there = [place for place in places if place.label != "."]
+            others = (
+                f"there are {_labels(there)}" if there else "there is one model; leave ::KEY out"
+            )
+            raise Refused(f"no weights at {wanted.key!r:.60}; {others}")
     plain = [place for place in named if not place.is_average]
     averages = [place for place in named if place.is_average]
     if wanted.ema and not averages:
@@ -99,7 +103,7 @@ def choose(tree: Any, wanted: Wanted) -> Chosen:
     if not wanted.ema and plain and averages and not wanted.key:
         notes.append(
             f"a moving average of the weights is there too ({_labels(averages)}); deit convert "
-            "--ema, config.init.ema or load_variables(…, ema=True) takes it"
+            "--ema, config.init.ema or deit_jax.load(…, ema=True) takes it"
         )
     if not plain and averages and not wanted.ema:
         notes.append(f"the weights are a moving average ({_labels(averages)})")

@@ -1,6 +1,7 @@
 """Images named on a command line: files, folders, patterns, lists and what is piped in."""
 
 import glob
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from deit_jax.data.sources.base import PackedStrings
 from deit_jax.data.sources.files import FolderSource
 from deit_jax.data.sources.scan import Scan
 from deit_jax.errors import UserError
+
+log = logging.getLogger("deit_jax")
 
 PIPED = "-"  # stands for the paths on stdin, one a line
 
@@ -70,9 +73,11 @@ def _below(folder: str, channels: int) -> Iterator[str]:
         for name in place.files:
             count += 1
             yield os.path.join(folder, place.path, name)
+    others = ", ".join(f"{n} {reason}" for reason, n in scan.left_out.most_common(3))
     if not count:
-        others = ", ".join(f"{n} {reason}" for reason, n in scan.left_out.most_common(3))
         raise UserError(f"{folder}: no images in this folder" + (f" ({others})" if others else ""))
+    if others:
+        log.info("%s: left aside, as no images: %s", folder, others)
 
 
 def _matches(pattern: str) -> Iterator[str]:
