@@ -48,6 +48,7 @@ def small(c, pretrained):
     return c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["all", "linear_probe"])
 def test_a_folder_is_learned_from_a_run_of_other_classes(pretrained, photographs, tmp_path, tune):
     c = small(finetune.get_config(f"data={photographs},variant=tiny,distilled=True"), pretrained)

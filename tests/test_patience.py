@@ -62,6 +62,7 @@ def stopped(tmp_path_factory):
     return workdir, train(config(**{"train.patience_epochs": 0.6}), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_stops_where_its_evaluations_say(whole, stopped):
     workdir, results = stopped
     stop, known = expected_stop(scores(whole[0]), 3), scores(workdir)
@@ -80,6 +81,7 @@ def test_a_run_stops_where_its_evaluations_say(whole, stopped):
     assert "stopped_early" not in whole[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_does_not_train_on(stopped, tmp_path):
     c, (workdir, results) = config(**{"train.patience_epochs": 0.6}), stopped
     copy = shutil.copytree(workdir, tmp_path / "copy")
@@ -90,6 +92,7 @@ def test_a_stopped_run_does_not_train_on(stopped, tmp_path):
     assert (copy / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_run_that_was_killed_stops_at_the_same_step(stopped, tmp_path, at):
     workdir, results = stopped
@@ -104,6 +107,7 @@ def test_a_run_that_was_killed_stops_at_the_same_step(stopped, tmp_path, at):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_without_patience_it_goes_on_to_the_end(whole, stopped, tmp_path):
     copy = shutil.copytree(stopped[0], tmp_path / "copy")
     with pytest.raises(UserError, match=r"train.patience_epochs: 0.6 -> 0.0"):
@@ -124,6 +128,7 @@ def test_patience_counts_from_the_first_of_equals():
     assert not Patience(1, {}).exhausted(10**6)
 
 
+@pytest.mark.slow
 def test_more_epochs_after_the_end(whole, tmp_path, caplog):
     copy = shutil.copytree(whole[0], tmp_path / "copy")
     with pytest.raises(UserError, match=r"epochs: 2.0 -> 3.0.*--allow-config-change=epochs"):

@@ -198,7 +198,7 @@ def measured(experiment):
 
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("changes", [{"tune": "linear_probe"}, {"freeze": "blocks_0,patch_embed"}])
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_what_is_frozen_takes_no_memory_and_no_time(changes, ema):
     c = make_tiny_config()
     c.distill.kind, c.optim.ema_decay = "none", ema
@@ -289,6 +289,7 @@ def test_a_frozen_part_stays_to_the_bit_and_every_command_reads_the_run(tuned):
     assert np.isfinite(heads.cls).all()
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_a_tuned_run_goes_on_to_the_same_bits(tuned, tmp_path):
     c, workdir, results = tuned

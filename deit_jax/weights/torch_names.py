@@ -122,21 +122,13 @@ def candidates(flat: Mapping[str, np.ndarray], preferred: str = "deit") -> list[
         sized = [
             name for name in names if create_model(name).grid_size == sides(fields.get("grid", 0))
         ]
-        return sized or _nearest_sizes(names, fields)
+        return sized or names
     names = []
     for family in registry.FAMILIES.values():
         if blocks := family.blocks_in(flat):
             models = {name: create_model(name) for name in family.specs}
             names += [n for n, model in models.items() if family.count_blocks(model) == blocks]
     return names if len(names) < 2 else [name for name in names if _fits(flat, name)]
-
-
-def _nearest_sizes(names: list[str], fields: dict[str, Any]) -> list[str]:
-    """Return of names that differ in the size of their images alone the nearest to a file's."""
-    side, best = fields.get("grid", 0), dict[str, str]()
-    for name in sorted(names, key=lambda n: abs(create_model(n).grid_size[0] - side)):
-        best.setdefault(name.rpartition("_")[0], name)
-    return list(best.values())
 
 
 def twin(name: str) -> str | None:
