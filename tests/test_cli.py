@@ -213,7 +213,7 @@ def test_quickstart_trains_on_a_folder_of_photographs(capsys, tmp_path):
     code, out, err = deit(capsys, "eval", *tiny_words(workdir, root)[1:4], "--json")
     assert code == 0, err
     said = json.loads(out)
-    assert said.pop("input")["image_size"] == 16
+    assert said.pop("input")["image_size"] == 32
     assert said == results
     code, again, err = deit(capsys, "eval", f"--workdir={workdir}", "--json")  # on its own config
     assert code == 0, err

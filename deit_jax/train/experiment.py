@@ -296,7 +296,7 @@ def sketch(
     checked = config.copy_and_resolve_references()
     if checked.distill.kind != "none" and not checked.teacher.weights:
         checked.teacher.epochs = 1.0  # stands for the weights that are not needed
-    checked.init.required = False
+    checked.init.required, checked.optim.may_rise = False, True  # which is a training's matter
     validate(checked, jax.device_count() if devices is None else len(devices))
     return resolve(config, *size(), devices, whole)
 
