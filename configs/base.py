@@ -48,7 +48,9 @@ def get_config() -> ConfigDict:
     c.dtype = "auto"  # compute: bfloat16, float32, or auto = bfloat16 on TPU and GPU
 
     c.init = ConfigDict()
-    c.init.weights = ""  # start from a run's workdir, a weight file or folder, hf-hub:ORG/NAME
+    # Start from a run's workdir, a weight file or folder (FILE::KEY where it has several),
+    # hf-hub:ORG/NAME, or `pretrained`, what is published for the model's name. See docs/weights.md.
+    c.init.weights = ""
     c.init.head = "error"  # where heads differ: error, drop = all anew, cls = keep the class head
     c.init.checkpoint = "latest"  # of a run: latest, best or a step; best of those that are kept
     c.init.ema = False  # the moving average of its weights
@@ -134,7 +136,7 @@ def get_config() -> ConfigDict:
     )
 
     c.teacher = ConfigDict()
-    c.teacher.weights = ""  # workdir of a finished `deit train`
+    c.teacher.weights = ""  # of a trained model: workdir, or whatever init.weights takes
     c.teacher.checkpoint = "latest"  # of a run: latest, best or a step
     c.teacher.ema = False  # the moving average of its weights
     c.teacher.epochs = 0.0  # without weights: first train teacher.model so long, in WORKDIR/teacher

@@ -19,8 +19,8 @@ from deit_jax.analysis import probe
 from deit_jax.data.classes import imagenet_list
 from deit_jax.data.preprocess import InputSpec
 from deit_jax.data.view import EvalView
-from deit_jax.weights.convert import convert
-from deit_jax.weights.fit import LoadedWeights, init_variables
+from deit_jax.weights.fit import init_variables
+from tests.tiny import save_weights
 
 SIZE, COLOURS = 16, 6
 
@@ -63,31 +63,25 @@ def weights(tmp_path_factory, images):
             "kernel": learned.coef_.T.astype(np.float32),
             "bias": learned.intercept_.astype(np.float32),
         }
+    told = {"classes": imagenet_list("labels")[:COLOURS], "crop_ratio": 0.7}
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    opened = LoadedWeights(
-        source="",
-        format="",
-        name=name,
-        model=model,
-        variables={"batch_stats": {}, **variables},
-        classes=imagenet_list("labels")[:COLOURS],
-        image_size=SIZE,
-        mean=mean,
-        std=std,
-        crop_ratio=0.7,
+    return save_weights(path, name, model, variables, mean=mean, std=std, **told)
+
+
+@pytest.fixture
+def config(images, tmp_path):
+    """Write a config of the images; return the file."""
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from deit_jax.configs import base\ndef get_config():\n    c = base.get_config()\n"
+        f"    c.data.source = 'folder:{images}'\n    c.train.eval_batch_size = 16\n    return c\n"
     )
-    convert(opened, path)
     return path
 
 
 @pytest.fixture
-def evaluate(images, weights, tmp_path, capsys):
+def evaluate(config, weights, capsys):
     """Return a function that runs `deit eval` with some words: (code, stdout, stderr)."""
-    config = tmp_path / "config.py"
-    config.write_text(
-        "from deit_jax.configs import base\ndef get_config():\n    c = base.get_config()\n"
-        f"    c.data.source = 'folder:{images}'\n    c.train.eval_batch_size = 16\n    return c\n"
-    )
 
     def run(*words):
         words = ["eval", f"--config={config}", f"--weights={weights}", *words]
@@ -269,13 +263,8 @@ def test_imagenet_v2_folders_are_numbers(images, evaluate, tmp_path):
     assert json.loads(out)["fused"] == json.loads(plain)["fused"]
 
 
-def test_a_probe_needs_no_head_and_no_classes_of_its_own(images, weights, tmp_path, capsys):
+def test_a_probe_needs_no_head_and_no_classes_of_its_own(config, weights, tmp_path, capsys):
     """Of a backbone without a head, and of one whose head knows other classes."""
-    config = tmp_path / "config.py"
-    config.write_text(
-        "from deit_jax.configs import base\ndef get_config():\n    c = base.get_config()\n"
-        f"    c.data.source = 'folder:{images}'\n    c.train.eval_batch_size = 16\n    return c\n"
-    )
     for name, classes in (("none", 0), ("other", 3)):
         words = ["convert", str(weights), str(tmp_path / f"{name}.safetensors"), "--head=drop"]
         assert program.main([*words, f"--num_classes={classes}"]) == 0

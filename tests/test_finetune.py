@@ -8,10 +8,9 @@ from PIL import Image
 
 from deit_jax.configs import finetune
 from deit_jax.errors import UserError
-from deit_jax.train import run as run_lib
 from deit_jax.train.run import train
 from deit_jax.workdir.saved_run import load_run
-from tests.tiny import make_tiny_config
+from tests.tiny import make_tiny_config, train_without_picture
 
 pytestmark = pytest.mark.eight_devices
 
@@ -21,11 +20,7 @@ def pretrained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pretrained") / "run"
     c = make_tiny_config()
     c.distill.kind, c.epochs, c.optim.ema_decay = "none", 1.0, 0.0
-    drawn, run_lib._draw = run_lib._draw, lambda trainer, results: None
-    try:
-        train(c, workdir)
-    finally:
-        run_lib._draw = drawn
+    train_without_picture(c, workdir)
     return workdir
 
 

@@ -21,10 +21,10 @@ from deit_jax.data import feature_file
 from deit_jax.data.sources.files import FolderSource
 from deit_jax.data.sources.named import named_images
 from deit_jax.errors import UserError
-from deit_jax.weights.convert import convert
-from deit_jax.weights.fit import LoadedWeights, init_variables
+from deit_jax.weights.fit import init_variables
 from deit_jax.weights.load import open_model
 from deit_jax.weights.torch_names import to_torch
+from tests.tiny import save_weights
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +37,9 @@ def weights(tmp_path_factory):
     rng = np.random.default_rng(0)
     for head in ("head", "head_dist"):  # or all images would get nearly the same answer
         variables["params"][head]["kernel"] = rng.normal(size=(24, 3)).astype(np.float32)
+    told = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_ratio": 0.8}
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    opened = LoadedWeights(
-        source="",
-        format="",
-        name=name,
-        model=model,
-        variables={"batch_stats": {}, **variables},
-        classes=["ant", "bee", "cat"],
-        image_size=32,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.3, 0.4),
-        crop_ratio=0.8,
-    )
-    convert(opened, path)
-    return path
+    return save_weights(path, name, model, variables, classes=["ant", "bee", "cat"], **told)
 
 
 @pytest.fixture(scope="module")

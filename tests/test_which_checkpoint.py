@@ -14,16 +14,15 @@ import deit_jax
 from deit_jax.__main__ import main
 from deit_jax.errors import UserError
 from deit_jax.storage import read_lines
-from deit_jax.train import run as run_lib
 from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
-from deit_jax.train.run import starting_weights, train
+from deit_jax.train.run import starting_weights
 from deit_jax.train.tape.fingerprint import parameters_sha256
 from deit_jax.weights.load import load_variables, open_model
 from deit_jax.workdir import checksums
 from deit_jax.workdir.saved_run import load_run
 from deit_jax.workdir.which import kept_steps
-from tests.tiny import make_tiny_config
+from tests.tiny import make_tiny_config, train_without_picture
 
 pytestmark = pytest.mark.eight_devices
 
@@ -36,11 +35,7 @@ def run(tmp_path_factory):
     c.distill.kind = "none"
     c.train.eval_every_epochs = c.train.save_every_epochs = 0.4
     c.train.keep_checkpoints = 10
-    drawn, run_lib._draw = run_lib._draw, lambda trainer, results: None
-    try:
-        train(c, workdir)
-    finally:
-        run_lib._draw = drawn
+    train_without_picture(c, workdir)
     return workdir
 
 
@@ -246,7 +241,7 @@ def test_checkpoints_that_commands_cannot_take(run, capsys):
 def test_an_average_is_evaluated_at_another_size_too(run, tmp_path, capsys):
     config = tmp_path / "c.py"
     config.write_text(
-        "from tests.tiny import make_tiny_config\n"
+        "from tests.tiny import make_tiny_config, train_without_picture\n"
         "def get_config():\n    return make_tiny_config()\n"
     )
     words = ["eval", f"--config={config}", "--config.model.image_size=24", "--json"]

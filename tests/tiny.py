@@ -38,3 +38,25 @@ def measured(config, seconds=0.1, **options):
     dataset, missing = step_time.data_or_random(config.data, config.batch_size)
     experiment = sketch(config, lambda: (len(dataset.classes), len(dataset.train)))
     return step_time.measure(experiment, dataset, missing, seconds, **options)
+
+
+def save_weights(path, name, model, variables, **told):
+    """Write a model's weights to a file that says what is `told` of them: classes, mean, …"""
+    from deit_jax.weights.convert import convert
+    from deit_jax.weights.fit import LoadedWeights
+
+    whole = {"batch_stats": {}, **variables}
+    about = {"source": "", "format": "", "image_size": model.image_size, **told}
+    convert(LoadedWeights(name=name, model=model, variables=whole, **about), path)
+    return path
+
+
+def train_without_picture(config, workdir):
+    """Train; the picture at the end would take as long as a tiny training."""
+    import pytest
+
+    from deit_jax.train import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_draw", lambda trainer, results: None)
+        return run.train(config, workdir)

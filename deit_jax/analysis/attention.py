@@ -49,7 +49,7 @@ def token_features(
 
     T is 2 of a distilled model and else 1; layers is 1 + depth.
     """
-    caught = _blocks_of(model, params, images)
+    caught = block_outputs(model, params, images)
     prefix = [params[name][0, 0] for name in ("cls_token", "dist_token")[: model.num_prefix_tokens]]
     start = jnp.stack(prefix)
     if model.class_position:
@@ -58,7 +58,8 @@ def token_features(
     return jnp.stack([first, *(x[:, : len(prefix)] for x in caught)], axis=1).astype(jnp.float32)
 
 
-def _blocks_of(model, params, images) -> list[Float[Array, "B N D"]]:
+def block_outputs(model, params, images) -> list[Float[Array, "B N D"]]:
+    """Return all tokens as they leave every block."""
     _, caught = model.apply(
         {"params": params},
         images,

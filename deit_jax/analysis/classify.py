@@ -47,10 +47,7 @@ def open_classifier(
 ) -> LoadedWeights:
     """Return weights to classify with, as load_variables does; raise UserError for others."""
     opened = open_model(source, model, checkpoint=checkpoint, ema=ema)
-    try:
-        opened.check_convention()
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+    opened.check_convention()
     if not opened.classes:
         raise UserError(f"{source}: has no head, so it knows no classes; `deit embed` takes it")
     opened.tell()

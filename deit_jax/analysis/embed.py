@@ -8,11 +8,10 @@ import jax
 import numpy as np
 
 from deit_jax.analysis.features import embedder
-from deit_jax.analysis.inference import stream
+from deit_jax.analysis.inference import normalising, stream
 from deit_jax.data.feature_file import FeatureFile
 from deit_jax.data.sources.base import Subset
 from deit_jax.data.sources.named import NamedImages
-from deit_jax.models.preprocess import normalise
 from deit_jax.shapes import input_shape
 from deit_jax.weights.fit import LoadedWeights
 from deit_jax.weights.torch_names import leaves
@@ -48,8 +47,7 @@ def embed(
     }
     file = FeatureFile(Path(out), identity, paths, shape, np.dtype(dtype))
     file.begin(force)
-    mean, std = opened.mean, opened.std
-    compiled = jax.jit(lambda v, x: function(v, normalise(x, mean, std)))
+    compiled = normalising(opened, function)
     rest = Subset(images, np.arange(file.done, len(images)))
     begun = file.done
     for batch in stream(opened, rest, compiled, title, of="the features"):

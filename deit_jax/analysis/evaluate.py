@@ -114,7 +114,7 @@ def open_evaluation(
     data = config.data.copy_and_resolve_references()
     if opened.run is not None and data.rules is None:
         data.rules = opened.run.config.data.rules
-    _take_channels(data, opened, source)
+    _take_channels(data, opened)
     opened = _with_input(opened, data, given)
     dataset = open_dataset(data)
     if heads and opened.multi_label not in (None, data.multi_label):
@@ -132,16 +132,13 @@ def open_evaluation(
     return Evaluation(source, opened, data, dataset, mesh, config.train.eval_batch_size, ema)
 
 
-def _take_channels(data, opened: LoadedWeights, source: str) -> None:
+def _take_channels(data, opened: LoadedWeights) -> None:
     """Take the channels that the weights are for; raise UserError without their normalisation."""
     channels = opened.reading.channels
     if data.channels == channels:
         return
     log.warning("data.channels=%d, as the weights take, not %d", channels, data.channels)
-    try:
-        opened.check_convention()
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+    opened.check_convention()
     data.channels = channels
 
 

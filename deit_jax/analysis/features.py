@@ -6,12 +6,14 @@ tokens = deit_jax.features(model, params, images, layers=-1)     # [2 N D], clas
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from deit_jax.analysis.attention import block_outputs
 from deit_jax.errors import UserError
 from deit_jax.models import vit
 from deit_jax.models.vit import VisionTransformer
@@ -55,14 +57,8 @@ def _tokens(
     model: VisionTransformer, params, images, layers: Sequence[int], norm: bool
 ) -> list[Float[Array, "B N D"]]:
     wanted = [_block(model, i) for i in layers]
-    _, caught = model.apply(
-        {"params": params},
-        images,
-        train=False,
-        capture_intermediates=lambda module, _: module.name in {f"blocks_{i}" for i in wanted},
-        mutable=["intermediates"],
-    )
-    outputs = [caught["intermediates"][f"blocks_{i}"]["__call__"][0] for i in wanted]
+    every = block_outputs(model, params, images)
+    outputs: list[Any] = [every[i] for i in wanted]
     if norm:
         layer = vit.LayerNorm(model.dtype)
         outputs = [layer.apply({"params": params["norm"]}, x) for x in outputs]

@@ -13,11 +13,17 @@ from deit_jax.configs import base
 from deit_jax.data.batches import EvalBatches
 from deit_jax.data.loader import load
 from deit_jax.data.sources.base import Source
+from deit_jax.models.preprocess import normalise
 from deit_jax.parallel import sharding
 from deit_jax.train import memory
 
 BATCH = 64  # images a device takes at a time
 PREFETCH = 4  # batches loaded ahead
+
+
+def normalising(opened, function: Callable) -> Callable:
+    """Return a compiled `function(weights, images)` of uint8 images."""
+    return jax.jit(lambda w, x: function(w, normalise(x, opened.mean, opened.std)))
 
 
 class Made(NamedTuple):

@@ -15,10 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from deit_jax.analysis.evaluate import Evaluation
 from deit_jax.analysis.features import embedder
-from deit_jax.analysis.inference import stream
+from deit_jax.analysis.inference import normalising, stream
 from deit_jax.data.sources.base import Source
 from deit_jax.errors import UserError
-from deit_jax.models.preprocess import normalise
 
 NEIGHBOURS = 20  # and a temperature of 0.07: DINO's (arXiv 2104.14294)
 TEMPERATURE = 0.07
@@ -51,8 +50,7 @@ def probe(evaluation: Evaluation, kind: str) -> dict[str, Any]:
 
 def _features(evaluation: Evaluation, source: Source, title: str) -> tuple[Features, Labels]:
     opened = evaluation.opened
-    function = embedder(opened.model, "pooled")
-    compiled = jax.jit(lambda v, x: function(v, normalise(x, opened.mean, opened.std)))
+    compiled = normalising(opened, embedder(opened.model, "pooled"))
     batches = list(stream(opened, source, compiled, title, of="the probe"))
     if not sum(len(batch.numbers) for batch in batches):
         raise UserError(f"config.data.source={evaluation.data.source}: no image can be read")

@@ -1,6 +1,6 @@
 """Figures of a report on one transformer: its tokens, attention, positions and filters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from deit_jax import analysis
+from deit_jax.analysis.inference import normalising
 from deit_jax.data.sources.base import Source
-from deit_jax.models.preprocess import normalise
 from deit_jax.models.vit import VisionTransformer
 
 BATCH = 16
@@ -25,7 +25,7 @@ def tokens(opened, images: UInt8[np.ndarray, "n H W C"]) -> dict[str, Any] | Non
     model, params = opened.model, opened.variables["params"]
     if not isinstance(model, VisionTransformer) or not model.distilled:
         return None
-    cosines = _normalising(opened, lambda params, x: _cosines(model, params, x))
+    cosines = normalising(opened, lambda params, x: _cosines(model, params, x))
     total: np.ndarray | float = 0.0
     params = jax.device_put(params)
     for i in range(0, len(images), BATCH):
@@ -40,11 +40,6 @@ def tokens(opened, images: UInt8[np.ndarray, "n H W C"]) -> dict[str, Any] | Non
 
 def _cosines(model, params, images):
     return analysis.token_cosines(analysis.token_features(model, params, images))
-
-
-def _normalising(opened, function: Callable) -> Callable:
-    """Return a compiled `function(params, images)` of uint8 images."""
-    return jax.jit(lambda p, x: function(p, normalise(x, opened.mean, opened.std)))
 
 
 def attention(
@@ -66,7 +61,7 @@ def attention(
         mixed = analysis.rollout(maps)[0, :prefix, prefix:]
         return last.reshape(prefix, -1, *grid), mixed.reshape(prefix, *grid)
 
-    look, params = _normalising(opened, look), jax.device_put(opened.variables["params"])
+    look, params = normalising(opened, look), jax.device_put(opened.variables["params"])
     found = []
     for number, image in zip(numbers, images, strict=True):  # one at a time: maps are large
         last, mixed = look(params, image[None])

@@ -43,10 +43,7 @@ def main(argv: list[str]) -> None:
     which = {"checkpoint": values.checkpoint, "ema": values.ema}
     # With a head or without, the features are the same.
     opened = load_variables(source, values.model, num_classes=0, **which)
-    try:
-        opened.check_convention()
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+    opened.check_convention()
     opened.tell()
     images = named_images(words, opened.reading.channels, values.list)
     choices = (values.features, values.layer, values.norm, values.dtype, values.force)

@@ -5,6 +5,7 @@ OUT.npy is an array [n …], and OUT.paths.txt has the path of each row. OUT.par
 OUT.partial.json says how far it has come; both are gone at the end.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -166,20 +167,10 @@ class FeatureFile:
                 writer.write_table(pa.table({"path": texts, "embedding": array}, schema=schema))
         temporary.replace(self.out)
 
-    def _explained(self):
-        return _Explained(self.out)
-
-
-class _Explained:
-    """Turn an error of the disk into one line."""
-
-    def __init__(self, out: Path):
-        self._out = out
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, OSError):
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"--out={self._out}: cannot be written ({reason})") from error
+            raise UserError(f"--out={self.out}: cannot be written ({reason})") from error

@@ -140,7 +140,8 @@ def load_teacher(spec: TeacherSpec, weights: str, classes: list[str]) -> tuple[T
     try:
         opened.check_convention()
     except ValueError as error:
-        raise UserError(f"config.teacher.weights={weights}: {error}") from error
+        reason = str(error).removeprefix(f"{weights}: ")
+        raise UserError(f"config.teacher.weights={weights}: {reason}") from error
     if getattr(opened.model, "image_size", spec.image_size) != spec.image_size:
         raise UserError(
             f"config.teacher.weights={weights}: the teacher takes {text(opened.image_size)} px "

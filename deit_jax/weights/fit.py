@@ -18,6 +18,7 @@ from deit_jax.models.pos_embed import resize_pos_embed
 from deit_jax.shapes import Size, input_shape, simplest
 from deit_jax.weights import torch_names
 from deit_jax.weights.first_layer import adapt_channels, resample_patches
+from deit_jax.weights.locate import WeightsError
 from deit_jax.workdir.saved_run import Run
 
 log = logging.getLogger("deit_jax")
@@ -59,7 +60,7 @@ class LoadedWeights:
 
     @property
     def spec(self) -> InputSpec:
-        """What images must be, for people; raise ValueError where it is not known."""
+        """What images must be, for people; raise WeightsError where it is not known."""
         self.check_convention()
         return InputSpec(self.view, self.mean, self.std)
 
@@ -69,11 +70,11 @@ class LoadedWeights:
             log.warning("%s: %s", self.source, note)
 
     def check_convention(self) -> None:
-        """Raise ValueError where nothing says how images are normalised for these weights."""
+        """Raise WeightsError where nothing says how images are normalised for these weights."""
         if not self.mean or not self.std:
-            raise ValueError(
-                f"nothing says the mean and std of its {self.reading.channels} channels; train "
-                "from it with config.init.weights, which keeps them"
+            raise WeightsError(
+                f"{self.source}: nothing says the mean and std of its {self.reading.channels} "
+                "channels; train from it with config.init.weights, which keeps them"
             )
 
 
