@@ -1,9 +1,18 @@
 """DeiT in JAX/Flax: see README.md for the commands, docs/design.md for the architecture."""
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "features", "list_models", "load", "preprocess"]
+__all__ = [
+    "Teacher",
+    "__version__",
+    "create_model",
+    "features",
+    "list_models",
+    "load",
+    "preprocess",
+]
 
 _API = {
+    "Teacher": "deit_jax.teachers.teacher",
     "create_model": "deit_jax.models.registry",
     "features": "deit_jax.analysis.features",
     "list_models": "deit_jax.models.registry",

@@ -14,7 +14,7 @@ FLOORS = (
     ("models", "parallel", "storage"),
     ("step", "data", "config"),
     ("workdir",),
-    ("weights",),
+    ("weights", "teachers"),
     ("train",),
     ("analysis", "perf"),
     ("cli",),

@@ -1,0 +1,1 @@
+"""Teachers of any kind: a pure function, its parameters, and what its images must be."""
