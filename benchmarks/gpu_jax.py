@@ -108,7 +108,7 @@ def jit_step(config, classes: int, device=None):
     """Return the step of `deit train`, compiled as it is there, the state and the teacher."""
     experiment = resolved(config, classes, device)
     teacher, params = experiment.random_teacher() or (None, None)
-    params = experiment.place(params, teacher and teacher.model)
+    params = experiment.place_teacher(teacher, params)
     return experiment.jit_step(teacher), experiment.new_state(), params
 
 

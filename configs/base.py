@@ -57,7 +57,8 @@ def get_config() -> ConfigDict:
     c.init.required = False  # whether this config makes sense without weights to start from
 
     c.data = ConfigDict()
-    # tfds:NAME, folder:PATH, wds:PATH, hf:PATH, hf:ORG/NAME, fashion_mnist, mnist or digits.
+    # tfds:NAME, folder:PATH, wds:PATH, hf:PATH, hf:ORG/NAME, fashion_mnist, mnist or digits;
+    # images:PATH, all images below a folder, without labels (distill.kind=feature).
     c.data.source = "tfds:imagenet2012"
     c.data.dir = ""  # where TFDS keeps its data sets; "" = TFDS's default
     # Parts of the data by their names; others for the same do: training, val, Valid, dev, test.
@@ -126,21 +127,35 @@ def get_config() -> ConfigDict:
     c.loss.heads = "cls"  # learns the labels; "both": without a teacher, the distillation head too
 
     c.distill = ConfigDict()
-    c.distill.kind = (
-        "none"  # none, soft or hard; through the distillation token if the model has one
-    )
-    c.distill.alpha = 0.5  # weight of the teacher's term
+    # none, soft, hard (through the distillation token if the model has one), feature, or both:
+    # soft+feature, hard+feature. See docs/teachers.md.
+    c.distill.kind = "none"
+    c.distill.alpha = 0.5  # weight of the teacher's term; the labels' is 1 - alpha
+    c.distill.label_weight = placeholder(float)  # or each by itself; None = as alpha says
+    c.distill.teacher_weight = placeholder(float)
+    c.distill.feature_weight = 1.0  # of the features' term beside soft or hard
     c.distill.tau = 1.0  # temperature of soft distillation
-    c.distill.reduction = (
-        "batchmean"  # of soft distillation; "numel" = the reference code's / (B K)
-    )
+    # Of soft distillation: "numel" = the reference code's / (B K).
+    c.distill.reduction = "batchmean"
+    # Of features: cosine, smooth_l1 (to standardised ones) or mse, between the teacher's and, in a
+    # projection that is trained, the student's: its (distillation) token, cls or patches' mean.
+    c.distill.feature_loss = "cosine"
+    c.distill.student_features = "token"
+    # Numbers above that change over the run, from what they are to an end, linear or cosine:
+    # alpha=linear:0.1,tau=cosine:1
+    c.distill.schedule = ""
 
     c.teacher = ConfigDict()
-    c.teacher.weights = ""  # of a trained model: workdir, or whatever init.weights takes
+    # A trained model: a workdir or whatever init.weights takes, a teacher folder, timm:NAME[@FILE],
+    # torch:MODULE:FUNCTION or python:MODULE:FUNCTION. Several with commas between them.
+    c.teacher.weights = ""
+    c.teacher.shares = ""  # of several: how much each counts, as in 2,1; "" = equally
+    c.teacher.combine = "logits"  # of several: average logits, or count votes of their first choice
     c.teacher.checkpoint = "latest"  # of a run: latest, best or a step
     c.teacher.ema = False  # the moving average of its weights
     c.teacher.epochs = 0.0  # without weights: first train teacher.model so long, in WORKDIR/teacher
-    # Resize its images on device: a side or (height, width); None = the student's.
+    # Resize its images on device: a side or (height, width); None = the student's or, of a model
+    # that is not ours and takes one size, its own.
     c.teacher.image_size = placeholder(object)
     # What the teacher says, on disk: record writes it to tape_path ("" = WORKDIR/tape) in training,
     # replay trains from there without running the teacher. See docs/tape.md.

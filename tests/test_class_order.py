@@ -11,8 +11,9 @@ from sklearn.datasets import load_digits
 from deit_jax.analysis.evaluate import open_evaluation
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
-from deit_jax.train.load_teacher import load_teacher, teacher_spec
+from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.run import train
+from deit_jax.train.teacher_spec import teacher_spec
 from deit_jax.weights import convert
 from deit_jax.weights.fit import in_order
 from deit_jax.weights.load import open_model

@@ -18,8 +18,8 @@ from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.mixup import mix
 from deit_jax.step.objective import objective
 from deit_jax.train.experiment import prepare, sketch
-from deit_jax.train.load_teacher import teacher_config
 from deit_jax.train.run import uneven
+from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.workdir import held_out
 
 B, K = 16, 5

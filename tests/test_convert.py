@@ -15,7 +15,8 @@ from deit_jax.data.view import EvalView
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
 from deit_jax.shapes import input_shape
-from deit_jax.train.load_teacher import load_teacher, teacher_spec
+from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.teacher_spec import teacher_spec
 from deit_jax.weights import convert, readers
 from deit_jax.weights.exporters import huggingface
 from deit_jax.weights.exporters import timm as timm_lib

@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 from scipy.special import log_softmax, rel_entr, softmax
 
+from deit_jax.configs import base
 from deit_jax.models.heads import Heads
 from deit_jax.step import losses
 from deit_jax.step.distill import hard, soft
@@ -68,7 +69,8 @@ def test_soft_distillation_has_both_reductions(tau):
 @pytest.mark.parametrize("kind", ["none", "soft", "hard"])
 @pytest.mark.parametrize("dist_head", [True, False])
 def test_distillation_combines_the_terms_through_the_right_head(kind, dist_head):
-    distill = ConfigDict({"kind": kind, "alpha": 0.3, "tau": 2.0, "reduction": "batchmean"})
+    distill = base.get_config().distill
+    distill.update({"kind": kind, "alpha": 0.3, "tau": 2.0})
     heads = Heads(jnp.array(LOGITS), jnp.array(OTHER) if dist_head else None)
     signal = {"none": None, "soft": jnp.array(TEACHER), "hard": jnp.array(TEACHER.argmax(1))}[kind]
     loss, terms = objective(heads, jnp.array(TARGETS), signal, distill)

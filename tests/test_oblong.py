@@ -30,7 +30,7 @@ from deit_jax.perf import flops, plan
 from deit_jax.shapes import sides, simplest, text
 from deit_jax.step.mixup import cutmix_box
 from deit_jax.step.random_erasing import random_erase
-from deit_jax.step.teacher import Teacher
+from deit_jax.step.teacher import FrozenTeacher
 from deit_jax.train.run import train
 from deit_jax.train.validate import validate
 from deit_jax.weights import convert
@@ -211,13 +211,13 @@ def test_a_teachers_images_are_resized_to_its_own_sides():
         def apply(self, variables, images, **_):
             return images
 
-    teacher = Teacher(Echo(), MEAN, MEAN, MEAN, MEAN, (8, 12))
+    teacher = FrozenTeacher(Echo(), MEAN, MEAN, MEAN, MEAN, (8, 12))
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     seen = teacher.outputs({}, jnp.asarray(images)).heads
     expected = jax.image.resize(images, (2, 8, 12, 3), "cubic")
     np.testing.assert_allclose(seen, expected)
     for size in (None, 16, (16, 16)):
-        same = Teacher(Echo(), MEAN, MEAN, MEAN, MEAN, size)
+        same = FrozenTeacher(Echo(), MEAN, MEAN, MEAN, MEAN, size)
         assert np.array_equal(same.outputs({}, jnp.asarray(images)).heads, images)
 
 

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 import deit_jax
 from deit_jax import __main__ as program
 from deit_jax.errors import UserError
-from deit_jax.train.load_teacher import load_teacher, teacher_spec
+from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.teacher_spec import teacher_spec
 from deit_jax.weights.load import load_variables
 from deit_jax.weights.pretrained import PUBLISHED, hub_id
 from deit_jax.weights.torch_names import to_torch

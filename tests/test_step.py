@@ -18,7 +18,7 @@ from deit_jax.step import eval_step, losses
 from deit_jax.step.objective import objective
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import init_state
-from deit_jax.step.teacher import Teacher
+from deit_jax.step.teacher import FrozenTeacher
 from deit_jax.step.train_step import model_inputs, teacher_targets, train_step
 from deit_jax.train.experiment import settings_of
 from tests.tiny import make_tiny_config
@@ -40,7 +40,7 @@ def make_teacher():
     """Return a small convnet with random weights, and its parameters."""
     model = build_model(make_tiny_config().teacher.model, K).clone(folded=True)
     params = jax.jit(model.init)(jax.random.key(7), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
-    return Teacher(model, MEAN, STD, MEAN, STD), params
+    return FrozenTeacher(model, MEAN, STD, MEAN, STD), params
 
 
 def build(config, devices=None):
@@ -209,7 +209,7 @@ def test_teacher_has_no_state_and_gets_no_gradient(tiny_config):
 def test_teacher_sees_its_own_normalisation():
     teacher, params = make_teacher()
     batch = make_batch(4)["image"]
-    other = Teacher(teacher.model, (0.5,) * 3, (0.5,) * 3, MEAN, STD)
+    other = FrozenTeacher(teacher.model, (0.5,) * 3, (0.5,) * 3, MEAN, STD)
     own = teacher.model.apply({"params": params}, jnp.float32(batch / 255.0 * 2 - 1)).cls
     handed = other.logits(params, normalise(jnp.asarray(batch), MEAN, STD))
     np.testing.assert_allclose(handed, own, atol=1e-4)
@@ -218,7 +218,7 @@ def test_teacher_sees_its_own_normalisation():
 def test_teacher_sees_its_own_resolution():
     teacher, params = make_teacher()
     images = normalise(jnp.asarray(make_batch(4)["image"]), MEAN, STD)
-    at_32 = Teacher(teacher.model, MEAN, STD, MEAN, STD, image_size=32)
+    at_32 = FrozenTeacher(teacher.model, MEAN, STD, MEAN, STD, image_size=32)
     resized = np.stack(
         [
             np.stack(

@@ -20,10 +20,11 @@ from deit_jax.step.train_step import model_inputs
 from deit_jax.train import record_tape
 from deit_jax.train import run as run_lib
 from deit_jax.train.experiment import prepare
-from deit_jax.train.load_teacher import load_teacher, teacher_config
+from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.run import train
 from deit_jax.train.tape import fingerprint, session, tape
 from deit_jax.train.tape import layout as layout_lib
+from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.workdir import checkpoints
 from deit_jax.workdir.directory import changes
 from tests.tiny import make_tiny_config, resolved

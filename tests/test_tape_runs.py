@@ -7,9 +7,9 @@ import pytest
 from deit_jax.parallel import sharding
 from deit_jax.storage import read_lines
 from deit_jax.train import run
-from deit_jax.train.load_teacher import teacher_config
 from deit_jax.train.run import train
 from deit_jax.train.tape import tape
+from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.workdir.saved_run import load_run
 from tests.faults.test_divergence import compile_once, poison  # noqa: F401
 from tests.test_tape import STEPS, array, assert_same_bits, full_config, replaying

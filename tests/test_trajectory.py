@@ -17,7 +17,7 @@ from deit_jax.step import train_step as train_step_lib
 from deit_jax.step.distill.base import Outputs
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import TrainState
-from deit_jax.step.teacher import Teacher
+from deit_jax.step.teacher import FrozenTeacher
 from deit_jax.train.experiment import settings_of
 from deit_jax.train.finetune import tuning_of
 from deit_jax.weights.torch_names import from_torch
@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-class Recorded(Teacher):
+class Recorded(FrozenTeacher):
     """A teacher whose parameters are its answers."""
 
     def outputs(self, params, images, features=False):

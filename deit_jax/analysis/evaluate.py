@@ -13,9 +13,11 @@ from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.parallel import sharding
 from deit_jax.shapes import per_channel, simplest
+from deit_jax.step.committee import shardings
 from deit_jax.train import memory
 from deit_jax.train.evaluator import Evaluator
-from deit_jax.train.load_teacher import load_teacher, teacher_spec
+from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.teacher_spec import teacher_spec
 from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import load_variables
 from deit_jax.workdir import held_out
@@ -78,7 +80,9 @@ class Evaluation:
         spec = teacher_spec(opened.run.config)
         if spec and (weights := spec.weights_path(self.source)):
             teacher, params = load_teacher(spec, weights, self.dataset.classes)
-            results["teacher"] = evaluator.teacher(teacher, self._place(params, teacher.model))
+            if teacher.answers:  # or its classes are others
+                placed = jax.device_put(params, shardings(teacher, self.mesh, params))
+                results["teacher"] = evaluator.teacher(teacher, placed)
         return results
 
     def _place(self, tree, model):

@@ -23,7 +23,8 @@ from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.storage import exists, steps_in
 from deit_jax.train.experiment import length_of
-from deit_jax.train.load_teacher import load_teacher, teacher_spec
+from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.teacher_spec import teacher_spec
 from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import open_model
 from deit_jax.workdir import records
@@ -204,7 +205,8 @@ def _teacher(opened, workdir: Path, notes: dict[str, str]):
     try:
         spec = teacher_spec(opened.run.config)
         weights = spec.weights_path(workdir) if spec else ""
-        return load_teacher(spec, weights, opened.classes) if spec and weights else None
+        teacher = load_teacher(spec, weights, opened.classes) if spec and weights else None
+        return teacher if teacher and teacher[0].answers else None
     except UserError as error:
         notes["teacher"] = str(error)
         return None

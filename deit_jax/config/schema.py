@@ -35,6 +35,8 @@ CHOICES = {
     "init.head": ("error", "drop", "cls"),
     "loss.heads": ("cls", "both"),
     "distill.reduction": ("batchmean", "numel"),
+    "distill.student_features": ("token", "cls", "patches"),
+    "teacher.combine": ("logits", "votes"),
     "optim.tune": ("all", "linear_probe", "attention_only"),
     "teacher.tape": ("off", "record", "replay"),
     "train.on_divergence": ("stop", "rollback"),
@@ -103,6 +105,7 @@ class Sides(Range):
 
 _COUNT = Range(1, INT32)
 _BATCH = Range(1, 2**24)
+_WEIGHT = Range(0, 1000)
 _EPOCHS = Range(0, LARGE, above=True)
 _FRACTION = Range(0, 1)
 _NOT_QUITE_ONE = Range(0, 1, below=True)
@@ -138,6 +141,9 @@ RANGES = {
     "loss.smoothing": _FRACTION,
     "distill.alpha": _FRACTION,
     "distill.tau": Range(0.001, 1000),
+    "distill.label_weight": _WEIGHT,
+    "distill.teacher_weight": _WEIGHT,
+    "distill.feature_weight": _WEIGHT,
     "teacher.epochs": _SIZE,
     "teacher.image_size": _SIDES,
     "teacher.lr": _SIZE,
@@ -174,6 +180,8 @@ RANGES = {
 }
 OPTIONAL = (
     "data.rules",
+    "distill.label_weight",
+    "distill.teacher_weight",
     "model.image_size",
     "model.in_channels",
     "teacher.image_size",

@@ -335,6 +335,8 @@ def lines(card: dict[str, Any]) -> list[str]:
 
 
 def _of_classes(classes: Sequence[str], counts: Sequence[int] | None) -> str:
+    if not classes:
+        return "no labels"
     text = f"{len(classes)} classes: {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}"
     if not counts:
         return text

@@ -34,12 +34,15 @@ class Alignment(NamedTuple):
     note: str
 
 
-def align(have: list[str], want: list[str], whose: str, where: str) -> Alignment:
+def align(
+    have: list[str], want: list[str], whose: str, where: str, may_know_more: bool = False
+) -> Alignment:
     """Return how the classes at hand, of `whose`, become those wanted, of `where`.
 
     The same names in another order are put in order. Names of which one list knows none, or which
     have nothing in common, cannot be compared: they are taken as they come. Raise UserError where
-    some are the same and others not, or the numbers differ.
+    some are the same and others not, or the numbers differ; but with `may_know_more` those at hand
+    may be more, if all that are wanted are among them.
     """
     if have == want:
         return Alignment(None, "")
@@ -57,6 +60,8 @@ def align(have: list[str], want: list[str], whose: str, where: str) -> Alignment
         note = f"{whose} has another order of classes, mapped by their names: {_first(have, want)}"
         return Alignment(np.array([number[name] for name in theirs]), note)
     unknown = sorted(set(theirs) - set(ours), key=theirs.index)
+    if may_know_more and len(have) > len(want) and not (unknown or unnamed):
+        return Alignment(*_among(ours, theirs, whose, where))
     if not same_count or (len(unknown) < len(set(theirs)) and not unnamed):
         names = [want[theirs.index(name)] for name in unknown]
         text = "" if unnamed or not names else f"; not known there: {listed(names, 5)}"
@@ -68,6 +73,21 @@ def align(have: list[str], want: list[str], whose: str, where: str) -> Alignment
         return Alignment(None, "")
     note = f"{whose} has other names of classes, taken in their order: {_first(have, want)}"
     return Alignment(None, note)
+
+
+def _among(ours: list[str], theirs: list[str], whose: str, where: str) -> tuple[np.ndarray, str]:
+    """Return the numbers that some of the classes at hand have, and a note that they are some."""
+    counts = Counter(ours)
+    if twice := [name for name in theirs if counts[name] > 1]:
+        raise UserError(
+            f"{whose} knows {len(ours)} classes, of which names that {where} asks for stand twice: "
+            f"{listed(twice, 3)}"
+        )
+    if len(set(theirs)) < len(theirs):
+        raise UserError(f"{where}: names of classes that stand twice cannot be mapped")
+    number = {name: i for i, name in enumerate(ours)}
+    note = f"{whose} knows {len(ours)} classes; it is asked for the {len(theirs)} of {where} alone"
+    return np.array([number[name] for name in theirs]), note
 
 
 def _first(have: list[str], want: list[str]) -> str:

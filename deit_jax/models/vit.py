@@ -294,6 +294,20 @@ class VisionTransformer(nn.Module):
             return [self.drop_path] * self.depth
         return [self.drop_path * i / (self.depth - 1) for i in range(self.depth)]
 
+    def pool(self, params, tokens: Float[Array, "B N D"], which: str) -> Float[Array, "B D"]:
+        """Return float32 features of the tokens that left the last block, after the last norm.
+
+        `which` is "token", the distillation token or, without one, the class token, "cls" or
+        "patches", the mean of all patches.
+        """
+        prefix = self.num_prefix_tokens
+        first, stop = {"token": (prefix - 1, prefix), "cls": (0, 1), "patches": (prefix, None)}[
+            which
+        ]
+        tokens = tokens[:, first:stop].astype(self.dtype)
+        normed = kernels.layer_norm(tokens, params["norm"]["scale"], params["norm"]["bias"])
+        return normed.astype(jnp.float32).mean(axis=1)
+
     def draw_scales(self, key: Key[Array, ""], batch: int) -> Float[Array, "B branches"] | None:
         """Return the stochastic depth of a batch, None without any."""
         return drop_path_scales(key, self.drop_path_rates(), batch) if self.drop_path else None

@@ -130,13 +130,12 @@ def local_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> list[
     return [row for start, stop in sorted(ranges) for row in range(start, stop)]
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, jax.Array]:
+def to_devices(batch: dict[str, Any], mesh: Mesh, size: int) -> dict[str, Any]:
     """Make global arrays of `size` examples out of this process's `local_rows`."""
     sharding = batch_sharding(mesh)
-    return {
-        k: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:]))
-        for k, v in batch.items()
-    }
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:])), batch
+    )
 
 
 def state_shardings(mesh: Mesh, tree, model):

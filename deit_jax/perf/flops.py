@@ -7,7 +7,9 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from deit_jax.models.build import for_counting
-from deit_jax.shapes import Size, input_shape
+from deit_jax.shapes import Size, input_shape, sides
+from deit_jax.step.committee import Committee
+from deit_jax.step.teacher import Foreign
 from deit_jax.train.experiment import Experiment
 
 
@@ -23,10 +25,24 @@ def flops_per_image(experiment: Experiment) -> float:
 
 def teacher_flops_per_image(experiment: Experiment) -> float:
     """Return the teacher's operations for one training example, 0 without one that is asked."""
-    spec = experiment.teacher
-    if spec is None or not spec.answers:
+    known = experiment.abstract_teacher()
+    if known is None:
         return 0.0
-    return forward_flops(spec.build(experiment.num_classes), spec.image_size)
+    teacher, params = known
+    if not isinstance(teacher, Committee):
+        teacher, params = Committee((teacher,), (1.0,)), (params,)
+    each = zip(teacher.members, params, strict=True)
+    return sum(_of_frozen(member, own, experiment.image_size) for member, own in each)
+
+
+def _of_frozen(teacher, params, size: Size) -> float:
+    model, size = teacher.model, teacher.image_size or size
+    if not isinstance(model, Foreign):
+        return forward_flops(model, size)
+    if model.macs is not None:
+        return 2.0 * model.macs
+    images = jax.ShapeDtypeStruct((1, *sides(size), len(teacher.mean)), np.float32)
+    return 2.0 * multiply_accumulates(jax.make_jaxpr(model.outputs)(params, images).jaxpr)
 
 
 def forward_flops(model, size: Size) -> float:

@@ -23,6 +23,7 @@ from deit_jax.perf.chips import CHIPS, TPUS
 from deit_jax.perf.flops import flops_per_image, teacher_flops_per_image
 from deit_jax.perf.step_time import random_labels
 from deit_jax.shapes import input_shape
+from deit_jax.step.committee import shardings
 from deit_jax.train.experiment import Experiment, sketch
 from deit_jax.train.tape.session import stand_in
 
@@ -115,11 +116,11 @@ def lower_step(experiment: Experiment):
     labels = random_labels(experiment, batch_size, np.random.default_rng(0))
     shape = input_shape(experiment.model, experiment.image_size, batch_size)
     batch = {"image": jax.ShapeDtypeStruct(shape, np.uint8)}
-    for name, x in {"label": labels, **stand_in(experiment, labels)}.items():
-        batch[name] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    known = {"label": labels, **stand_in(experiment, labels)}
+    batch |= jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), known)
     places = (
-        sharding.state_shardings(experiment.mesh, params, teacher and teacher.model),
-        dict.fromkeys(batch, sharding.batch_sharding(experiment.mesh)),
+        shardings(teacher, experiment.mesh, params),
+        jax.tree.map(lambda _: sharding.batch_sharding(experiment.mesh), batch),
     )
     arguments = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (params, batch), places

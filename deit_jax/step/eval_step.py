@@ -46,10 +46,10 @@ def count_answers(answers: dict[str, Array]) -> dict[str, Any]:
 def all_logits(
     variables, teacher_params, images: UInt8[Array, "B H W C"], *, model, teacher, mean, std
 ) -> dict[str, Float[Array, "B K"]]:
-    """Return the logits of `cls`, `dist` where there is one, `fused`, and `teacher` if not None."""
+    """Return the logits of `cls`, `dist` if there is one, `fused`, and a teacher that answers."""
     normalised = normalise(images, mean, std)
     logits = _by_name(model.apply(variables, normalised, train=False))
-    if teacher is not None:
+    if teacher is not None and teacher.answers:
         logits["teacher"] = teacher.logits(teacher_params, normalised).astype(jnp.float32)
     return logits
 

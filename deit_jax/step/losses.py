@@ -14,7 +14,7 @@ def smooth_one_hot(
     labels: Int[Array, "*b"], num_classes: int, smoothing: float
 ) -> Float[Array, "*b K"]:
     """Return one-hot targets that give `smoothing` of the mass evenly to all classes."""
-    off = smoothing / num_classes
+    off = smoothing / max(1, num_classes)  # images without labels have none
     return jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + off
 
 

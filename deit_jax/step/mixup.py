@@ -34,7 +34,7 @@ def mix(
         return images, targets
     group = mixing.group_size
     grouped_images = images.reshape(-1, group, *images.shape[1:])
-    grouped_targets = targets.reshape(-1, group, num_classes)
+    grouped_targets = targets.reshape(len(grouped_images), group, num_classes)
     height, width = images.shape[1:3]
     pixel_mask, lam = _draw(key, grouped_images.shape[0], height, width, mixing)
 

@@ -19,8 +19,9 @@ from deit_jax.step.micro_batches import accumulate, in_parts
 from deit_jax.step.mixup import mix
 from deit_jax.step.objective import chosen, objective
 from deit_jax.step.random_erasing import random_erase
+from deit_jax.step.schedules import Change, at_step
 from deit_jax.step.state import EVERYTHING, EXTRAS, Everything, TrainState, update_health
-from deit_jax.step.teacher import Teacher, apply_with_features
+from deit_jax.step.teacher import FrozenTeacher, apply_with_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,8 @@ class StepConfig:
     several: bool = False  # labels an image: the batch's are [B K], 1 where it has a class
     record: bool = False  # whether the metrics hold the teacher's target, as "teacher_target"
     tuning: Everything = EVERYTHING  # what is trained
+    changes: tuple[Change, ...] = ()  # of distill, over total_steps
+    total_steps: int = 0
 
     @property
     def kind(self) -> Distillation:
@@ -52,9 +55,14 @@ class StepConfig:
         return chosen(self.distill.kind, self.several)
 
     @property
-    def features(self) -> bool:
-        """Whether the kind of distillation asks for features."""
-        return self.distill.kind != "none" and self.kind.features
+    def features(self) -> str:
+        """The student's features that the kind of distillation asks for, "" for none."""
+        asked = self.distill.kind != "none" and self.kind.features
+        return self.distill.student_features if asked else ""
+
+    def distill_at(self, step) -> Any:
+        """Return `distill` as it is at a step."""
+        return at_step(self.distill, self.changes, step, self.total_steps)
 
 
 def train_step(
@@ -63,7 +71,7 @@ def train_step(
     batch,
     *,
     model,
-    teacher: Teacher | None,
+    teacher: FrozenTeacher | None,
     tx,
     settings: StepConfig,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -81,6 +89,8 @@ def train_step(
     grads, metrics, stats, teacher_target = gradients(
         state, teacher_params, inputs, key, model=model, teacher=teacher, settings=settings
     )
+    now = settings.distill_at(state.step)
+    metrics |= {change.name: getattr(now, change.name) for change in settings.changes}
     state, metrics = update(state, grads, metrics, stats, tx, settings.ema_decay, settings.tuning)
     return state, {**metrics, "teacher_target": teacher_target} if settings.record else metrics
 
@@ -106,7 +116,7 @@ def model_inputs(step, batch, settings: StepConfig):
 
 
 def teacher_targets(
-    teacher: Teacher, params, images: Float[Array, "B H W C"], settings: StepConfig
+    teacher: FrozenTeacher, params, images: Float[Array, "B H W C"], settings: StepConfig
 ):
     """Return what distillation makes of the teacher's answers, in the order of the batch."""
     kind = settings.kind
@@ -129,6 +139,7 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: S
     key_scales, key = jax.random.split(key)
     # Drawn for the whole batch: the gradient does not depend on how it is cut into micro-batches.
     draw = getattr(model, "draw_scales", None)
+    distill = settings.distill_at(state.step)
     inputs = (images, targets, teacher_target, draw and draw(key_scales, len(images)))
 
     def loss_and_grads(params, stats, inputs, key):
@@ -143,7 +154,9 @@ def gradients(state, teacher_params, inputs, key, *, model, teacher, settings: S
         def loss(moving):
             inputs = (images, targets, teacher_target, scales)
             whole = settings.tuning.whole(moving, params)
-            total, terms, new_stats = training_loss(model, whole, stats, inputs, key, settings)
+            total, terms, new_stats = training_loss(
+                model, whole, stats, inputs, key, settings, distill
+            )
             return total, ({"loss": total, **terms}, new_stats)
 
         # Of what is trained alone: the backward pass ends where nothing before it is.
@@ -198,10 +211,11 @@ def update(
     return TrainState(state.step + 1, params, stats, opt_state, ema, health), metrics
 
 
-def training_loss(model, params, stats, inputs, key, settings: StepConfig):
+def training_loss(model, params, stats, inputs, key, settings: StepConfig, distill=None):
     """Return the objective on some images, its terms and the new batch statistics.
 
-    `inputs` are images [b H W C], targets [b K], the teacher's target, and the model's scales.
+    `inputs` are images [b H W C], targets [b K], the teacher's target, and the model's scales;
+    `distill` is what the settings say of it at this step, None for what they say at the first.
     """
     images, targets, teacher_target, scales = inputs
     outputs, new_stats = apply_train(model, params, stats, images, key, scales, settings.features)
@@ -209,7 +223,7 @@ def training_loss(model, params, stats, inputs, key, settings: StepConfig):
         outputs.heads,
         targets,
         teacher_target,
-        settings.distill,
+        distill or settings.distill,
         settings.label_loss,
         settings.label_heads,
         outputs.features,
@@ -221,11 +235,12 @@ def training_loss(model, params, stats, inputs, key, settings: StepConfig):
 
 
 def apply_train(
-    model, params, stats, images: Float[Array, "B H W C"], key, scales=None, features: bool = False
+    model, params, stats, images: Float[Array, "B H W C"], key, scales=None, features: str = ""
 ):
     """Run the model in training mode; return its Outputs and the new batch statistics.
 
-    `scales` is what the model's draw_scales returns, None for a model without it.
+    `scales` is what the model's draw_scales returns, None for a model without it; `features` are as
+    in apply_with_features.
     """
     drawn = {} if scales is None else {"scales": scales}
     outputs, updated = apply_with_features(

@@ -22,6 +22,10 @@ class Teacher:
     in their order, () for one that gives features alone; `also_called` are other names of the same
     classes, () for none. `multi_label` says whether it answers each class by itself; None: not
     known.
+
+    Where tracing `apply` does not show what it takes, `macs` are the multiply-accumulates of one
+    image and `image_bytes` what one image takes of a device's memory; `program` is a checksum of
+    what it does, besides `params`, for label tapes.
     """
 
     apply: Callable[[Any, Any], Any]
@@ -34,3 +38,6 @@ class Teacher:
     channels: int = 3
     multi_label: bool | None = None
     name: str = "teacher"
+    macs: int | None = None
+    image_bytes: int | None = None
+    program: str = ""

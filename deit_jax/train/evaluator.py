@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from deit_jax.models.attention_maps import attention_entropy
 from deit_jax.models.preprocess import normalise
 from deit_jax.models.vit import VisionTransformer
 from deit_jax.parallel import sharding
-from deit_jax.shapes import Size
+from deit_jax.shapes import Size, sides
 from deit_jax.step import eval_step, micro_batches
 from deit_jax.train import memory, parts
 from deit_jax.train.average_precision import figures
@@ -81,7 +82,8 @@ class Evaluator:
         Of images with several labels {"mAP", "AP": {class: …}}. `watch(numbers, labels, logits)` is
         told what each head [n K] said of the examples of each batch that can be read.
         """
-        known = {"model": model, "parts": self._parts(model, self.image_size)}
+        takes = functools.partial(memory.of_forward, model, self.image_size)
+        known = {"model": model, "parts": self._parts(takes)}
         answer = functools.partial(self._answer, variables, **known)
         if self._data.multi_label:
             return self._rank(answer)
@@ -120,8 +122,9 @@ class Evaluator:
         """Return an example as it is evaluated and its label, None where it is left out."""
         return self._batches.read(index)
 
-    def _parts(self, model, size: Size) -> int:
-        return parts.forward_parts(model, size, self._share, self._mesh, self.held)
+    def _parts(self, takes: Callable[[], memory.Takes]) -> int:
+        loaded = math.prod(sides(self.image_size)) * self._data.channels
+        return parts.forward_parts(takes, loaded, self._share, self._mesh, self.held)
 
     @functools.cached_property
     def _entropy(self):
@@ -148,7 +151,8 @@ class Evaluator:
 
         Of images with several labels {"mAP", "AP"}.
         """
-        count_of_parts = self._parts(teacher.model, teacher.image_size or self.image_size)
+        takes = functools.partial(memory.of_teacher, teacher, params, self.image_size)
+        count_of_parts = self._parts(takes)
 
         def predict(params, batch):
             def predict_part(images):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -25,26 +24,27 @@ from deit_jax.data.sources.registry import open_dataset
 from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model, compute_dtype, image_size
-from deit_jax.models.heads import Heads
 from deit_jax.parallel import sharding
-from deit_jax.shapes import Size, input_shape, per_channel
+from deit_jax.shapes import Size, per_channel
+from deit_jax.step.committee import shardings
 from deit_jax.step.compile import jit_train_step
-from deit_jax.step.distill.base import Outputs
 from deit_jax.step.optimizer import make_optimizer, make_schedule
+from deit_jax.step.schedules import parse_schedule
 from deit_jax.step.state import EVERYTHING, Everything, TrainState, init_state
-from deit_jax.step.teacher import Teacher, apply_with_features
 from deit_jax.step.train_step import StepConfig
 from deit_jax.train import memory, parts
 from deit_jax.train.began import began_rising, resolved_decoder, resolved_rules
 from deit_jax.train.finetune import tuning_of
-from deit_jax.train.load_teacher import (
-    TeacherSpec,
-    abstract_teacher,
-    random_teacher,
-    teacher_config,
-    teacher_spec,
-)
+from deit_jax.train.load_teacher import Loaded, abstract_teacher, random_teacher
 from deit_jax.train.memory import Load
+from deit_jax.train.targets import (
+    extras_shapes,
+    init_extras,
+    shown_size,
+    tape_width,
+    target_shape,
+)
+from deit_jax.train.teacher_spec import TeacherSpec, teacher_config, teacher_spec
 from deit_jax.train.validate import check_length, check_teacher, validate
 
 
@@ -126,7 +126,7 @@ class Experiment:
         )
 
     def _init_extras(self, key) -> dict[str, Any]:
-        return init_extras(self.model, self.image_size, self.settings, self.teacher, key)
+        return init_extras(self.model, self.image_size, self.settings, self.load.target, key)
 
     @functools.cached_property
     def state_shardings(self):
@@ -156,22 +156,22 @@ class Experiment:
         """Return one line for each kind of parameter that an axis of the mesh does not divide."""
         return sharding.unsplit(self.mesh, self._shapes.params, self.model)
 
-    def jit_step(self, teacher: Teacher | None, tape=None):
+    def jit_step(self, teacher, tape=None):
         """Return the training step as a run, a plan and a benchmark compile it."""
         made = (self.model, teacher, self.optimizer, self.settings, self.mesh, self.state_shardings)
         return jit_train_step(*made, tape=tape, deterministic=self.train.deterministic)
 
-    def place(self, params, model):
-        """Put a model's parameters on the devices, where they are split or copied."""
-        return jax.device_put(params, sharding.state_shardings(self.mesh, params, model))
+    def place_teacher(self, teacher, params):
+        """Put a teacher's parameters on the devices, where they are split or copied."""
+        return jax.device_put(params, shardings(teacher, self.mesh, params))
 
-    def random_teacher(self) -> tuple[Teacher, Any] | None:
+    def random_teacher(self) -> Loaded | None:
         """Return a teacher with random weights, None where the step asks none."""
         return random_teacher(self.teacher, self.num_classes)
 
-    def abstract_teacher(self) -> tuple[Teacher, Any] | None:
+    def abstract_teacher(self) -> Loaded | None:
         """Return a teacher and the shapes of its parameters, None where the step asks none."""
-        return abstract_teacher(self.teacher, self.num_classes)
+        return self.load.teacher
 
     def changed(self, fields: dict[str, Any]) -> "Experiment":
         """Return what the config means with other values of some fields, {"optim.lr": 0.1, …}."""
@@ -207,9 +207,9 @@ def resolve(
     model = build_model(config.model, classes, config.dtype, channels=config.data.channels)
     size, spec = image_size(config.model), teacher_spec(config)
     tuning = tuning_of(config.optim, config.init, config.model.name, model, size)
-    settings = settings_of(config, classes, mesh, weights, tuning)
+    settings = settings_of(config, classes, mesh, weights, tuning, total_steps)
     teacher = abstract_teacher(spec, classes)
-    student = (model, size, settings)
+    target = functools.partial(target_shape, teacher, settings, tape_width(spec), model, size)
     load = Load(
         name=config.model.name,
         mesh=mesh,
@@ -221,9 +221,9 @@ def resolve(
         ema=bool(config.optim.ema_decay),
         settings=settings,
         teacher=teacher,
-        teacher_size=spec.image_size if spec else None,
-        target=lambda batch: target_shape(teacher, settings, input_shape(model, size, batch)),
-        extras=jax.eval_shape(lambda key: init_extras(*student, spec, key), jax.random.key(0)),
+        teacher_size=shown_size(spec, teacher),
+        target=target,
+        extras=extras_shapes(model, size, settings, target),
     )
     if not whole:
         counts = parts.choose(load, config.optim.accum_steps, config.train.micro_batch)
@@ -267,7 +267,7 @@ def prepare(
     config.data.decoder = resolved_decoder(config.data.decoder, workdir)
     config.data.rules = resolved_rules(config.data.rules, workdir, config.teacher)
     dataset = open_dataset(config.data)
-    if len(dataset.classes) < 2:
+    if len(dataset.classes) == 1:
         raise UserError(f"config.data.source={config.data.source}: only one class; add a second")
     epochs = {"epochs": config.epochs, "teacher.epochs": config.teacher.epochs}
     check_length(epochs, config.batch_size, len(dataset.train))
@@ -309,11 +309,17 @@ def length_of(config: ConfigDict, images: int) -> tuple[EpochOrder, int]:
 
 
 def settings_of(
-    config: ConfigDict, num_classes: int, mesh=None, weights=None, tuning: Everything = EVERYTHING
+    config: ConfigDict,
+    num_classes: int,
+    mesh=None,
+    weights=None,
+    tuning: Everything = EVERYTHING,
+    total_steps: int = 0,
 ) -> StepConfig:
     """Gather what train_step reads; a device takes its share in `optim.accum_steps` parts.
 
-    `weights` are what `loss.class_weights` means for the data, ones for who has none.
+    `weights` are what `loss.class_weights` means for the data, ones for who has none; over
+    `total_steps` goes what `distill.schedule` changes.
     """
     if config.loss.class_weights and weights is None:
         weights = (1.0,) * num_classes
@@ -335,38 +341,6 @@ def settings_of(
         class_weights=weights,
         several=config.data.multi_label,
         tuning=tuning,
+        changes=parse_schedule(config.distill.schedule),
+        total_steps=total_steps,
     )
-
-
-def target_shape(teacher: tuple[Teacher, Any] | None, settings: StepConfig, shape: tuple[int, ...]):
-    """Return the shape of what distillation makes of the teacher's answers to images of a shape.
-
-    Where a tape answers for the teacher, what it knows are logits.
-    """
-    if settings.distill.kind == "none":
-        return None
-    kind = settings.kind
-
-    def target(params, images):
-        if teacher is None:
-            return kind.target(Outputs(Heads(jnp.zeros((shape[0], settings.num_classes)))))
-        return kind.target(teacher[0].outputs(params, images, kind.features))
-
-    images = jax.ShapeDtypeStruct(shape, np.float32)
-    return jax.eval_shape(target, teacher and teacher[1], images)
-
-
-def init_extras(
-    model, size: Size, settings: StepConfig, spec: TeacherSpec | None, key
-) -> dict[str, Any]:
-    """Return the trainable parameters of the kind of distillation; {} for most."""
-    if settings.distill.kind == "none":
-        return {}
-    kind = settings.kind
-    if not kind.features:
-        return {}
-    images = jax.ShapeDtypeStruct(input_shape(model, size), np.float32)
-    variables = memory.abstract_variables(model, size)
-    student = jax.eval_shape(lambda v, x: apply_with_features(model, v, x)[0], variables, images)
-    teacher = abstract_teacher(spec, settings.num_classes)
-    return kind.init(key, student, target_shape(teacher, settings, images.shape))

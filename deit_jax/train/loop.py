@@ -17,7 +17,6 @@ from deit_jax.errors import Interrupted, UserError
 from deit_jax.parallel import processes
 from deit_jax.parallel.signals import StopRequest
 from deit_jax.step.state import EXTRAS
-from deit_jax.step.teacher import Teacher
 from deit_jax.train import divergence, memory
 from deit_jax.train.evaluator import NAMES, Evaluator, told
 from deit_jax.train.experiment import Experiment
@@ -99,9 +98,8 @@ class Trainer:
             return
         self._given = teacher
         network, params = needed or (None, None)
-        self.teacher: Teacher | None = network
-        model = getattr(self.teacher, "model", None)
-        self.teacher_params = self.experiment.place(params, model)
+        self.teacher: Any = network
+        self.teacher_params = self.experiment.place_teacher(network, params)
         self.evaluator.held = memory.tree_bytes((self.state, self.teacher_params))
         self.step = self.experiment.jit_step(self.teacher, self.tape)
 
@@ -206,6 +204,8 @@ class Trainer:
         return self.experiment.on_devices(batch)
 
     def _due(self, step: int, what: str) -> bool:
+        if what == "eval" and not self.dataset.classes:  # there are no labels to count
+            return False
         interval = self.experiment.steps_of(self.experiment.train[f"{what}_every_epochs"])
         return step % interval == 0 or step == self.total_steps
 
@@ -292,7 +292,12 @@ class Trainer:
         return results["fused"][key]
 
     def evaluate(self) -> dict[str, Any]:
-        """Return the accuracy of the weights and, if there is one, of their moving average."""
+        """Return the accuracy of the weights and, if there is one, of their moving average.
+
+        {} where images have no labels.
+        """
+        if not self.dataset.classes:
+            return {}
         heads = self.evaluator.model(self.experiment.model, self.state.variables)
         results: dict[str, Any] = {**self.evaluator.examples(), **heads}
         if self.state.ema is not None:

@@ -19,9 +19,10 @@ from jax.experimental import multihost_utils
 from deit_jax.errors import UserError
 from deit_jax.models.build import for_counting
 from deit_jax.parallel import devices, sharding
-from deit_jax.shapes import Size, input_shape
+from deit_jax.shapes import Size, input_shape, sides
+from deit_jax.step.committee import Committee, shardings
 from deit_jax.step.state import EXTRAS
-from deit_jax.step.teacher import Teacher
+from deit_jax.step.teacher import Foreign
 from deit_jax.step.train_step import StepConfig, training_loss
 from deit_jax.train.liveness import peak_bytes
 
@@ -85,7 +86,7 @@ class Load:
     optimizer: Any
     ema: bool
     settings: StepConfig
-    teacher: tuple[Teacher, Any] | None
+    teacher: tuple[Any, Any] | None
     teacher_size: Size | None
     target: Callable[[int], Any]
     extras: dict[str, Any]
@@ -108,9 +109,10 @@ class Load:
         moving = self.settings.tuning.moving(self._variables["params"])
         trees = [self._variables["params"], jax.eval_shape(self.optimizer.init, moving)]
         trees += [moving] if self.ema else []
-        total = _share(trees, self.mesh, self.model)
+        total = _share(trees, sharding.state_shardings(self.mesh, trees, self.model))
         if self.teacher is not None:
-            total += _share(self.teacher[1], self.mesh, self.teacher[0].model)
+            network, params = self.teacher
+            total += _share(params, shardings(network, self.mesh, params))
         return total
 
     @functools.cached_property
@@ -122,7 +124,8 @@ class Load:
     @functools.cached_property
     def gradient(self) -> Takes:
         """What the gradient of some images takes besides; to trace it takes a second."""
-        return _extrapolated(self._gradient, self._variables, self.model, self.image_size)
+        channels = channels_of(self.model)
+        return _extrapolated(self._gradient, self._variables, channels, self.image_size)
 
     def _gradient(self, variables, images):
         batch, key = len(images), jax.random.key(0)
@@ -153,8 +156,7 @@ class Load:
         return self.held + sums + self.gradient.bytes(self.share // parts)
 
 
-def _share(tree, mesh, model) -> int:
-    places = sharding.state_shardings(mesh, tree, model)
+def _share(tree, places) -> int:
     shapes = jax.tree.map(lambda x, s: (s.shard_shape(x.shape), x.dtype), tree, places)
     leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2)
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves)
@@ -164,17 +166,42 @@ def _share(tree, mesh, model) -> int:
 def of_forward(model, size: Size) -> Takes:
     """Return what a model's answers to images of `size` pixels take."""
     function = functools.partial(model.apply, train=False)
-    return _extrapolated(function, abstract_variables(model, size), model, size)
+    return _extrapolated(function, abstract_variables(model, size), channels_of(model), size)
 
 
-def _extrapolated(function, variables, model, size: Size) -> Takes:
+def of_teacher(teacher, params, size: Size) -> Takes:
+    """Return what a teacher's answers to images of `size` pixels take; of several the most."""
+    if isinstance(teacher, Committee):
+        each = zip(teacher.members, params, strict=True)
+        takes = [of_teacher(member, own, size) for member, own in each]
+        return Takes(max(t.always for t in takes), max(t.each for t in takes))
+    size = teacher.image_size or size
+    model = teacher.model
+    if not isinstance(model, Foreign):
+        return of_forward(model, size)
+    if model.image_bytes is not None:
+        return Takes(0, model.image_bytes)
+    channels = len(teacher.mean)
+    return _extrapolated(model.outputs, jax.tree.map(_shape, params), channels, size)
+
+
+def _shape(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _extrapolated(function, variables, channels: int, size: Size) -> Takes:
     """Return the most that function(variables, images) takes, by what TRACED images do."""
     peaks = []
     for count in TRACED:
-        batch = jax.ShapeDtypeStruct(input_shape(model, size, count), jnp.float32)
+        batch = jax.ShapeDtypeStruct((count, *sides(size), channels), jnp.float32)
         peaks.append(peak_bytes(jax.make_jaxpr(function)(variables, batch).jaxpr, "cuda"))
     each = (peaks[1] - peaks[0]) / (TRACED[1] - TRACED[0])
     return Takes(peaks[0] - each * TRACED[0], each)
+
+
+def channels_of(model) -> int:
+    """Return the channels of the images that a model takes."""
+    return getattr(model, "in_channels", 3)
 
 
 def abstract_variables(model, size: Size):

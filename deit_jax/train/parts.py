@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from deit_jax.errors import UserError
 from deit_jax.parallel import sharding
-from deit_jax.shapes import Size, input_shape, sides
+from deit_jax.shapes import sides
 from deit_jax.train import memory
-from deit_jax.train.memory import Load
+from deit_jax.train.memory import Load, Takes
 
 # Attention weights in bfloat16 of so many bytes a layer still fit in a TPU core's own memory next
 # to what else is there: 32 images of DeiT-B at 224 px (v5e, by XLA's estimate).
@@ -60,13 +60,16 @@ def _of_teacher(load: Load, parts: int) -> int:
     return min(parts, _fewest(load.share, lambda images: images <= most) or load.share)
 
 
-def forward_parts(model, size: Size, share: int, mesh, held: int) -> int:
-    """Return in how many parts a device predicts for its share, beside the bytes that it holds."""
+def forward_parts(takes: Callable[[], Takes], image_bytes: int, share: int, mesh, held: int) -> int:
+    """Return in how many parts a device predicts for its share, beside the bytes that it holds.
+
+    `takes` tells what the answers take, `image_bytes` what an image does as it is loaded.
+    """
     if (limit := memory.limit(mesh)) is None:
         return 1
-    takes = memory.of_forward(model, size)
-    free = memory.USABLE * limit - held - math.prod(input_shape(model, size, share))  # as loaded
-    return _fewest(share, lambda images: takes.bytes(images) <= free) or share
+    needed = takes()
+    free = memory.USABLE * limit - held - image_bytes * share
+    return _fewest(share, lambda images: needed.bytes(images) <= free) or share
 
 
 def fast_images(model, tensor: int) -> int:
@@ -108,8 +111,7 @@ def _fitting(load: Load) -> tuple[int, int]:
             "--config.batch_size"
         )
     if load.teacher is not None:
-        teacher = load.teacher[0]
-        takes = memory.of_forward(teacher.model, teacher.image_size or load.image_size)
+        takes = memory.of_teacher(*load.teacher, load.image_size)
         teacher_parts = _fewest(share, lambda images: takes.bytes(images) <= free) or share
     return parts or share, teacher_parts
 

@@ -17,11 +17,12 @@ from deit_jax.step.distill.base import Layout
 from deit_jax.step.train_step import StepConfig, model_inputs, teacher_targets
 from deit_jax.storage import backend
 from deit_jax.train.experiment import Experiment, prepare
-from deit_jax.train.load_teacher import load_teacher, teacher_config
+from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.run import train
 from deit_jax.train.tape import session
 from deit_jax.train.tape.layout import form_of, pack
 from deit_jax.train.tape.tape import Tape
+from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.workdir import directory
 
 FLUSH_S = 60
@@ -75,7 +76,7 @@ class Labeller:
         self.mesh = experiment.mesh
         self.batches = experiment.batches(dataset)
         network, params = teacher
-        self._params = experiment.place(params, network.model)
+        self._params = experiment.place_teacher(network, params)
         layout, settings = session.layout_of(experiment), experiment.settings
         self._label = jax.jit(
             lambda *args: label(*args, teacher=network, settings=settings, layout=layout),

@@ -23,9 +23,10 @@ from deit_jax.step.optimizer import make_schedule
 from deit_jax.storage import exists, read_json, steps_in, write_json
 from deit_jax.train import memory
 from deit_jax.train.experiment import Experiment, prepare
-from deit_jax.train.load_teacher import load_teacher, teacher_config
+from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.loop import Trainer
 from deit_jax.train.tape.session import open_tape
+from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import load_variables
 from deit_jax.workdir import directory, held_out, records
@@ -248,7 +249,7 @@ def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
     trainer.run()
     early = {"stopped_early": trainer.stopped_early} if trainer.stopped_early else {}
     results = {"step": int(trainer.state.step), **early, **trainer.evaluate()}
-    if trainer.teacher:
+    if trainer.teacher and trainer.teacher.answers:
         results["teacher"] = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
     _draw(trainer, results)
     if jax.process_index() == 0:
@@ -261,6 +262,8 @@ def _draw(trainer: Trainer, results: dict[str, Any]) -> None:
         from deit_jax.train import picture
     except ModuleNotFoundError as error:
         log.warning("no picture: %s is missing; pip install 'deit_jax[viz]'", error.name)
+        return
+    if not trainer.dataset.classes:  # nothing was evaluated
         return
     picture.draw(trainer, results, trainer.workdir / "picture.png")
     log.info("picture of the run: %s", trainer.workdir / "picture.png")

@@ -20,7 +20,8 @@ from deit_jax.shapes import simplest, text
 from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
-from deit_jax.train.load_teacher import teacher_config
+from deit_jax.train.teacher_spec import teacher_config
+from deit_jax.train.validate_distill import check_distillation
 from deit_jax.workdir.which import LATEST, parse_checkpoint
 
 
@@ -85,6 +86,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "this config starts from trained weights: give a run's workdir or a weight file",
     )
     _check_checkpoints(check)
+    model = build_model(config.model, 2, channels=config.data.channels)
+    check_distillation(config.distill, config.teacher, model, check)
     _check_tape(config.teacher, config.distill.kind, config.data.multi_label, check)
     check(
         config.distill.kind == "none"

@@ -195,20 +195,27 @@ def _check_classes(count: int, model, head: str) -> None:
 
 
 def in_order(
-    found: LoadedWeights, classes: list[str], whose: str, where: str
+    found: LoadedWeights,
+    classes: list[str],
+    whose: str,
+    where: str,
+    may_know_more: bool = False,
 ) -> tuple[LoadedWeights, str]:
     """Return weights whose heads have the classes of a data set in its order, and a note on it.
 
-    Raise UserError where the two lists of names do not go together; see data/classes.py.
+    With `may_know_more` heads lose the classes that the data set does not have. Raise UserError
+    where the two lists of names do not go together; see data/classes.py.
     """
-    order, note = align(found.classes, classes, whose, where)
+    order, note = align(found.classes, classes, whose, where, may_know_more)
     if order is None:
         return found, note
     run = found.run
     if run is not None and run.ema is not None:
         run = dataclasses.replace(run, ema=_reordered(run.ema, found.model, order))
     variables = _reordered(found.variables, found.model, order)
-    return dataclasses.replace(found, variables=variables, classes=list(classes), run=run), note
+    model = found.model.clone(num_classes=len(classes))
+    known = {"model": model, "variables": variables, "classes": list(classes), "run": run}
+    return dataclasses.replace(found, **known), note
 
 
 def _reordered(variables: dict[str, Any], model, order: np.ndarray) -> dict[str, Any]:

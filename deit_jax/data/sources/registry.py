@@ -45,6 +45,7 @@ SOURCES = {
         ("datasets",),
         ("image_column", "label_column", "min_images", "multi_label"),
     ),
+    "images": Entry("deit_jax.data.sources.images", "images:PATH", options=()),
     "fashion_mnist": Entry("deit_jax.data.sources.idx", "fashion_mnist", options=()),
     "mnist": Entry("deit_jax.data.sources.idx", "mnist", options=()),
 }

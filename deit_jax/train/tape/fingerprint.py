@@ -11,6 +11,8 @@ from deit_jax.config.serialize import flatten, meanings, to_json
 from deit_jax.errors import UserError
 from deit_jax.parallel.sharding import path_name
 from deit_jax.shapes import Size
+from deit_jax.step.committee import Committee
+from deit_jax.step.teacher import Foreign
 from deit_jax.train.experiment import Experiment
 from deit_jax.workdir.held_out import label_bytes
 
@@ -44,16 +46,35 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     fields = ("model", "sha256", "image_size", "mean", "std")
     known = dict.fromkeys(f"teacher.{field}" for field in fields)
     if teacher is not None:
-        network, params = teacher
-        count = sum(x.size for x in jax.tree.leaves(params))
-        known = {
-            "teacher.model": f"{type(network.model).__name__} of {count} parameters",
-            "teacher.sha256": parameters_sha256(params),
-            "teacher.image_size": _json(network.image_size),
-            "teacher.mean": list(network.mean),
-            "teacher.std": list(network.std),
-        }
+        known = _of_committee(*teacher) if isinstance(teacher[0], Committee) else _of(*teacher)
     return found | known
+
+
+def _of(teacher, params) -> dict[str, Any]:
+    """Return the fields of one teacher; those that only some have are left out of the others."""
+    model, count = teacher.model, sum(x.size for x in jax.tree.leaves(params))
+    foreign = isinstance(model, Foreign)
+    name = model.name if foreign else type(model).__name__
+    known = {
+        "teacher.model": f"{name} of {count} parameters",
+        "teacher.sha256": parameters_sha256(params),
+        "teacher.image_size": _json(teacher.image_size),
+        "teacher.mean": list(teacher.mean),
+        "teacher.std": list(teacher.std),
+    }
+    if foreign and model.program:
+        known["teacher.program"] = model.program
+    if teacher.columns is not None:
+        known["teacher.columns"] = _sha256(np.asarray(teacher.columns, np.int64))
+    return known
+
+
+def _of_committee(committee: Committee, params) -> dict[str, Any]:
+    """Return the same fields of several, each a list, and how they answer together."""
+    each = [_of(member, own) for member, own in zip(committee.members, params, strict=True)]
+    names = dict.fromkeys(name for known in each for name in known)
+    together = {"teacher.shares": list(committee.shares), "teacher.votes": committee.votes}
+    return {name: [known.get(name) for known in each] for name in names} | together
 
 
 def _json(size: Size | None) -> int | list[int] | None:

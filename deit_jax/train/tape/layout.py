@@ -22,8 +22,8 @@ def arrays_of(layout: Layout) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     return form_of(layout).arrays(layout)
 
 
-def pack(target: Shaped[Array, "B ..."], layout: Layout) -> dict[str, Array]:
-    """Return a teacher's labels or logits in the form of the tape's arrays, on the device."""
+def pack(target, layout: Layout) -> dict[str, Array]:
+    """Return what is learned of a teacher in the form of the tape's arrays, on the device."""
     return form_of(layout).pack(target, layout)
 
 

@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ class NoTape:
         """Return the train step, a function of its settings, with what the tape wants of it."""
         return functools.partial(step, settings=settings)
 
-    def target(self, number: int, rows: Sequence[int]) -> np.ndarray | None:
+    def target(self, number: int, rows: Sequence[int]) -> Any:
         """Return what the tape knows of some rows of a batch; None where the teacher has to say."""
         return None
 
@@ -153,8 +154,8 @@ class TapeReader(NoTape):
         """Return the teacher only if the tape lacks a step."""
         return self._standby if self._holes else None
 
-    def target(self, number: int, rows: Sequence[int]) -> np.ndarray | None:
-        """Return labels int32 [b] or logits float32 [b K], None at a hole."""
+    def target(self, number: int, rows: Sequence[int]) -> Any:
+        """Return what the kind learns of some rows, None at a hole."""
         if not self._tape.has(number, self._rollbacks):
             return None
         return self._tape.target(number, rows)
@@ -171,17 +172,34 @@ def layout_of(experiment: Experiment) -> Layout:
     form = experiment.settings.kind.tape
     assert form is not None  # validate has refused the others
     top_k = form.keeps(experiment.config.teacher.tape_top_k, classes)
-    return Layout(kind, experiment.batch_size, classes, top_k, experiment.settings.several)
+    width = 0
+    if experiment.settings.kind.features:
+        target = experiment.load.target(1)
+        width = (target["feature"] if isinstance(target, dict) else target).shape[-1]
+    return Layout(kind, experiment.batch_size, classes, top_k, experiment.settings.several, width)
 
 
-def stand_in(experiment: Experiment, labels: np.ndarray) -> dict[str, np.ndarray]:
+def stand_in(experiment: Experiment, labels: np.ndarray) -> dict[str, Any]:
     """Return {"teacher_target": what a tape might say}, {} where none answers for the teacher."""
     if experiment.teacher is None or experiment.teacher.answers:
         return {}
-    shape = experiment.load.target(len(labels))
+    shapes = experiment.load.target(len(labels))
+    if not isinstance(shapes, dict):
+        features = not experiment.settings.kind.classes
+        return {"teacher_target": _likely(shapes, labels, experiment.num_classes, features)}
+    likely = {
+        k: _likely(x, labels, experiment.num_classes, k == "feature") for k, x in shapes.items()
+    }
+    return {"teacher_target": likely}
+
+
+def _likely(shape, labels: np.ndarray, classes: int, features: bool) -> np.ndarray:
+    """Return what a teacher might have said of images of these labels."""
+    if features:
+        return np.random.default_rng(0).normal(size=shape.shape).astype(shape.dtype)
     if np.issubdtype(shape.dtype, np.integer) or labels.ndim == 2:
-        return {"teacher_target": labels.astype(shape.dtype)}
-    return {"teacher_target": np.eye(experiment.num_classes, dtype=shape.dtype)[labels]}
+        return labels.astype(shape.dtype)
+    return np.eye(classes, dtype=shape.dtype)[labels]
 
 
 def open_tape(experiment: Experiment, workdir: Path, dataset, teacher) -> NoTape:

@@ -70,7 +70,8 @@ class Tape:
         if not fine or kind is None or kind.tape is None:
             raise UserError(f"{file}: says no kind, batch, classes or top_k; {REMEDY}")
         size = given["batch_size"], given["data.num_classes"], content["top_k"]
-        return cls(path, Layout(given["distill.kind"], *size, several), given)
+        width = content.get("width", 0)
+        return cls(path, Layout(given["distill.kind"], *size, several, width), given)
 
     @classmethod
     def create(cls, path: Path, layout: Layout, given: dict[str, Any], steps: int) -> "Tape":
@@ -86,6 +87,7 @@ class Tape:
                 _make(path / name, dtype, (steps, *shape), CHUNK_STEPS, fill)
             _make(path / "recorded", np.dtype(np.int64), (steps, 2), CLAIM_STEPS, -1)
             content = {"format": FORMAT, "top_k": layout.top_k, "fingerprint": given}
+            content |= {"width": layout.width} if layout.width else {}
             write_json(path / NAME, content, indent=1)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -210,6 +212,11 @@ class Tape:
                 raise UserError(
                     f"{self.path / name}: holds {found}, not {dtype.name} {list(shape)}; {REMEDY}"
                 )
+
+
+def features_width(path: Path) -> int:
+    """Return the width of the features on a tape, 0 where there are none."""
+    return Tape.open(path).layout.width
 
 
 def _spec(path: Path) -> dict[str, Any]:

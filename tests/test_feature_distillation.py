@@ -1,0 +1,295 @@
+"""Feature distillation: its losses and one step of it against PyTorch and timm, its projection."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from deit_jax.analysis.features import features
+from deit_jax.errors import UserError
+from deit_jax.models.registry import create_model
+from deit_jax.step.distill.feature import FEATURE_LOSSES
+from deit_jax.step.optimizer import make_optimizer
+from deit_jax.step.state import EXTRAS, TrainState
+from deit_jax.step.teacher import Foreign, FrozenTeacher, apply_with_features
+from deit_jax.step.train_step import model_inputs, train_step
+from deit_jax.storage import read_json, read_lines
+from deit_jax.teachers.teacher import Teacher
+from deit_jax.train.experiment import prepare, settings_of
+from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.tape import tape
+from deit_jax.weights.load import load
+from deit_jax.weights.torch_names import from_torch
+from tests.tiny import make_tiny_config, train_without_picture
+
+RNG = np.random.default_rng(0)
+B, D = 5, 12
+STUDENT, TEACHER = RNG.normal(1, 3, (2, B, D)).astype(np.float32)
+
+
+def torch_losses(torch):
+    functional = torch.nn.functional
+    return {
+        "cosine": lambda s, t: functional.cosine_embedding_loss(s, t, torch.ones(len(s))),
+        "smooth_l1": lambda s, t: functional.smooth_l1_loss(
+            s, functional.layer_norm(t, t.shape[1:], eps=1e-6)
+        ),
+        "mse": functional.mse_loss,
+    }
+
+
+@pytest.mark.parametrize("kind", FEATURE_LOSSES)
+def test_losses_and_their_gradients_are_pytorchs(torch, kind):
+    student = torch.tensor(STUDENT, requires_grad=True)
+    expected = torch_losses(torch)[kind](student, torch.tensor(TEACHER))
+    expected.backward()
+    ours, grad = jax.value_and_grad(FEATURE_LOSSES[kind])(jnp.array(STUDENT), jnp.array(TEACHER))
+    np.testing.assert_allclose(ours, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(grad, student.grad.numpy(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_students_features_are_those_that_deit_embed_gives(distilled):
+    model = create_model("deit_tiny_patch16_224", 3, image_size=16, patch_size=4, width=24, depth=2)
+    model = model.clone(distilled=distilled)
+    images = jnp.array(RNG.normal(size=(2, 16, 16, 3)).astype(np.float32))
+    variables = model.init(jax.random.key(0), images)
+    tokens = np.asarray(features(model, variables["params"], images, layers=-1))
+    prefix = 1 + distilled
+    expected = {
+        "token": tokens[:, prefix - 1],
+        "cls": tokens[:, 0],
+        "patches": tokens[:, prefix:].mean(1),
+    }
+    for which, values in expected.items():
+        outputs, _ = apply_with_features(model, variables, images, which)
+        np.testing.assert_allclose(outputs.features, values, rtol=1e-5, atol=1e-5)
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE, K = 32, 7
+SHAPE = {"patch_size": 8, "depth": 2, "num_heads": 3}
+
+
+def params_of(student):
+    tensors = {k: v.numpy().copy() for k, v in student.state_dict().items()}
+    name = "deit_tiny_patch16_224"
+    return from_torch(tensors, name, image_size=SIZE, width=48, **SHAPE)["params"]
+
+
+def test_a_step_is_one_of_timms_feature_distillation_task(torch, timm):
+    """Its loss, and every parameter after AdamW's update, the projection's too."""
+    from timm.task import FeatureDistillationTask
+
+    torch.manual_seed(0)
+    vit = timm.models.vision_transformer.VisionTransformer
+    student = vit(img_size=SIZE, num_classes=K, embed_dim=48, **SHAPE).train()
+    teacher = vit(img_size=SIZE, num_classes=K, embed_dim=36, **SHAPE).eval()
+    student.pretrained_cfg = teacher.pretrained_cfg = {"mean": MEAN, "std": STD}
+    task = FeatureDistillationTask(
+        student,
+        teacher,
+        criterion=torch.nn.CrossEntropyLoss(),
+        task_loss_weight=0.7,
+        distill_loss_weight=0.4,
+        verbose=False,
+    )
+    projection = task.trainable_module.projection
+    images = RNG.integers(0, 256, (8, SIZE, SIZE, 3), np.uint8)
+    labels = RNG.integers(0, K, 8)
+    normalised = (images / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    normalised = torch.tensor(normalised).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        taught = teacher.forward_head(teacher.forward_features(normalised), pre_logits=True)
+
+    c = make_tiny_config()
+    c.batch_size, c.mixing.prob, c.augment.erase_prob, c.loss.smoothing = 8, 0.0, 0.0, 0.0
+    c.distill.kind, c.distill.feature_loss = "feature", "mse"
+    c.distill.label_weight, c.distill.teacher_weight = 0.7, 0.4
+    c.optim.ema_decay = 0.0
+    model = create_model("deit_tiny_patch16_224", K, image_size=SIZE, width=48, **SHAPE)
+    weight, bias = (x.detach().numpy().copy() for x in (projection.weight, projection.bias))
+    ours = {**params_of(student), EXTRAS: {"projection": {"kernel": weight.T, "bias": bias}}}
+    tx = make_optimizer(c.optim, lambda step: 1e-3)
+    state = TrainState(jnp.int32(0), ours, {}, tx.init(ours), None)
+    known = Foreign(lambda params, images: {"features": params}, "known")
+    frozen = FrozenTeacher(known, MEAN, STD, MEAN, STD, answers=False)
+    settings = settings_of(c, K)
+    step = functools.partial(train_step, model=model, teacher=frozen, tx=tx, settings=settings)
+    batch = {"image": jnp.array(images), "label": jnp.array(labels, jnp.int32)}
+    after, metrics = jax.jit(step)(state, jnp.asarray(taught.numpy()), batch)
+
+    named = list(task.trainable_module.named_parameters())
+    spared = [p for n, p in named if p.ndim <= 1 or n.endswith(("cls_token", "pos_embed"))]
+    decays = [p for _, p in named if not any(p is other for other in spared)]
+    groups = [{"params": decays, "weight_decay": 0.05}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-8)
+    said = task(normalised, torch.tensor(labels))
+    said["loss"].backward()
+    optimizer.step()
+    np.testing.assert_allclose(metrics["loss"], said["loss"].item(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_teacher"], said["kd_loss"].item(), rtol=1e-5)
+    trained = dict(after.params)
+    moved = trained.pop(EXTRAS)["projection"]
+    close = functools.partial(np.testing.assert_allclose, atol=2e-5)
+    jax.tree.map(close, trained, params_of(student))
+    close(moved["kernel"], projection.weight.detach().numpy().T)
+    close(moved["bias"], projection.bias.detach().numpy())
+
+
+def tiny_teacher():
+    """Return a teacher of four features: mean colours and brightness, seen through a matrix."""
+    matrix = jnp.array(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)
+
+    def apply(params, images):
+        return {"features": jnp.tanh(images.mean((1, 2)) @ params["matrix"])}
+
+    return Teacher(apply=apply, params={"matrix": matrix}, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+@pytest.fixture
+def config(tiny_config):
+    c = tiny_config
+    c.epochs, c.distill.kind = 0.4, "feature"
+    c.teacher.weights, c.teacher.epochs = f"python:{__name__}:tiny_teacher", 0.0
+    c.model.drop_path = 0.1
+    return c
+
+
+def load_whole(config):
+    experiment, dataset = prepare(config)
+    return load_teacher(experiment.teacher, config.teacher.weights, dataset.classes)
+
+
+def first_step(config, devices, **changes):
+    """Return the state after one step, and its metrics, on so many devices."""
+    config = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        config[key.partition("__")[0]][key.partition("__")[2]] = value
+    experiment, dataset = prepare(config, devices=jax.devices()[:devices])
+    teacher, params = load_teacher(experiment.teacher, config.teacher.weights, dataset.classes)
+    state, params = experiment.new_state(), experiment.place_teacher(teacher, params)
+    batch = experiment.on_devices(experiment.batches(dataset)(0))
+    return jax.device_get(experiment.jit_step(teacher)(state, params, batch))
+
+
+@pytest.mark.eight_devices
+def test_eight_devices_and_micro_batches_take_the_step_of_one(config):
+    config.distill.schedule = "alpha=linear:0.9"
+    one, metrics = first_step(config, 1)
+    for changes in ({}, {"train__micro_batch": 2}, {"mesh__fsdp": 4}):
+        many, others = first_step(config, 8, **changes)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), one, many)
+        assert metrics["loss_teacher"] == pytest.approx(others["loss_teacher"], rel=1e-5)
+    assert metrics["alpha"] == 0.5
+
+
+def test_features_are_learned_beside_labels_and_recorded(config, tmp_path):
+    """A run of hard + feature; its tape, whose features are float16, and a replay of it."""
+    config.teacher.weights, config.teacher.epochs = "", 0.2
+    config.distill.kind, config.teacher.tape = "hard+feature", "record"
+    config.distill.feature_weight = 0.25
+    train_without_picture(config, tmp_path / "run")
+    first = read_lines(tmp_path / "run/metrics.jsonl")[0]
+    parts = 0.5 * first["loss_label"] + 0.5 * first["loss_teacher"] + 0.25 * first["loss_feature"]
+    assert first["loss"] == pytest.approx(parts, rel=1e-5)
+    recorded = tape.Tape.open(tmp_path / "run/tape")
+    experiment, dataset = prepare(config, tmp_path / "run")
+    weights = str(tmp_path / "run/teacher")
+    network, params = load_teacher(experiment.teacher, weights, dataset.classes)
+    images, *_ = model_inputs(0, experiment.batches(dataset)(0), experiment.settings)
+    headless = network.model.clone(num_classes=0)
+    features = np.asarray(headless.apply({"params": params}, images, train=False).cls)
+    known = recorded.target(0, range(config.batch_size))
+    scale = np.abs(features).max(-1, keepdims=True)
+    np.testing.assert_allclose(known["feature"], features, atol=1e-3 * scale.max())
+    logits = network.model.apply({"params": params}, images, train=False).cls
+    np.testing.assert_array_equal(known["teacher"], np.argmax(logits, -1))
+
+    config.teacher.tape, config.teacher.tape_path = "replay", str(tmp_path / "run/tape")
+    config.teacher.epochs = 0.0
+    train_without_picture(config, tmp_path / "replayed")
+    again = read_lines(tmp_path / "replayed/metrics.jsonl")[0]
+    assert again["loss_feature"] == pytest.approx(first["loss_feature"], rel=1e-3)
+    assert again["loss_teacher"] == pytest.approx(first["loss_teacher"], rel=1e-5)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / f"photographs/{i % 3}/deeper/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
+    return tmp_path / "photographs"
+
+
+def test_images_without_labels_train_a_backbone_that_others_start_from(
+    config, photographs, tmp_path
+):
+    config.data.source, config.epochs = f"images:{photographs}", 3.0
+    results = train_without_picture(config, tmp_path / "run")
+    assert results == {"step": 3}
+    assert read_json(tmp_path / "run/classes.json", list) == []
+    lines = [r for r in read_lines(tmp_path / "run/metrics.jsonl") if "loss" in r]
+    assert all(r["loss"] == pytest.approx(r["loss_teacher"]) for r in lines)
+    assert "loss_label" not in lines[0]
+    model, params = load(str(tmp_path / "run"), num_classes=0)
+    assert model.num_classes == 0
+    assert not {"head", "head_dist", EXTRAS} & set(params)
+
+    tuned = make_tiny_config()
+    tuned.init.weights, tuned.init.head = str(tmp_path / "run"), "drop"
+    tuned.distill.kind, tuned.epochs = "none", 0.2
+    train_without_picture(tuned, tmp_path / "tuned")
+    assert "dropped" in str(read_lines(tmp_path / "tuned/history.jsonl")) or "anew" in str(
+        read_lines(tmp_path / "tuned/history.jsonl")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"distill.kind": "hard"}, r"data.source=.*has no labels; learn a teacher's features"),
+        ({"teacher.weights": "", "teacher.epochs": 1.0}, "no teacher can be trained on images"),
+        ({"distill.label_weight": 0.5}, r"distill.label_weight=0.5: there are no labels"),
+        ({"train.patience_epochs": 1.0}, r"train.patience_epochs=1.0: nothing is evaluated"),
+        ({"data.source": "images:nowhere"}, "nowhere"),
+    ],
+)
+def test_what_needs_labels_is_refused_without(config, photographs, changes, reason):
+    config.data.source = f"images:{photographs}"
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=reason):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"distill.kind": "hard"}, r"the teacher gives features alone, no classes"),
+        ({"distill.kind": "none"}, r"distill.feature_loss='mse': there is no distillation"),
+        ({"distill.feature_weight": 2.0}, r"feature_weight=2.0: is for features beside"),
+        ({"distill.schedule": "tau=linear:1"}, r"schedule=.*tau is for soft distillation"),
+        ({"distill.schedule": "feature_weight=linear:1"}, "beside soft or hard"),
+        ({"distill.schedule": "label_weight=linear:1"}, "has no beginning"),
+        ({"distill.schedule": "alpha=linear:2"}, "end of alpha must be between 0 and 1"),
+        ({"distill.schedule": "alpha=steps:1"}, "choose one of linear, cosine"),
+        ({"distill.schedule": "alpha:1"}, "is not NAME=SHAPE:END"),
+        ({"teacher.combine": "votes"}, "is for several teachers"),
+        ({"teacher.shares": "1,2"}, "give a positive number for each"),
+        ({"model.name": "regnety_002"}, "student_features='patches': a convnet has no tokens"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(config, changes, reason):
+    if "model.name" in changes:
+        config.model = type(config.model)(dict.fromkeys(config.model) | {"name": "regnety_002"})
+        changes = {"distill.student_features": "patches"}
+    elif changes == {"distill.kind": "none"}:
+        config.distill.feature_loss = "mse"
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=reason):
+        load_whole(config)
