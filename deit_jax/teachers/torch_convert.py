@@ -72,7 +72,7 @@ class Converted:
 
 
 def convert_module(source: Source) -> Converted:
-    """Return a module as a Teacher; raise UserError, before anything is written, where it cannot."""
+    """Return a module as a Teacher; raise UserError, with nothing written, where it cannot be."""
     source.module.eval().requires_grad_(False).float()
     keys, answers, images = _ask(source)
     network = torch_graph.capture(

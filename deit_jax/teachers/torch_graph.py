@@ -46,8 +46,8 @@ def capture(module: torch.nn.Module, size: Size, channels: int, asked: str) -> N
             program = program.run_decompositions().run_decompositions(table)
     except Exception as error:  # of many kinds, none of them documented
         raise UserError(
-            f"{asked}: cannot be traced for any number of images ({first_line(error)}); its forward "
-            "must not branch on what is in images, nor depend on their number"
+            f"{asked}: cannot be traced for any number of images ({first_line(error)}); its "
+            "forward must not branch on what is in images, nor depend on their number"
         ) from error
     _check(program, asked)
     network = _with_constants(program)
@@ -184,7 +184,7 @@ def fold_batch_norm(network: Network) -> int:
         taken = _into(network, x, scale, shift) if len(x.users) == 1 else None
         folded += taken is not None
         for user in list(node.users):
-            assert user.target is operator.getitem and user.args[1] == 0
+            assert (user.target, user.args[1]) == (operator.getitem, 0)
             _replace(network, user, taken or _as_product(network, node, x, scale, shift))
     drop_unused(network)
     return folded
@@ -204,12 +204,13 @@ def _as_product(network, node, x, scale, shift) -> fx.Node:
 
 def _into(network, x: fx.Node, scale, shift) -> fx.Node | None:
     """Return a convolution or product that scales and shifts by itself; None for other nodes."""
-    known = network.constants
+    known: dict[Any, torch.Tensor] = network.constants
+    kernel: Any
     if x.target is aten.convolution.default and not x.args[6]:
-        source, kernel, bias = x.args[:3]
+        kernel, bias = x.args[1:3]
         places, axes = (1, 2), [-1] + [1] * (x.meta["val"].ndim - 1)
     elif x.target is aten.addmm.default and not x.kwargs:
-        bias, source, kernel = x.args
+        bias, _, kernel = x.args
         places, axes = (2, 0), [1, -1]
     else:
         return None
@@ -230,11 +231,12 @@ def _into(network, x: fx.Node, scale, shift) -> fx.Node | None:
 
 def last_linear(network: Network) -> fx.Node | None:
     """Return what enters the linear layer that makes the first output, None if none does."""
-    node = network.outputs[0]
+    node: Any = network.outputs[0]
     through = {aten.view.default, aten.clone.default, aten.squeeze.dim, aten._to_copy.default}
     while node.target in through:
         node = node.args[0]
-    place = {aten.addmm.default: 1, aten.mm.default: 0}.get(node.target)
+    places: dict[Any, int] = {aten.addmm.default: 1, aten.mm.default: 0}
+    place = places.get(node.target)
     if place is None or node.args[place + 1] not in network.constants:
         return None
     return node.args[place]

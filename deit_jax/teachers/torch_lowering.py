@@ -138,9 +138,12 @@ def _computed(node: fx.Node, lowering: Callable, args, kwargs, dtype) -> Any:
     target: Any = node.target
     if target is operator.getitem:
         return args[0][args[1]]
-    if not isinstance(target, torch._ops.OpOverload) and target is not scale_shift:
+    if isinstance(target, torch._ops.OpOverload):
+        name = target.overloadpacket.__name__
+    elif target is scale_shift:
+        name = "mul"
+    else:  # of Python, on sizes
         return lowering(*args, **kwargs)
-    name = target.overloadpacket.__name__ if target is not scale_shift else "mul"
     if name not in _NARROW:
         args, kwargs = _cast((args, kwargs), jnp.dtype(jnp.float32))
     with warnings.catch_warnings():

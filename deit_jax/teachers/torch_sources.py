@@ -58,8 +58,8 @@ def open_timm(
         model.reset_classifier(0)
     elif num_classes not in (None, count):
         raise UserError(
-            f"{asked}: --num_classes={num_classes}: its weights have {count} classes; leave it out, "
-            "or 0 for the features alone"
+            f"{asked}: --num_classes={num_classes}: its weights have {count} classes; leave it "
+            "out, or give 0 for the features alone"
         )
     inputs = data.resolve_model_data_config(model)
     channels, height, width = inputs["input_size"]
@@ -114,7 +114,8 @@ def _from_file(timm, asked, name, file, image_size, ema: bool, notes: list[str])
     helpers = import_package("timm.models._helpers", asked)
     try:
         state = helpers.load_state_dict(file, use_ema=ema, weights_only=True)
-        assert isinstance(state, dict) and all(isinstance(key, str) for key in state)
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise ValueError("no dict of names and tensors")
     except Exception as error:  # of many kinds: of pickle, zip, safetensors and torch
         raise UserError(f"{asked}: {file} holds no weights ({first_line(error)})") from error
     if ema and _average(helpers, file, state) is None:
@@ -138,8 +139,8 @@ def _from_file(timm, asked, name, file, image_size, ema: bool, notes: list[str])
         except Exception as again:
             reason = " ".join(str(again).split())
             raise UserError(
-                f"{asked}: {file} does not fit timm's {name} ({reason:.240}); name the model that it "
-                "was trained as"
+                f"{asked}: {file} does not fit timm's {name} ({reason:.240}); name the model that "
+                "it was trained as"
             ) from again
     return model
 
@@ -157,9 +158,10 @@ def _average(helpers, file: str, state) -> dict | None:
 def _channels(timm, asked, name, state) -> dict[str, int]:
     """Return the option for other channels than three, by the first convolution."""
     first = _create(timm, asked, name, None, {}).pretrained_cfg.get("first_conv") or ""
-    kernel = state.get(f"{first}.weight") if isinstance(first, str) else None
-    wanted = kernel is not None and kernel.ndim == 4 and kernel.shape[1] != 3
-    return {"in_chans": kernel.shape[1]} if wanted else {}
+    kernel: Any = state.get(f"{first}.weight") if isinstance(first, str) else None
+    if kernel is None or kernel.ndim != 4 or kernel.shape[1] == 3:
+        return {}
+    return {"in_chans": kernel.shape[1]}
 
 
 def _timm_classes(data, model) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -187,7 +189,7 @@ def open_function(asked: str) -> Source:
             f"{asked}: unknown convention {unknown[0]}; known: {', '.join(CONVENTIONS)}"
         )
     channels = said.get("channels", 3)
-    taken = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": 224}
+    taken: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": 224}
     missing = [key for key in taken if key not in said]
     if channels != 3 and {"mean", "std"} & set(missing):
         raise UserError(f"{asked}: say the mean and std of its {channels} channels")
