@@ -14,6 +14,7 @@ from deit_jax.errors import UserError
 from deit_jax.teachers.programs import first_line
 from deit_jax.teachers.torch_graph import Network, name_of, scale_shift
 from deit_jax.teachers.torch_import import import_torchax
+from deit_jax.teachers.torch_layout import Last, all_first, comes_last, first, in_last, last
 
 aten = torch.ops.aten
 # Operations that lose nothing in bfloat16: they move numbers or, as products do, sum in float32.
@@ -24,17 +25,26 @@ _NARROW = {
     *("expand", "repeat", "cat", "stack", "slice", "select", "split", "split_with_sizes", "chunk"),
     *("squeeze", "unsqueeze", "clone", "copy", "roll", "flip", "index", "constant_pad_nd", "add"),
     *("sub", "mul", "neg", "index_select", "gather", "where", "unbind", "alias", "detach"),
-    *("pixel_shuffle", "pixel_unshuffle", "clamp", "clamp_min", "hardtanh", "lift_fresh_copy"),
+    *(
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "scale_shift",
+        "clamp",
+        "clamp_min",
+        "hardtanh",
+        "lift_fresh_copy",
+    ),
 }
 
 
 def _convolution(x, kernel, bias, stride, padding, dilation, transposed, output_padding, groups):
     """Convolve, the kernel [H W I O]: channels last, as XLA has it everywhere."""
+    x = last(x).value
     assert not transposed
     dims = kernel.ndim - 2
     pairs = [(p, p) for p in (padding * dims if len(padding) == 1 else padding)]
     out = jax.lax.conv_general_dilated(
-        jnp.moveaxis(x, 1, -1),
+        x,
         kernel,
         stride * dims if len(stride) == 1 else stride,
         pairs,
@@ -42,7 +52,7 @@ def _convolution(x, kernel, bias, stride, padding, dilation, transposed, output_
         dimension_numbers=("NHWC", "HWIO", "NHWC") if dims == 2 else ("NWC", "WIO", "NWC"),
         feature_group_count=groups,
     )
-    return jnp.moveaxis(out if bias is None else out + bias, -1, 1)
+    return Last(out if bias is None else out + bias)
 
 
 def _addmm(bias, x, kernel, *, beta=1, alpha=1):
@@ -119,9 +129,9 @@ class Lowered:
         kinds = [x.dtype for x in params.values() if jnp.issubdtype(x.dtype, jnp.floating)]
         dtype = kinds[0] if kinds else images.dtype
         values: dict[fx.Node, Any] = {node: params[name] for node, name in self._names.items()}
-        values[self._network.images] = jnp.moveaxis(images.astype(dtype), -1, 1)
+        values[self._network.images] = Last(images.astype(dtype))
         for node, lowering in self._lowerings.items():
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            args, kwargs = _bound((node.args, node.kwargs), values)
             try:
                 values[node] = _computed(node, lowering, args, kwargs, dtype)
             except Exception as error:
@@ -129,7 +139,7 @@ class Lowered:
                     f"{self._asked}: the operation {node.target} cannot be computed in JAX "
                     f"({first_line(error)}); a model without it can be converted"
                 ) from error
-        outputs = (values[node].astype(jnp.float32) for node in self._network.outputs)
+        outputs = (first(values[node]).astype(jnp.float32) for node in self._network.outputs)
         return dict(zip(self._keys, outputs, strict=True))
 
 
@@ -141,14 +151,42 @@ def _computed(node: fx.Node, lowering: Callable, args, kwargs, dtype) -> Any:
     if isinstance(target, torch._ops.OpOverload):
         name = target.overloadpacket.__name__
     elif target is scale_shift:
-        name = "mul"
+        name = "scale_shift"
     else:  # of Python, on sizes
         return lowering(*args, **kwargs)
-    if name not in _NARROW:
-        args, kwargs = _cast((args, kwargs), jnp.dtype(jnp.float32))
+    narrow = name in _NARROW
+
+    def compute(*args, **kwargs):
+        wide = (args, kwargs) if narrow else _cast((args, kwargs), jnp.dtype(jnp.float32))
+        return _cast(lowering(*wide[0], **wide[1]), dtype)
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Explicitly requested dtype")  # of 64 bits
-        return _cast(lowering(*args, **kwargs), dtype)
+        if lowering is _convolution:
+            return compute(*args, **kwargs)
+        if _any_last((args, kwargs)):
+            if (out := in_last(name, compute, args, kwargs)) is not None:
+                return out
+        elif name == "permute" and comes_last(args[1]):
+            return Last(args[0])
+        return compute(*all_first(args), **all_first(kwargs))
+
+
+def _bound(arguments: Any, values: dict[fx.Node, Any]) -> Any:
+    """Return a node's arguments with values for nodes, in containers that JAX knows too."""
+    if isinstance(arguments, fx.Node):
+        return values[arguments]
+    if isinstance(arguments, dict):
+        return {key: _bound(value, values) for key, value in arguments.items()}
+    if isinstance(arguments, list | tuple):
+        bound = (_bound(value, values) for value in arguments)
+        return list(bound) if isinstance(arguments, list) else tuple(bound)
+    return arguments
+
+
+def _any_last(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Last))
+    return any(isinstance(x, Last) for x in leaves)
 
 
 def _cast(tree: Any, dtype) -> Any:
