@@ -96,7 +96,7 @@ def _make_teacher(source: str, path: Path, values) -> None:
     for note in notes:
         print(note)
     if difference is not None:
-        print(f"answers to two images of noise differ from PyTorch's by {difference:.1g} at most")
+        print(f"answers to two images of noise: as PyTorch's to {difference:.1g} of the largest")
     size = sum(size for _, size in backend(path).files(path))
     classes = f"{len(teacher.classes)} classes" if teacher.classes else "no classes"
     width = f"features of {said.features}" if said.features else "no features"
