@@ -9,6 +9,7 @@ __all__ = [
     "list_models",
     "load",
     "preprocess",
+    "write_teacher",
 ]
 
 _API = {
@@ -18,6 +19,7 @@ _API = {
     "list_models": "deit_jax.models.registry",
     "load": "deit_jax.weights.load",
     "preprocess": "deit_jax.data.preprocess",
+    "write_teacher": "deit_jax.teachers.folder",
 }
 
 

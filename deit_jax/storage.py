@@ -33,6 +33,11 @@ class LocalDisk:
         """Return a file's content."""
         return path.read_bytes()
 
+    def read_start(self, path: Path, size: int) -> bytes:
+        """Return the first bytes of a file, fewer where it has not so many."""
+        with path.open("rb") as file:
+            return file.read(size)
+
     def write(self, path: Path, data: bytes) -> None:
         """Write a file whole or not at all, in the place of one that is there."""
         path = path.resolve() if path.is_symlink() else path  # a link is to stay one

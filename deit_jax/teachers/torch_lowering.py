@@ -1,0 +1,197 @@
+"""A graph of ATen operations as a JAX function: torchax's lowerings, and ours where those lose."""
+
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import fx
+
+from deit_jax.errors import UserError
+from deit_jax.teachers.programs import first_line
+from deit_jax.teachers.torch_graph import Network, name_of, scale_shift
+from deit_jax.teachers.torch_import import import_torchax
+from deit_jax.teachers.torch_layout import Last, all_first, comes_last, first, in_last, last
+
+aten = torch.ops.aten
+# Operations that lose nothing in bfloat16: they move numbers or, as products do, sum in float32.
+# All others are computed in float32, and only what they hand on is rounded.
+_NARROW = {
+    *("convolution", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum", "relu", "max_pool2d"),
+    *("max_pool2d_with_indices", "view", "_unsafe_view", "reshape", "permute", "transpose", "t"),
+    *("expand", "repeat", "cat", "stack", "slice", "select", "split", "split_with_sizes", "chunk"),
+    *("squeeze", "unsqueeze", "clone", "copy", "roll", "flip", "index", "constant_pad_nd", "add"),
+    *("sub", "mul", "neg", "index_select", "gather", "where", "unbind", "alias", "detach"),
+    *(
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "scale_shift",
+        "clamp",
+        "clamp_min",
+        "hardtanh",
+        "lift_fresh_copy",
+    ),
+}
+
+
+def _convolution(x, kernel, bias, stride, padding, dilation, transposed, output_padding, groups):
+    """Convolve, the kernel [H W I O]: channels last, as XLA has it everywhere."""
+    x = last(x).value
+    assert not transposed
+    dims = kernel.ndim - 2
+    pairs = [(p, p) for p in (padding * dims if len(padding) == 1 else padding)]
+    out = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        stride * dims if len(stride) == 1 else stride,
+        pairs,
+        rhs_dilation=dilation * dims if len(dilation) == 1 else dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC") if dims == 2 else ("NWC", "WIO", "NWC"),
+        feature_group_count=groups,
+    )
+    return Last(out if bias is None else out + bias)
+
+
+def _addmm(bias, x, kernel, *, beta=1, alpha=1):
+    out = jnp.matmul(x, kernel)
+    return (out if alpha == 1 else alpha * out) + (bias if beta == 1 else beta * bias)
+
+
+LOWERINGS: dict[Any, Callable] = {
+    aten.addmm.default: _addmm,
+    aten.sym_size.int: lambda x, axis: x.shape[axis],
+    scale_shift: lambda x, scale, shift: x * scale + shift,
+}
+
+
+def _lowering(node: fx.Node) -> Callable | None:
+    """Return what computes a node in JAX, None if nothing does."""
+    from torchax.ops.ops_registry import all_aten_ops
+
+    target: Any = node.target
+    if target in LOWERINGS:
+        return LOWERINGS[target]
+    if not isinstance(target, torch._ops.OpOverload):
+        return target  # of Python, on sizes
+    import torchax.ops.jaten  # noqa: F401  fills the table
+
+    known = all_aten_ops.get(target) or all_aten_ops.get(target.overloadpacket)
+    return known.func if known is not None and known.is_jax_function else None
+
+
+def _last_channels(network: Network) -> dict[fx.Node, Callable]:
+    """Lay kernels of convolutions out as XLA likes them; return what computes these."""
+    ours, kernels = {}, set()
+    for node in network.graph.nodes:
+        if node.target is not aten.convolution.default or node.args[6]:
+            continue
+        kernel = node.args[1]
+        alone = all(user.target is aten.convolution.default for user in kernel.users)
+        if kernel in network.constants and alone and network.constants[kernel].ndim in (3, 4):
+            ours[node] = _convolution
+            kernels.add(kernel)
+    for kernel in kernels:
+        value = network.constants[kernel]
+        network.constants[kernel] = value.permute(*range(2, value.ndim), 1, 0)
+    return ours
+
+
+class Lowered:
+    """A network as a function of weights and images [B H W C]: `apply` of a Teacher."""
+
+    def __init__(self, network: Network, keys: tuple[str, ...], asked: str):
+        import_torchax(asked)
+        self._asked, self._keys, self._network = asked, keys, network
+        self._lowerings: dict[fx.Node, Callable] = {}
+        ours = _last_channels(network)
+        for node in network.graph.nodes:
+            if node.op != "call_function" or node in network.constants:
+                continue
+            lowering = ours.get(node) or _lowering(node)
+            if lowering is None:
+                raise UserError(
+                    f"{asked}: the operation {node.target} has no counterpart in JAX (torchax); a "
+                    "model without it can be converted"
+                )
+            self._lowerings[node] = lowering
+        self._names = {node: name_of(node) for node in network.constants}
+        self.weights = {
+            self._names[node]: jnp.asarray(value.contiguous().numpy())
+            for node, value in network.constants.items()
+        }
+        assert len(self.weights) == len(network.constants)
+
+    def __call__(self, params: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
+        """Return the answer to normalised images, computed in the dtype of the weights."""
+        kinds = [x.dtype for x in params.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+        dtype = kinds[0] if kinds else images.dtype
+        values: dict[fx.Node, Any] = {node: params[name] for node, name in self._names.items()}
+        values[self._network.images] = Last(images.astype(dtype))
+        for node, lowering in self._lowerings.items():
+            args, kwargs = _bound((node.args, node.kwargs), values)
+            try:
+                values[node] = _computed(node, lowering, args, kwargs, dtype)
+            except Exception as error:
+                raise UserError(
+                    f"{self._asked}: the operation {node.target} cannot be computed in JAX "
+                    f"({first_line(error)}); a model without it can be converted"
+                ) from error
+        outputs = (first(values[node]).astype(jnp.float32) for node in self._network.outputs)
+        return dict(zip(self._keys, outputs, strict=True))
+
+
+def _computed(node: fx.Node, lowering: Callable, args, kwargs, dtype) -> Any:
+    """Return a node's value, whose floats are of the dtype of computing."""
+    target: Any = node.target
+    if target is operator.getitem:
+        return args[0][args[1]]
+    if isinstance(target, torch._ops.OpOverload):
+        name = target.overloadpacket.__name__
+    elif target is scale_shift:
+        name = "scale_shift"
+    else:  # of Python, on sizes
+        return lowering(*args, **kwargs)
+    narrow = name in _NARROW
+
+    def compute(*args, **kwargs):
+        wide = (args, kwargs) if narrow else _cast((args, kwargs), jnp.dtype(jnp.float32))
+        return _cast(lowering(*wide[0], **wide[1]), dtype)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Explicitly requested dtype")  # of 64 bits
+        if lowering is _convolution:
+            return compute(*args, **kwargs)
+        if _any_last((args, kwargs)):
+            if (out := in_last(name, compute, args, kwargs)) is not None:
+                return out
+        elif name == "permute" and comes_last(args[1]):
+            return Last(args[0])
+        return compute(*all_first(args), **all_first(kwargs))
+
+
+def _bound(arguments: Any, values: dict[fx.Node, Any]) -> Any:
+    """Return a node's arguments with values for nodes, in containers that JAX knows too."""
+    if isinstance(arguments, fx.Node):
+        return values[arguments]
+    if isinstance(arguments, dict):
+        return {key: _bound(value, values) for key, value in arguments.items()}
+    if isinstance(arguments, list | tuple):
+        bound = (_bound(value, values) for value in arguments)
+        return list(bound) if isinstance(arguments, list) else tuple(bound)
+    return arguments
+
+
+def _any_last(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Last))
+    return any(isinstance(x, Last) for x in leaves)
+
+
+def _cast(tree: Any, dtype) -> Any:
+    def cast(x):
+        is_float = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(dtype) if is_float else x
+
+    return jax.tree.map(cast, tree)
