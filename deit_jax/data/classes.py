@@ -65,6 +65,8 @@ def align(
     if not same_count or (len(unknown) < len(set(theirs)) and not unnamed):
         names = [want[theirs.index(name)] for name in unknown]
         text = "" if unnamed or not names else f"; not known there: {listed(names, 5)}"
+        if unnamed and may_know_more and len(have) > len(want):
+            text = "; names that only count cannot be mapped, give others with config.data.classes"
         raise UserError(
             f"{whose} knows {len(have)} classes, {where} has {len(want)}{text} "
             f"({_first(have, want)})"

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,15 @@ from jaxtyping import Array, Float
 
 from deit_jax.models.heads import Heads
 from deit_jax.step.distill.base import Outputs
+
+
+@runtime_checkable
+class Teaches(Protocol):
+    """What a step asks: one teacher, or several together (committee.py)."""
+
+    def outputs(self, params, images, features: bool = False) -> Outputs:
+        """Return what is said of the student's images, pooled features if asked."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

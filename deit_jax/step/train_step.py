@@ -21,7 +21,7 @@ from deit_jax.step.objective import chosen, objective
 from deit_jax.step.random_erasing import random_erase
 from deit_jax.step.schedules import Change, at_step
 from deit_jax.step.state import EVERYTHING, EXTRAS, Everything, TrainState, update_health
-from deit_jax.step.teacher import FrozenTeacher, apply_with_features
+from deit_jax.step.teacher import Teaches, apply_with_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def train_step(
     batch,
     *,
     model,
-    teacher: FrozenTeacher | None,
+    teacher: Teaches | None,
     tx,
     settings: StepConfig,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -116,7 +116,7 @@ def model_inputs(step, batch, settings: StepConfig):
 
 
 def teacher_targets(
-    teacher: FrozenTeacher, params, images: Float[Array, "B H W C"], settings: StepConfig
+    teacher: Teaches, params, images: Float[Array, "B H W C"], settings: StepConfig
 ):
     """Return what distillation makes of the teacher's answers, in the order of the batch."""
     kind = settings.kind
