@@ -1,9 +1,13 @@
 """A torch module as a graph of ATen operations, with all that can be computed once computed."""
 
+import contextlib
 import dataclasses
+import io
+import logging
 import math
 import operator
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +23,6 @@ aten = torch.ops.aten
 # What only repeats numbers is not written down: the file would hold every copy.
 _REPEATS = {aten.expand.default, aten.repeat.default}
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
-_STATISTICS = ("_native_batch_norm_legit", "native_batch_norm", "_batch_norm_with_update")
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,8 +41,7 @@ def capture(module: torch.nn.Module, size: Size, channels: int, asked: str) -> N
     images = torch.zeros(2, channels, *sides(size))
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own deprecations
+        with torch.no_grad(), quiet():
             program = torch.export.export(
                 module, (images,), dynamic_shapes=({0: batch},), strict=False
             )
@@ -54,6 +56,24 @@ def capture(module: torch.nn.Module, size: Size, channels: int, asked: str) -> N
     _merge_same(network)
     _compute_constants(network)
     return network
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep to itself what torch and those who build on it print while they work."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    lost = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(lost),
+            contextlib.redirect_stderr(lost),
+        ):
+            warnings.simplefilter("ignore")  # of torch's own deprecations
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _check(program: torch.export.ExportedProgram, asked: str) -> None:

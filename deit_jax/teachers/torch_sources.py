@@ -1,9 +1,7 @@
 """Torch modules by what people call them: timm's names, functions of their own, HF folders."""
 
 import contextlib
-import io
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from deit_jax.storage import backend, exists
 from deit_jax.teachers.functions import call_function
 from deit_jax.teachers.programs import first_line
 from deit_jax.teachers.torch_convert import Source
+from deit_jax.teachers.torch_graph import quiet
 from deit_jax.teachers.torch_import import import_package
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -283,12 +282,8 @@ def open_hugging_face(asked: str) -> Source:
 
 def _hf_model(transformers, asked: str):
     """Return the model in a folder and its config; none of its weights may be missing."""
-    quiet = logging.getLogger("transformers")
-    level = quiet.level
-    quiet.setLevel(logging.CRITICAL)
     try:
-        # Its bars and tables go to stderr, and say in many lines what is one line here.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with quiet():  # its bars and tables say in many lines what is one line here
             config = transformers.AutoConfig.from_pretrained(asked)
             names = [str(name) for name in config.architectures or ()]
             has_head = any(name.endswith("ForImageClassification") for name in names)
@@ -299,8 +294,6 @@ def _hf_model(transformers, asked: str):
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())
         raise UserError(f"{asked}: transformers cannot open it ({reason:.240})") from error
-    finally:
-        quiet.setLevel(level)
     lacking = sorted(said["missing_keys"])
     if lacking and not all("pooler" in name for name in lacking):
         raise UserError(f"{asked}: its weights lack {', '.join(lacking[:3])}; it is not whole")
