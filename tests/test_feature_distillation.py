@@ -187,6 +187,7 @@ def test_eight_devices_and_micro_batches_take_the_step_of_one(config):
     assert metrics["alpha"] == 0.5
 
 
+@pytest.mark.slow
 def test_features_are_learned_beside_labels_and_recorded(config, tmp_path):
     """A run of hard + feature; its tape, whose features are float16, and a replay of it."""
     config.teacher.weights, config.teacher.epochs = "", 0.2
@@ -227,6 +228,7 @@ def photographs(tmp_path):
     return tmp_path / "photographs"
 
 
+@pytest.mark.slow
 def test_images_without_labels_train_a_backbone_that_others_start_from(
     config, photographs, tmp_path
 ):

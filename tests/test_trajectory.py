@@ -1,6 +1,7 @@
 """Twenty updates of ours are twenty updates of the reference: losses, schedule, AdamW, gradients.
 
-The reference is timm's model, torch.optim.AdamW and facebookresearch/deit's loss, written out.
+The reference is timm's model, timm's own distillation task with a torch network as its teacher, and
+torch.optim.AdamW. What timm has no task for has facebookresearch/deit's loss, written out.
 """
 
 import functools
@@ -26,7 +27,7 @@ from tests.tiny import make_tiny_config
 K, B, STEPS, SIZE = 10, 16, 20, 32
 SHAPE = {"image_size": SIZE, "patch_size": 8, "width": 48, "depth": 2, "num_heads": 3}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# name, distillation, reduction of soft distillation
+# name, distillation, reduction of soft distillation: timm's task knows "batchmean" alone
 CASES = {
     "hard": ("deit_tiny_distilled_patch16_224", "hard", "batchmean"),
     "soft": ("deit_tiny_distilled_patch16_224", "soft", "batchmean"),
@@ -54,12 +55,34 @@ def make_config(kind, reduction):
     return c
 
 
-def make_data():
-    """Return for every step uint8 images, labels and the teacher's logits."""
+def make_data(task=None):
+    """Return for every step uint8 images, labels and the teacher's logits.
+
+    These are what the task's own teacher says of the images, random without a task.
+    """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (STEPS, B, SIZE, SIZE, 3), np.uint8)
     labels = rng.integers(0, K, (STEPS, B)).astype(np.int32)
-    return images, labels, rng.normal(0, 2, (STEPS, B, K)).astype(np.float32)
+    if task is None:
+        return images, labels, rng.normal(0, 2, (STEPS, B, K)).astype(np.float32)
+    return images, labels, np.stack([asked(task, normalised(batch)) for batch in images])
+
+
+def normalised(images):
+    """Return uint8 images [B H W C] as the student sees them, float32 [B C H W]."""
+    images = (images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    return images.transpose(0, 3, 1, 2)
+
+
+def asked(task, images):
+    """Return what a task's own teacher says of the student's images."""
+    import torch
+
+    with torch.no_grad():
+        own = task.teacher.normalize_input(
+            torch.from_numpy(images), task.student_mean, task.student_std
+        )
+        return task.teacher(own).numpy()
 
 
 def learning_rates(c):
@@ -89,7 +112,52 @@ def make_reference(name):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+    model.pretrained_cfg = {"mean": MEAN, "std": STD, "num_classes": K}
     return model.train()
+
+
+def make_torch_teacher():
+    """Return a small convnet of torch with an image normalisation of its own."""
+    import torch
+
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 4, stride=4),
+        torch.nn.GELU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * (SIZE // 4) ** 2, K),
+    )
+    with torch.no_grad():
+        model[-1].weight *= 20.0  # or it would be sure of no image
+    model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    return model
+
+
+def token_task(student, teacher, c):
+    """Return timm's distillation through the token: (1 - alpha) labels + alpha teacher."""
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.task import TokenDistillationTask
+
+    return TokenDistillationTask(
+        student_model=student,
+        teacher_model=teacher,
+        criterion=SoftTargetCrossEntropy(),
+        distill_type=c.distill.kind,
+        task_loss_weight=1 - c.distill.alpha,
+        temperature=c.distill.tau,
+        verbose=False,
+    )
+
+
+# timm's task for a kind of distillation: a function of student, teacher and our config.
+TASKS = {"hard": token_task, "soft": token_task}
+
+
+def make_task(student, c):
+    """Return timm's task for a config with a torch teacher; None where timm has none."""
+    if c.distill.reduction != "batchmean" or c.distill.kind not in TASKS:
+        return None
+    return TASKS[c.distill.kind](student, make_torch_teacher(), c).train()
 
 
 def reference_loss(torch, outputs, targets, taught, distill):
@@ -128,21 +196,23 @@ def reference_optimizer(torch, model, c):
     )
 
 
-def run_reference(torch, model, c, data, optimizer=None):
+def run_reference(torch, model, c, data, optimizer=None, task=None):
     """Return the loss of every step; the model is trained in place.
 
-    A group of a given optimizer may have a factor of the rate, as timm's schedulers know it.
+    It is that of timm's task, or without one written out. A group of a given optimizer may have a
+    factor of the rate, as timm's schedulers know it.
     """
     optimizer, losses = optimizer or reference_optimizer(torch, model, c), []
     for lr, images, labels, taught in zip(learning_rates(c), *data, strict=True):
-        images = (images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+        images = torch.from_numpy(normalised(images))
         off = c.loss.smoothing / K
         targets = np.full((B, K), off, np.float32)
         targets[np.arange(B), labels] = 1 - c.loss.smoothing + off
-        outputs = model(torch.from_numpy(images.transpose(0, 3, 1, 2)))
-        loss = reference_loss(
-            torch, outputs, torch.from_numpy(targets), torch.from_numpy(taught), c.distill
-        )
+        targets, taught = torch.from_numpy(targets), torch.from_numpy(taught)
+        if task is None:
+            loss = reference_loss(torch, model(images), targets, taught, c.distill)
+        else:
+            loss = task(images, targets)["loss"]
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.zero_grad()
@@ -183,10 +253,14 @@ def tensors(model):
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_updates_are_the_references(case, timm, torch):
     name, kind, reduction = CASES[case]
-    c, data = make_config(kind, reduction), make_data()
-    reference = make_reference(name)
+    c, reference = make_config(kind, reduction), make_reference(name)
+    task = make_task(reference, c)
+    assert (task is not None) == (case in ("hard", "soft"))
+    data = make_data(task)
+    if task is not None:  # a teacher that says something of each image
+        assert len(np.unique(data[2].argmax(-1))) > K // 2
     start = from_torch(tensors(reference), name, **SHAPE)["params"]
-    expected_losses = run_reference(torch, reference, c, data)
+    expected_losses = run_reference(torch, reference, c, data, task=task)
     expected = from_torch(tensors(reference), name, **SHAPE)["params"]
     losses, params = run_ours(name, start, c, data)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)  # measured: 3e-7

@@ -1,54 +1,53 @@
-"""`deit tape`: record a label tape without a student, and look at one."""
+"""`deit tape`: record label tapes without a student, join, check and look at them."""
 
 import json
+import re
 import sys
 from typing import Any
 
 import jax
 
 from deit_jax.cli import compile_cache
-from deit_jax.cli.flags import Command, UsageError, add_process_flags, no_words
+from deit_jax.cli.flags import Command, UsageError, add_process_flags
 from deit_jax.parallel import processes, signals
-from deit_jax.train.record_tape import info, record
+from deit_jax.train.record_tape import Part, info, record
+from deit_jax.train.tape.join import join
 
 TAPE_DOC = """usage: deit tape record --config=FILE[:ARGS] --workdir=DIR [--tape=PATH]
-       deit tape info [--json] PATH
+       deit tape record --config=FILE[:ARGS] --steps=A:B --tape=PATH
+       deit tape join DST SRC…
+       deit tape info PATH
 
 record runs only the teacher, over the images that `deit train` with this config shows it, and
 writes what it says to PATH (DIR/tape). A student trained with --config.teacher.tape=replay
 --config.teacher.tape_path=PATH then needs no teacher. The same command goes on with a tape that
 was cut off. A teacher that has no weights is trained first, in DIR/teacher.
 
+With --steps it records the steps A to B - 1 (A: to the end), of a teacher that has weights. Any
+number of machines may record parts at once, each a tape of its own; join makes one tape of them.
+info says which steps are missing.
+
   deit tape record --config=configs/quickstart.py --workdir=runs/quickstart
   deit tape info runs/quickstart/tape"""
+
+# Which flags each takes besides --debug and --json; fields of a config and processes go together.
+FLAGS = {
+    "record": {"config", "workdir", "tape", "steps"},
+    "join": set(),
+    "info": set(),
+}
+MANY = 20  # ranges of steps that a line names
 
 
 def main(argv: list[str]) -> None:
     """Run `deit tape`."""
     command = _command(argv)
     words = command.parse(argv)
-    if not words or words[0] not in ("record", "info"):
-        raise UsageError("give `record` or `info`; see `deit tape --help`")
-    if words[0] == "info":
-        if len(words) != 2:
-            raise UsageError("give one PATH: deit tape info PATH")
-        _print(info(words[1]), command.flags.json)
-        return
-    no_words(words[1:])
-    options = command.flags
-    for name in ("config", "workdir"):
-        if options[name].value in (None, ""):
-            raise UsageError(f"--{name}=… is missing; see `deit tape --help`")
-    config = command.required_config()
-    with config.unlocked():
-        config.teacher.tape = "record"
-        if options.tape:
-            config.teacher.tape_path = options.tape
-    with processes.joined(options), signals.listening() as stop:
-        compile_cache.enable()
-        path = record(config, options.workdir, stop)
-        if jax.process_index() == 0:
-            _print(info(path), options.json)
+    if not words or words[0] not in FLAGS:
+        raise UsageError(f"give {', '.join(FLAGS)}; see `deit tape --help`")
+    name, *places = words
+    _check_flags(command, name)
+    {"record": _record, "join": _join, "info": _info}[name](command, places)
 
 
 def _command(argv: list[str]) -> Command:
@@ -56,9 +55,66 @@ def _command(argv: list[str]) -> Command:
     command.add_config(argv)
     command.string("workdir", "", "the run that the tape is of; it need not have begun")
     command.string("tape", "", "where the tape is written, instead of WORKDIR/tape")
+    command.string("steps", "", "A:B, record only the steps A to B - 1")
     command.boolean("json", False, "print one JSON object")
     add_process_flags(command)
     return command
+
+
+def _check_flags(command: Command, name: str) -> None:
+    """Raise UsageError for a flag that one of the others takes."""
+    flags = command.flags
+    several = ("multihost", "coordinator", "num_processes", "process_id")
+    for flag in (*dict.fromkeys(f for known in FLAGS.values() for f in known), *several):
+        takes = FLAGS[name] | (set(several) if name == "record" else set())
+        if flags[flag].present and flag not in takes:
+            raise UsageError(f"--{flag}: `deit tape {name}` does not take it; see --help")
+
+
+def _record(command: Command, places: list[str]) -> None:
+    _count(places, 0, 0, "record")
+    options = command.flags
+    part = _part(options.steps)
+    if part is None and not options.workdir:
+        raise UsageError("--workdir=… is missing; see `deit tape --help`")
+    config = command.required_config()
+    with config.unlocked():
+        config.teacher.tape = "record"
+        if options.tape:
+            config.teacher.tape_path = options.tape
+    with processes.joined(options), signals.listening() as stop:
+        compile_cache.enable()
+        path = record(config, options.workdir or None, stop, part)
+        if jax.process_index() == 0:
+            _print(info(path), options.json)
+
+
+def _part(text: str) -> Part | None:
+    """Return what --steps=A:B means, None without it."""
+    if not text:
+        return None
+    if not (match := re.fullmatch(r"(\d*):(\d*)", text)):
+        raise UsageError(f"--steps={text}: give A:B, two steps that count from 0, as in 0:1000")
+    return int(match[1] or 0), int(match[2]) if match[2] else None
+
+
+def _join(command: Command, places: list[str]) -> None:
+    _count(places, 2, None, "join DST SRC…")
+    _print(info(join(places[0], places[1:])), command.flags.json)
+
+
+def _info(command: Command, places: list[str]) -> None:
+    _count(places, 1, 1, "info PATH")
+    _print(info(places[0]), command.flags.json)
+
+
+def _count(words: list[str], least: int, most: int | None, usage: str) -> None:
+    if most is not None and len(words) > most:
+        raise UsageError(
+            f"unexpected argument {words[most]!r}; give deit tape {usage}, flags as --name=value"
+        )
+    if len(words) < least:
+        raise UsageError(f"give deit tape {usage}")
 
 
 def _print(facts: dict[str, Any], as_json: bool) -> None:
@@ -67,7 +123,11 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
         print()
         return
     top = f", {facts['top_k']} classes of each answer" if facts["top_k"] else ""
-    print(f"{facts['path']}: {facts['kind']} labels{top}")
+    print(f"{facts['path']}: {facts['kind']} labels{top}, written by {facts['written_by']}")
     print(f"{facts['recorded']} of {facts['steps']} steps recorded, {facts['bytes'] / 1e6:.2f} MB")
+    if missing := facts["missing"]:
+        more = f" and {len(missing) - MANY} more" if len(missing) > MANY else ""
+        ranges = ", ".join(f"{first}:{stop}" for first, stop in missing[:MANY])
+        print(f"missing steps: {ranges}{more}")
     for key, value in facts["fingerprint"].items():
         print(f"  {key}: {value}")

@@ -1,123 +1,131 @@
 """A label tape recorded without a student; and what a tape on disk is."""
 
 import contextlib
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from deit_jax.errors import Interrupted, UserError
-from deit_jax.parallel import sharding
 from deit_jax.parallel.signals import StopRequest
-from deit_jax.step.compile import compiler_options
-from deit_jax.step.distill.base import Layout
-from deit_jax.step.train_step import StepConfig, model_inputs, teacher_targets
 from deit_jax.storage import backend
-from deit_jax.train.experiment import Experiment, prepare
+from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.run import train
 from deit_jax.train.tape import session
-from deit_jax.train.tape.layout import form_of, pack
-from deit_jax.train.tape.tape import Tape
+from deit_jax.train.tape.fingerprint import outsider
+from deit_jax.train.tape.labeller import Labeller, progress
+from deit_jax.train.tape.layout import form_of
+from deit_jax.train.tape.tape import Tape, runs_of
 from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.workdir import directory
 
+log = logging.getLogger("deit_jax")
 FLUSH_S = 60
+
+Part = tuple[int, int | None]  # the steps first … stop - 1, to the run's end without a stop
 
 
 def info(path: str | Path) -> dict[str, Any]:
-    """Return {"path", "kind", "steps", "recorded", "bytes", "fingerprint"} of a tape."""
-    tape = Tape.open(Path(path))
+    """Return what is on a tape.
+
+    {"path", "kind", "top_k", "steps", "recorded", "missing": [[first, stop], …], "written_by",
+    "bytes", "fingerprint"}; "written_by" is "deit_jax" or "another program".
+    """
+    tape = Tape.open(Path(path).expanduser())
+    missing = runs_of(np.flatnonzero(tape.recorded < 0))
     return {
         "path": str(path),
         "kind": tape.layout.kind,
         "top_k": None if form_of(tape.layout).exact else tape.layout.top_k,
         "steps": len(tape),
         "recorded": int(np.sum(tape.recorded >= 0)),
-        "bytes": sum(size for _, size in backend(Path(path)).files(Path(path))),
+        "missing": [[int(run[0]), int(run[-1]) + 1] for run in missing],
+        "written_by": "another program" if outsider(tape.fingerprint) else "deit_jax",
+        "bytes": sum(size for _, size in backend(tape.path).files(tape.path)),
         "fingerprint": tape.fingerprint,
     }
 
 
-def record(config, workdir: str | Path, stop: StopRequest | None = None) -> Path:
-    """Write the teacher's answers to every step of a run; return where they are.
+def record(
+    config, workdir: str | Path | None, stop: StopRequest | None = None, part: Part | None = None
+) -> Path:
+    """Write the teacher's answers to every step of a run, or to a `part`; return where they are.
 
-    Steps that the tape has are left alone. Raise Interrupted, all so far saved, if `stop` asks for
-    it, UserError if the tape is another run's or cannot be written.
+    Steps that the tape has are left alone. A part is of a teacher that has weights, on a tape that
+    the config names, and needs no workdir: any number of them may be recorded at once. Raise
+    Interrupted, all so far saved, if `stop` asks for it, UserError if the tape is another run's or
+    cannot be written.
     """
-    workdir, stop = Path(workdir), stop or StopRequest()
+    workdir, stop = Path(workdir) if workdir else None, stop or StopRequest()
+    if part is not None:
+        _check_part(config.teacher)
     experiment, dataset = prepare(config, workdir)
     spec = experiment.teacher
     assert spec is not None  # validate has refused a tape without a teacher
-    weights = spec.weights_path(workdir)
-    with directory.locked(workdir):
+    first, end = _steps(part, experiment.total_steps)
+    place = workdir or Path()  # which a part, whose tape is named, does not look into
+    path, weights = session.tape_path(experiment, place), spec.weights_path(place)
+    with contextlib.ExitStack() as stack:
+        if part is None:
+            stack.enter_context(directory.locked(place))
         if not spec.weights:
             train(teacher_config(experiment.config), weights, stop)
+        stack.enter_context(session.alone(path))
         teacher = load_teacher(spec, weights, dataset.classes)
         run = Labeller(experiment, dataset, teacher)
-        _record(run, session.recorder(experiment, workdir, dataset, teacher), stop)
-    path = session.tape_path(experiment, workdir)
-    if len(holes := Tape.open(path).holes(0, run.steps, 0)):
+        recorder = session.recorder(experiment, place, dataset, teacher)
+        _record(run, recorder, stop, first, end)
+    if len(holes := Tape.open(path).holes(first, end, 0)):
         raise UserError(
-            f"{path}: {len(holes)} of {run.steps} steps could not be written; make room, and run "
+            f"{path}: {len(holes)} of {end - first} steps could not be written; make room, and run "
             "the same command again"
         )
     return path
 
 
-class Labeller:
-    """A run without a student: its views, and what the teacher says of them."""
-
-    def __init__(self, experiment: Experiment, dataset, teacher):
-        self.experiment, self.steps = experiment, experiment.total_steps
-        self.mesh = experiment.mesh
-        self.batches = experiment.batches(dataset)
-        network, params = teacher
-        self._params = experiment.place_teacher(network, params)
-        layout, settings = session.layout_of(experiment), experiment.settings
-        self._label = jax.jit(
-            lambda *args: label(*args, teacher=network, settings=settings, layout=layout),
-            out_shardings=sharding.replicated(self.mesh),
-            compiler_options=compiler_options(self.mesh, experiment.train.deterministic),
+def _check_part(teacher) -> None:
+    """Raise UserError unless a part of a tape can be recorded beside others."""
+    if not teacher.tape_path:
+        raise UserError(
+            "--steps: a part is recorded on a tape of its own; name it with --tape=PATH, and join "
+            "the parts with `deit tape join`"
+        )
+    if not teacher.weights:
+        raise UserError(
+            "--steps: the parts of a tape are of one teacher, trained before; give "
+            "--config.teacher.weights"
         )
 
-    def answers(self, first: int, stop: int):
-        """Iterate over (step, answer on the devices), computed as they are asked for."""
-        with contextlib.closing(self.experiment.loaded(self.batches, first, stop)) as loader:
-            for step in range(first, stop):
-                batch = self.experiment.on_devices(next(loader))
-                yield step, self._label(self._params, np.int32(step), batch)
+
+def _steps(part: Part | None, total: int) -> tuple[int, int]:
+    """Return first and stop of a part; raise UserError for one that is not in the run."""
+    if part is None:
+        return 0, total
+    first, stop = part
+    stop = total if stop is None else stop
+    if not 0 <= first < min(stop, total):
+        raise UserError(
+            f"--steps={first}:{stop}: the run has the steps 0 to {total - 1}; give A:B, from A to "
+            "B - 1"
+        )
+    if stop > total:
+        log.info("--steps=%d:%d: the run ends before step %d", first, stop, total)
+    return first, min(stop, total)
 
 
-def label(teacher_params, step, batch, *, teacher, settings: StepConfig, layout: Layout):
-    """Return the tape's arrays for one step: what train_step's teacher says there.
-
-    It is asked in the same parts, as a product of other shapes is rounded otherwise.
-    """
-    images, *_ = model_inputs(step, batch, settings)
-    return pack(teacher_targets(teacher, teacher_params, images, settings), layout)
-
-
-def _record(run: Labeller, recorder: session.TapeRecorder, stop: StopRequest) -> None:
+def _record(
+    run: Labeller, recorder: session.TapeRecorder, stop: StopRequest, first: int, end: int
+) -> None:
     recorder.begin(0, run.steps, 0)
-    holes = recorder.holes(0, run.steps)
+    holes = recorder.holes(first, end)
     stop.armed = True
-    tqdm.monitor_interval = 0  # or a thread of it would outlive the run
-    bar = tqdm(
-        total=run.steps,
-        initial=run.steps - len(holes),
-        unit="step",
-        dynamic_ncols=True,
-        leave=False,
-        disable=None if jax.process_index() == 0 else True,
-    )
-    with bar:
-        for part in np.split(holes, np.flatnonzero(np.diff(holes) != 1) + 1):
-            if len(part):
-                _record_part(run, recorder, stop, int(part[0]), int(part[-1]) + 1, bar)
+    with progress(end - first, end - first - len(holes)) as bar:
+        for part in runs_of(holes):
+            _record_part(run, recorder, stop, int(part[0]), int(part[-1]) + 1, bar)
 
 
 def _record_part(run, recorder, stop: StopRequest, first: int, end: int, bar) -> None:

@@ -60,11 +60,10 @@ def locked(workdir: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
     with contextlib.ExitStack() as stack:
         try:
             backend(workdir).make_folder(workdir)
-            stack.enter_context(backend(workdir).lock(workdir / "lock", holder))
+            stack.enter_context(backend(workdir).lock(workdir / "lock", holder()))
         except LockedError as error:
             raise UserError(
                 f"--workdir={workdir}: another run is in it ({str(error) or 'unknown'}); stop that "
@@ -73,6 +72,11 @@ def locked(workdir: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
         yield
+
+
+def holder() -> str:
+    """Return what this process says of itself to others that wait for its lock."""
+    return f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
 
 
 def _now() -> str:

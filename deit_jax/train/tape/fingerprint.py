@@ -20,10 +20,15 @@ from deit_jax.workdir.held_out import label_bytes
 VIEWS = 2
 
 
+# Of the teacher; all None where none is known.
+TEACHER = tuple(f"teacher.{name}" for name in ("model", "sha256", "image_size", "mean", "std"))
+
+
 def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     """Return all that decides views and answers: {field: value}, as JSON has it.
 
-    `teacher` is what load_teacher returns, None without one: its fields are then None.
+    `teacher` is what load_teacher returns, or the name of one in another program, of which nothing
+    else is known; None without one: its fields are then None.
     """
     flat = flatten(to_json(experiment.config))
     names = [
@@ -34,7 +39,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
         *(k for k in flat if k.startswith(("augment.", "mixing."))),
     ]
     labels = getattr(dataset.train, "labels", None)  # TFDS's are not known without reading all
-    found = {name: flat[name] for name in names} | {
+    views = {name: flat[name] for name in names} | {
         "views": VIEWS,
         "data.images": len(dataset.train),
         "data.labels": None if labels is None else hashlib.sha256(label_bytes(labels)).hexdigest(),
@@ -43,11 +48,12 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
         "image_size": _json(experiment.image_size),
         "dtype": experiment.dtype.name,
     }
-    fields = ("model", "sha256", "image_size", "mean", "std")
-    known = dict.fromkeys(f"teacher.{field}" for field in fields)
-    if teacher is not None:
+    known = dict.fromkeys(TEACHER)
+    if isinstance(teacher, str):
+        known["teacher.model"] = teacher
+    elif teacher is not None:
         known = _of_committee(*teacher) if isinstance(teacher[0], Committee) else _of(*teacher)
-    return found | known
+    return views | known
 
 
 def _of(teacher, params) -> dict[str, Any]:
@@ -96,15 +102,46 @@ def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
+def outsider(tapes: dict[str, Any]) -> str | None:
+    """Return the name of the teacher of a tape that another program wrote, None of ours."""
+    return tapes.get("teacher.model") if tapes.get("teacher.sha256") is None else None
+
+
+def differences(tapes: dict[str, Any], own: dict[str, Any]) -> dict[str, str]:
+    """Return {field: "a there, b here"} of all that differ."""
+    tapes = aged(tapes, own)
+    order = [*own, *sorted(tapes.keys() - own.keys())]
+    other = [k for k in order if k not in own or tapes.get(k) != own[k]]
+    return {k: f"{tapes.get(k)} there, {own.get(k)} here" for k in other}
+
+
+def aged(tapes: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint with the fields of another that it is too old to have.
+
+    They mean what was done before there were such fields.
+    """
+    return {k: v for k, v in meanings().items() if k in other} | tapes
+
+
+def listed(different: dict[str, str]) -> str:
+    """Return differences on one line."""
+    return "; ".join(f"{field}: {values}" for field, values in different.items())
+
+
 def check_fingerprint(path: Path, tapes: dict[str, Any], own: dict[str, Any]) -> None:
     """Raise UserError with every field that differs; a teacher that is not known differs not."""
-    tapes = {k: v for k, v in meanings().items() if k in own} | tapes
-    keys = [k for k in own if not (k.startswith("teacher.") and own[k] is None)]
-    other = [k for k in keys if tapes.get(k) != own[k]]
-    other += sorted(k for k in tapes if k not in own)
-    if other:
-        fields = "; ".join(f"{k}: {tapes.get(k)} there, {own.get(k)} here" for k in other)
+    different = differences(tapes, own)
+    if own.get("teacher.model") is None:
+        different = {k: v for k, v in different.items() if not k.startswith("teacher.")}
+    elif (name := outsider(tapes)) and own["teacher.sha256"]:
         raise UserError(
-            f"{path}: this label tape was recorded for other views or another teacher ({fields}); "
-            "restore these values, or record another tape at another config.teacher.tape_path"
+            f"{path}: another program wrote this label tape, of its teacher {name!r}, which no "
+            "weights here can be compared with; leave config.teacher.weights out (`deit tape "
+            "check` compares answers), or choose another config.teacher.tape_path"
+        )
+    if different:
+        raise UserError(
+            f"{path}: this label tape was recorded for other views or another teacher "
+            f"({listed(different)}); restore these values, or record another tape at another "
+            "config.teacher.tape_path"
         )

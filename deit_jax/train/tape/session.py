@@ -1,9 +1,10 @@
 """A training run's use of a label tape: write one, read one, or neither."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from jax.experimental import multihost_utils
 
 from deit_jax.errors import UserError
 from deit_jax.step.distill.base import Layout
-from deit_jax.storage import exists, steps_in
+from deit_jax.storage import LockedError, backend, exists, steps_in
 from deit_jax.train.experiment import Experiment
-from deit_jax.train.tape.fingerprint import check_fingerprint, fingerprint
+from deit_jax.train.tape.fingerprint import check_fingerprint, fingerprint, outsider
 from deit_jax.train.tape.layout import checksum, packing
-from deit_jax.train.tape.tape import CHUNK_STEPS, NAME, Tape
+from deit_jax.train.tape.tape import CHUNK_STEPS, ELSEWHERE, LOCK, NAME, Tape, first_line, runs_of
+from deit_jax.workdir.directory import holder
 
 log = logging.getLogger("deit_jax")
 
@@ -92,11 +94,8 @@ class TapeRecorder(NoTape):
             self._write()
 
     def _write(self) -> None:
-        steps = sorted(self._buffer)
-        if not steps:
-            return
-        assert self._tape is not None  # or `record` would have kept nothing
-        for run in np.split(steps, np.flatnonzero(np.diff(steps) != 1) + 1):
+        for run in runs_of(sorted(self._buffer)):
+            assert self._tape is not None  # or `record` would have kept nothing
             rows = [self._buffer[int(step)] for step in run]
             parts = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             futures = self._tape.write(int(run[0]), parts)
@@ -105,8 +104,20 @@ class TapeRecorder(NoTape):
 
     def flush(self) -> None:
         """Wait until all is written, then claim it; warn of what could not be."""
+        lost, reason = self.settle()
+        if self._tape is not None and lost:
+            log.warning(
+                "%s: %d steps could not be written (%s); training goes on, they are not on the "
+                "label tape. Make room; `deit tape record` adds them",
+                self._tape.path,
+                lost,
+                reason,
+            )
+
+    def settle(self) -> tuple[int, str]:
+        """Flush without a word; return how many steps could not be written, and why."""
         if self._tape is None:
-            return
+            return 0, ""
         self._write()
         lost, reason = 0, ""
         for steps, sums, futures in self._writing:
@@ -116,16 +127,9 @@ class TapeRecorder(NoTape):
                 self._tape.claim(steps, self._rollbacks, sums)
             except (ValueError, OSError) as error:  # as TensorStore reports a full disk
                 lost += len(steps)
-                reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+                reason = first_line(error) or type(error).__name__
         self._writing = []
-        if lost:
-            log.warning(
-                "%s: %d steps could not be written (%s); training goes on, they are not on the "
-                "label tape. Make room; `deit tape record` adds them",
-                self._tape.path,
-                lost,
-                reason,
-            )
+        return lost, reason
 
 
 class TapeReader(NoTape):
@@ -143,6 +147,11 @@ class TapeReader(NoTape):
         there = stop - start - self._holes
         told = f"{self._tape.path}: the label tape has {there} of the {stop - start} steps to train"
         told += f" (after {rollbacks} rollbacks)" if rollbacks else ""
+        if outsider(self._tape.fingerprint):
+            raise UserError(
+                f"{told}; train fewer epochs, or add the others to it as it was written, with "
+                "deit_jax.tape.Writer"
+            )
         if self._standby is None:
             raise UserError(
                 f"{told}; give config.teacher.weights for the others, train fewer epochs, or "
@@ -215,7 +224,9 @@ def open_tape(experiment: Experiment, workdir: Path, dataset, teacher) -> NoTape
     path = tape_path(experiment, workdir)
     tape = Tape.open(path)
     check_fingerprint(path, tape.fingerprint, fingerprint(experiment, dataset, teacher))
-    if teacher is None:
+    if teacher is None and (name := outsider(tape.fingerprint)):
+        log.info("%s: written by another program, of its teacher %r", path, name)
+    elif teacher is None:
         log.info("%s: no config.teacher.weights, so which teacher it is of is not checked", path)
     else:  # it was needed for its checksum; the devices' memory is the student's
         teacher = (teacher[0], jax.device_get(teacher[1]))
@@ -231,14 +242,39 @@ def recorder(experiment: Experiment, workdir: Path, dataset, teacher) -> TapeRec
     layout = layout_of(experiment)
     if jax.process_index() != 0:
         return TapeRecorder(None, layout)
-    return TapeRecorder(_writable(experiment, workdir, dataset, teacher, layout), layout)
-
-
-def _writable(experiment: Experiment, workdir: Path, dataset, teacher, layout: Layout) -> Tape:
-    """Open or make the tape that a config records; raise UserError if it is another run's."""
     path, ours = tape_path(experiment, workdir), fingerprint(experiment, dataset, teacher)
+    return TapeRecorder(writable(path, layout, ours, experiment.total_steps), layout)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other writers out of a tape, which need not be there; raise UserError if one is in it.
+
+    The lock ends with the process, however it ends. Only process 0 of a run holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            backend(path).make_folder(path)
+            stack.enter_context(backend(path).lock(path / LOCK, holder()))
+        except LockedError as error:
+            raise UserError(
+                f"{path}: another process writes this label tape ({str(error) or 'unknown'}); wait "
+                "for it, or give each a tape of its own, and join them with `deit tape join`"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{path}: the label tape cannot be written ({error.strerror}); {ELSEWHERE}"
+            ) from error
+        yield
+
+
+def writable(path: Path, layout: Layout, ours: dict[str, Any], steps: int) -> Tape:
+    """Open a tape, or make one of so many steps; raise UserError if it has another fingerprint."""
     if not exists(path / NAME):
-        return Tape.create(path, layout, ours, experiment.total_steps)
+        return Tape.create(path, layout, ours, steps)
     tape = Tape.open(path)
     check_fingerprint(path, tape.fingerprint, ours)
     tape.must_be_writable()

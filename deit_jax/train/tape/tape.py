@@ -1,5 +1,6 @@
 """Label tapes: what a teacher said of every example of a run, on disk, and of which run.
 
+TAPE/lock         held by whoever records or joins (see session.alone)
 TAPE/tape.json    the fingerprint: everything that shapes a view or the teacher's answer to it
 TAPE/recorded     [steps, 2] int64: how often the run had rolled back when the step was recorded (-1
                   = nothing is) and the CRC-32 of what the arrays below hold of the step
@@ -25,7 +26,7 @@ from deit_jax.storage import backend, exists, read_json, write_json
 from deit_jax.train.tape.layout import Layout, arrays_of, checksum, unpack
 
 FORMAT = 1
-NAME = "tape.json"
+NAME, LOCK = "tape.json", "lock"
 CHUNK_STEPS = 1024  # 2 MB of labels at a batch of 1024: 367 files for 300 epochs of ImageNet
 CLAIM_STEPS = 16384  # 23 files
 
@@ -45,7 +46,7 @@ class Tape:
         self._claims = self._open("recorded")
         self._block: tuple[int, dict[str, np.ndarray]] | None = None
         claims = self._result("recorded", self._claims.read())
-        self.recorded, self._crc = claims[:, 0].copy(), claims[:, 1].copy()
+        self.recorded, self.crc = claims[:, 0].copy(), claims[:, 1].copy()
         self._check_shapes()
 
     @classmethod
@@ -79,7 +80,7 @@ class Tape:
         try:
             backend(path).make_folder(path)
             if there := set(backend(path).names(path)):
-                arrays = {*arrays_of(layout), "recorded", f"{NAME}.tmp"}  # of one that was cut off
+                arrays = {*arrays_of(layout), "recorded", f"{NAME}.tmp", LOCK}  # of one cut off
                 if there - arrays:
                     raise UserError(f"{path}: holds other files; choose another tape_path")
             for name, (dtype, shape) in arrays_of(layout).items():
@@ -91,7 +92,7 @@ class Tape:
             write_json(path / NAME, content, indent=1)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path}: the label tape cannot be written ({_first_line(error)}); {ELSEWHERE}"
+                f"{path}: the label tape cannot be written ({first_line(error)}); {ELSEWHERE}"
             ) from error
         return cls.open(path)
 
@@ -111,15 +112,24 @@ class Tape:
 
     def target(self, step: int, rows: Sequence[int]):
         """Return the teacher's target for some rows of a recorded step; see unpack."""
-        block, within = divmod(step, CHUNK_STEPS)
+        parts = self.parts(step)
+        return unpack({name: part[list(rows)] for name, part in parts.items()}, self.layout)
+
+    def parts(self, step: int) -> dict[str, np.ndarray]:
+        """Return what the arrays hold of a recorded step; raise UserError if it has changed."""
+        parts = {name: array[step % CHUNK_STEPS] for name, array in self.block(step).items()}
+        if checksum(parts) != self.crc[step] or not self._makes_sense(parts):
+            raise UserError(f"{self.path}: step {step} has changed since it was written; {REMEDY}")
+        return parts
+
+    def block(self, step: int) -> dict[str, np.ndarray]:
+        """Return the arrays' chunk in which a step lies, recorded or not."""
+        block = step // CHUNK_STEPS
         if self._block is None or self._block[0] != block:
             part = slice(block * CHUNK_STEPS, min((block + 1) * CHUNK_STEPS, len(self)))
             reads = {name: array[part].read() for name, array in self._arrays.items()}
             self._block = block, {name: self._result(name, r) for name, r in reads.items()}
-        parts = {name: array[within] for name, array in self._block[1].items()}
-        if checksum(parts) != self._crc[step] or not self._makes_sense(parts):
-            raise UserError(f"{self.path}: step {step} has changed since it was written; {REMEDY}")
-        return unpack({name: part[list(rows)] for name, part in parts.items()}, self.layout)
+        return self._block[1]
 
     def _makes_sense(self, parts) -> bool:
         # Bytes are bits, one a class, which all make sense.
@@ -142,7 +152,7 @@ class Tape:
             yield
         except ValueError as error:  # as TensorStore reports what the system says
             raise UserError(
-                f"{self.path}: cannot be written ({_first_line(error)}); make room, or {ELSEWHERE}"
+                f"{self.path}: cannot be written ({first_line(error)}); make room, or {ELSEWHERE}"
             ) from error
 
     def make_room(self, steps: int) -> None:
@@ -155,13 +165,13 @@ class Tape:
             self._claims = _longer(self._claims, steps)
         more = np.full(steps - len(self), -1, np.int64)
         self.recorded = np.concatenate([self.recorded, more])
-        self._crc = np.concatenate([self._crc, more])
+        self.crc = np.concatenate([self.crc, more])
 
     def forget(self, first: int, keep: int) -> None:
         """Claim no step from `first` on that was recorded under other than `keep` rollbacks."""
         stale = first + np.flatnonzero(~np.isin(self.recorded[first:], (-1, keep)))
         if len(stale):
-            self.recorded[stale] = self._crc[stale] = -1
+            self.recorded[stale] = self.crc[stale] = -1
             with self._writing():
                 self._write_claims(int(stale[0]), int(stale[-1]) + 1)
 
@@ -171,25 +181,27 @@ class Tape:
         self._block = None
         return [self._arrays[n][first : first + count].write(part) for n, part in parts.items()]
 
-    def claim(self, steps: np.ndarray, rollbacks: int, sums: Sequence[int]) -> None:
+    def claim(
+        self, steps: np.ndarray, rollbacks: int | np.ndarray, sums: Sequence[int] | np.ndarray
+    ) -> None:
         """Say that steps have been written; raise ValueError, nothing claimed, if it fails."""
-        before = self.recorded.copy(), self._crc.copy()
-        self.recorded[steps], self._crc[steps] = rollbacks, sums
+        before = self.recorded.copy(), self.crc.copy()
+        self.recorded[steps], self.crc[steps] = rollbacks, sums
         try:
             self._write_claims(int(min(steps)), int(max(steps)) + 1)
         except ValueError:
-            self.recorded, self._crc = before
+            self.recorded, self.crc = before
             raise
 
     def _write_claims(self, first: int, stop: int) -> None:
-        both = np.stack([self.recorded[first:stop], self._crc[first:stop]], axis=1)
+        both = np.stack([self.recorded[first:stop], self.crc[first:stop]], axis=1)
         self._claims[first:stop].write(both).result()
 
     def _open(self, name: str):
         try:
             return ts.open(_spec(self.path / name), open=True).result()
         except (ValueError, OSError) as error:
-            reason = "missing" if not exists(self.path / name) else _first_line(error)
+            reason = "missing" if not exists(self.path / name) else first_line(error)
             raise UserError(f"{self.path / name}: cannot be read ({reason}); {REMEDY}") from error
 
     def _result(self, name: str, future) -> np.ndarray:
@@ -197,7 +209,7 @@ class Tape:
             return future.result()
         except (ValueError, OSError) as error:
             raise UserError(
-                f"{self.path / name}: cannot be read ({_first_line(error)}); {REMEDY}"
+                f"{self.path / name}: cannot be read ({first_line(error)}); {REMEDY}"
             ) from error
 
     def _check_shapes(self) -> None:
@@ -217,6 +229,13 @@ class Tape:
 def features_width(path: Path) -> int:
     """Return the width of the features on a tape, 0 where there are none."""
     return Tape.open(path).layout.width
+
+
+def runs_of(steps: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """Return ascending steps as runs without a gap."""
+    steps = np.asarray(steps, np.int64)
+    cut = np.split(steps, np.flatnonzero(np.diff(steps) != 1) + 1)
+    return [run for run in cut if len(run)]
 
 
 def _spec(path: Path) -> dict[str, Any]:
@@ -239,5 +258,5 @@ def _longer(array, steps: int):
     return array.resize(exclusive_max=(room, *array.shape[1:]), expand_only=True).result()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (getattr(error, "strerror", None) or next(iter(str(error).splitlines()), ""))[:200]
