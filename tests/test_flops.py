@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from deit_jax.configs import deit
-from deit_jax.models import registry
+from deit_jax.models import operations, registry
 from deit_jax.perf import flops
 from deit_jax.train.experiment import resolve
 
@@ -71,7 +71,7 @@ def test_a_training_example_is_three_passes_and_the_teachers_one():
 
 
 def count(function, *arguments):
-    return flops.multiply_accumulates(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return operations.multiply_accumulates(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def test_loops_count_as_often_as_they_run_and_of_branches_the_dearest():

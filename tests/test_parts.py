@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from deit_jax.errors import UserError
-from deit_jax.models import registry
+from deit_jax.models import liveness, registry
 from deit_jax.parallel import devices as devices_lib
 from deit_jax.parallel import sharding
-from deit_jax.train import liveness, memory, parts
+from deit_jax.train import memory, parts
 from deit_jax.train.experiment import resolve
 
 

@@ -1,12 +1,10 @@
 """Floating-point operations of a model and of its training, counted from the traced program."""
 
-import math
-
 import jax
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
 from deit_jax.models.build import for_counting
+from deit_jax.models.operations import multiply_accumulates
 from deit_jax.shapes import Size, input_shape, sides
 from deit_jax.step.committee import Committee
 from deit_jax.step.teacher import Foreign
@@ -56,27 +54,3 @@ def forward_flops(model, size: Size) -> float:
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
     return 2.0 * multiply_accumulates(traced.jaxpr)
-
-
-def multiply_accumulates(jaxpr) -> int:
-    """Return those of all products and convolutions in a jaxpr, loops taken as often as they run.
-
-    Of the branches of a condition the dearest counts; a loop of unknown length counts once.
-    """
-    total = 0
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += eqn.outvars[0].aval.size * kernel.size // outputs
-        else:
-            inner = [multiply_accumulates(j) for j in jaxprs_in_params(eqn.params)]
-            if name == "cond":
-                inner = [max(inner)]
-            total += sum(inner) * (eqn.params["length"] if name == "scan" else 1)
-    return total

@@ -36,7 +36,8 @@ _CONVENTIONS = ("name", "classes", "also_called", "mean", "std", "channels", "mu
 class Description:
     """What teacher.json says of a teacher besides its conventions.
 
-    `source` is what it was made of, `features` their width, None without any. `crop_ratio` and
+    `source` is what it was made of, `features` their width, None without any; `macs` and
+    `image_bytes` are those of Teacher. `crop_ratio` and
     `interpolation` are how its images were made, None where nobody said it.
     """
 
@@ -44,6 +45,8 @@ class Description:
     crop_ratio: float | None = None
     interpolation: str | None = None
     features: int | None = None
+    macs: int | None = None
+    image_bytes: int | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -81,6 +84,8 @@ def write_teacher(
         crop_ratio=crop_ratio,
         interpolation=interpolation,
         features=made.feature_width,
+        macs=made.macs,
+        image_bytes=made.image_bytes,
         versions=known,
     )
     contents = {program_file(dtype): blob for dtype, blob in made.blobs.items()}
@@ -197,6 +202,8 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "crop_ratio": lambda value: value is None or (_is_number(value) and value > 0),
     "interpolation": lambda value: value is None or _is_text(value),
     "features": lambda value: value is None or _is_count(value),
+    "macs": lambda value: value is None or (isinstance(value, int) and value >= 0),
+    "image_bytes": lambda value: value is None or (isinstance(value, int) and value >= 0),
     "multi_label": lambda value: value is None or isinstance(value, bool),
     "versions": lambda value: isinstance(value, dict),
     "sha256": lambda value: isinstance(value, dict),
@@ -228,6 +235,9 @@ def open_folder(path: str | Path, dtype: str, abstract: bool = False) -> Teacher
         channels=said["channels"],
         multi_label=said["multi_label"],
         name=said["name"],
+        macs=said["macs"],
+        image_bytes=said["image_bytes"],
+        program=said["sha256"][file.name],
     )
 
 

@@ -10,11 +10,14 @@ import numpy as np
 from jax import export
 
 from deit_jax.errors import UserError
+from deit_jax.models.liveness import peak_bytes
+from deit_jax.models.operations import multiply_accumulates
 from deit_jax.shapes import sides
 from deit_jax.teachers.teacher import FEATURES, LOGITS, Teacher
 
 DTYPES = ("float32", "bfloat16")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PLAIN_SIDE = 224
 # What a function that JAX traces, or a program that it reads, can raise: anything.
 Anything = Exception
 
@@ -27,6 +30,8 @@ class Written:
     weights: dict[str, np.ndarray]
     num_classes: int
     feature_width: int | None
+    macs: int
+    image_bytes: int
 
 
 def programs_of(teacher: Teacher) -> Written:
@@ -47,7 +52,24 @@ def programs_of(teacher: Teacher) -> Written:
         blobs[dtype] = _exported(teacher, call, shapes)
     logits, features = answers.get(LOGITS), answers.get(FEATURES)
     width = None if features is None else features.shape[1]
-    return Written(blobs, flat, 0 if logits is None else logits.shape[1], width)
+    count = 0 if logits is None else logits.shape[1]
+    return Written(blobs, flat, count, width, *cost_of(teacher))
+
+
+def cost_of(teacher: Teacher) -> tuple[int, int]:
+    """Return an image's multiply-accumulates, and the bytes of a GPU's memory that it takes.
+
+    They are traced, of images of 224 pixels where the teacher takes any size: a program that was
+    exported does not show them any more.
+    """
+    height, width = sides(teacher.image_size or PLAIN_SIDE)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _narrow(x)), teacher.params)
+    traced = []
+    for batch in (1, 4, 8):
+        images = jax.ShapeDtypeStruct((batch, height, width, teacher.channels), jnp.float32)
+        traced.append(jax.make_jaxpr(teacher.apply)(params, images).jaxpr)
+    few, more = (peak_bytes(program, "cuda") for program in traced[1:])
+    return multiply_accumulates(traced[0]), max(0, (more - few) // 4)
 
 
 def _exported(teacher: Teacher, call, shapes) -> bytes:
@@ -111,7 +133,7 @@ def answer(said: Any) -> dict[str, jax.Array]:
 
 def check_answer(teacher: Teacher, batch: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of what `apply` answers; raise UserError unless they keep the contract."""
-    height, width = sides(teacher.image_size or 224)
+    height, width = sides(teacher.image_size or PLAIN_SIDE)
     images = jax.ShapeDtypeStruct((batch, height, width, teacher.channels), jnp.float32)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.float32), teacher.params)
     shapes = jax.tree.map(

@@ -24,7 +24,8 @@ class Teacher:
     known.
 
     Where tracing `apply` does not show what it takes, `macs` are the multiply-accumulates of one
-    image and `image_bytes` what one image takes of a device's memory; `program` is a checksum of
+    image, of 224 pixels if it takes any size, and `image_bytes` what that image takes of a
+    device's memory; `program` is a checksum of
     what it does, besides `params`, for label tapes.
     """
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from deit_jax.errors import UserError
 from deit_jax.shapes import Size, sides, text
 from deit_jax.step.distill.base import Outputs
 from deit_jax.step.teacher import Foreign, FrozenTeacher
+from deit_jax.teachers.programs import PLAIN_SIDE
 from deit_jax.teachers.teacher import Teacher
 from deit_jax.train.teacher_spec import TeacherSpec
 
@@ -84,10 +86,11 @@ def _frozen(spec: TeacherSpec, given: Teacher, where: str) -> FrozenTeacher:
             f"{where}: the teacher takes images of {given.channels} channels, and "
             f"config.data.channels={spec.channels}; take a teacher of the same images"
         )
-    model = Foreign(given.apply, given.name, given.macs, given.image_bytes, given.program)
+    size = _size(spec, given, where)
+    macs, image_bytes = (_of_size(n, given, size) for n in (given.macs, given.image_bytes))
+    model = Foreign(given.apply, given.name, macs, image_bytes, given.program)
     conventions = (tuple(map(float, given.mean)), tuple(map(float, given.std)))
     of_student = (spec.student_mean, spec.student_std)
-    size = _size(spec, given, where)
     return FrozenTeacher(model, *conventions, *of_student, size, answers=spec.classes)
 
 
@@ -100,6 +103,13 @@ def _size(spec: TeacherSpec, given: Teacher, where: str) -> Size:
             "px images and no others; leave it out"
         )
     return given.image_size
+
+
+def _of_size(count: int | None, given: Teacher, size: Size) -> int | None:
+    """Return what an image of a size takes; of one that takes any, in proportion to the pixels."""
+    if count is None or given.image_size is not None:
+        return count
+    return round(count * math.prod(sides(size)) / PLAIN_SIDE**2)
 
 
 def _outputs(teacher: FrozenTeacher, given: Teacher) -> Outputs:

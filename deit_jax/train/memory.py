@@ -18,13 +18,13 @@ from jax.experimental import multihost_utils
 
 from deit_jax.errors import UserError
 from deit_jax.models.build import for_counting
+from deit_jax.models.liveness import peak_bytes
 from deit_jax.parallel import devices, sharding
 from deit_jax.shapes import Size, input_shape, sides
 from deit_jax.step.committee import Committee, shardings
 from deit_jax.step.state import EXTRAS
 from deit_jax.step.teacher import Foreign
 from deit_jax.step.train_step import StepConfig, training_loss
-from deit_jax.train.liveness import peak_bytes
 
 USABLE = 0.9  # of what JAX may use: blocks of many sizes leave gaps
 PIXEL_BYTES = 1 + 3 * 4  # of a colour: as loaded; erased, mixed, and the noise or the teacher's
