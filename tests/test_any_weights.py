@@ -114,7 +114,7 @@ def test_dino_starts_a_run_from_its_teacher(tiny, tmp_path, torch):
     with pytest.raises(UserError, match=r"w\.pth: has no head; head='drop' starts a new one$"):
         load_variables(path, config_of(TINY), 10)
     with pytest.raises(
-        UserError, match="has no head; `deit embed` or num_classes=0 gives its features"
+        UserError, match="has no head; `deit embed`, `deit eval --probe=knn` or num_classes=0"
     ):
         open_model(path, default=config_of(TINY))
     loaded = load_variables(path, config_of(TINY), 10, head="drop")

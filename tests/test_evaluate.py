@@ -277,4 +277,4 @@ def test_a_probe_needs_no_head_and_no_classes_of_its_own(config, weights, tmp_pa
     assert answers[0] == answers[1] == answers[2]
     words = ["eval", f"--config={config}", f"--weights={tmp_path / 'none.safetensors'}"]
     assert program.main(words) == 1
-    assert "has no head; `deit embed` or num_classes=0" in capsys.readouterr().err
+    assert "has no head; `deit embed`, `deit eval --probe=knn`" in capsys.readouterr().err

@@ -59,7 +59,8 @@ def _train(options, command: Command, again: bool) -> None:
         json.dump(results, sys.stdout)
         print()
     else:
-        print(f"{table(results)}\nresults: {workdir / 'results.json'}")
+        lines = filter(None, (table(results), f"results: {workdir / 'results.json'}"))
+        print("\n".join(lines))
         if exists(workdir / "picture.png"):
             print(f"picture: {workdir / 'picture.png'}")
 

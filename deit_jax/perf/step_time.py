@@ -53,7 +53,8 @@ def random_labels(experiment: Experiment, count: int, rng: np.random.Generator) 
     """Return labels as a batch has them: [n] numbers of classes, or [n K] for several an image."""
     if experiment.settings.several:
         return rng.integers(0, 2, (count, experiment.num_classes), np.uint8)
-    return rng.integers(0, experiment.num_classes, count, np.int32)
+    # Images without labels have the number 0, which nobody reads.
+    return rng.integers(0, max(1, experiment.num_classes), count, np.int32)
 
 
 def random_batch(experiment: Experiment) -> dict[str, jax.Array]:

@@ -267,7 +267,9 @@ def told(results: dict[str, Any]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as lines for people."""
+    """Return the results as lines for people; "" where there were no labels to evaluate on."""
+    if "examples" not in results:
+        return ""
     left_out = results.get("unreadable", 0)
     beside = f", besides {left_out} that cannot be read" if left_out else ""
     lines = [f"{results['examples']} examples{beside}"]

@@ -51,7 +51,7 @@ def _draw_curves(axes, trainer, results: dict[str, Any]) -> None:
         score = results["teacher"][figure]
         accuracy.axhline(score, color=COLOURS["teacher"], linestyle="--", label="teacher")
     accuracy.set(ylabel=f"{name} on held-out images, %", ylim=(None, 101))
-    for key in ("loss", "loss_label", "loss_teacher"):
+    for key in ("loss", "loss_label", "loss_teacher", "loss_feature"):
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
             loss.plot(*zip(*points, strict=True), label=key.replace("_", ", "))

@@ -171,8 +171,8 @@ def load_variables(
         found = _open(str(source), model, default, *sizes, checkpoint, ema, anew)
         if not found.classes and num_classes is None:
             raise ValueError(
-                "has no head; `deit embed` or num_classes=0 gives its features, head='drop' with a "
-                "number of classes starts a new one"
+                "has no head; `deit embed`, `deit eval --probe=knn` or num_classes=0 take its "
+                "features, head='drop' with a number of classes starts a new one"
             )
         target = target_model(found, model, num_classes, image_size, in_channels, head, dtype)
         size = getattr(target, "image_size", image_size or found.image_size)

@@ -8,6 +8,7 @@ import numpy as np
 from deit_jax.analysis.report.html import Element, element
 from deit_jax.analysis.report.svg_charts import Line, line_chart
 from deit_jax.config.serialize import flatten
+from deit_jax.step import schedules
 
 HEADS = {
     "teacher": "teacher",
@@ -19,7 +20,13 @@ HEADS = {
     "ema.fused": "fused, EMA",
 }
 FIGURES = {"top1": "top-1, %", "top5": "top-5, %", "mAP": "mAP, %"}
-LOSSES = {"loss": "loss", "loss_label": "of the labels", "loss_teacher": "of the teacher"}
+LOSSES = {
+    "loss": "loss",
+    "loss_label": "of the labels",
+    "loss_teacher": "of the teacher",
+    "loss_feature": "of its features",
+}
+SCHEDULED = {name: f"distill.{name}" for name in schedules.SCHEDULED}
 ENTROPY = {
     "attention_entropy/mean": "mean of all heads",
     "attention_entropy/lowest_head": "lowest head",
@@ -31,6 +38,7 @@ CHARTS = (
     ("Training loss", LOSSES, "nats", 1, False),
     ("Accuracy on held-out images", ACCURACY, "top-1, %", 1, False),
     ("Average precision on held-out images", PRECISION, "mAP, %", 1, False),
+    ("What changes in the distillation", SCHEDULED, "value", 1, False),
     ("Learning rate", {"lr": "learning rate"}, "learning rate", 1, False),
     ("Gradient norm", {"grad_norm": "gradient norm"}, "norm of the gradient", 1, True),
     ("Throughput", {"images_per_second": "throughput"}, "images/s", 1, False),
@@ -40,6 +48,7 @@ CHARTS = (
 DASHES = {  # of several runs' curves; 0, a whole line, for the rest
     **{"eval/cls.mAP": 1, "eval/dist.mAP": 2},
     **{"eval/cls.top1": 1, "eval/dist.top1": 2, "loss_label": 1, "loss_teacher": 2},
+    "loss_feature": 3,
     "attention_entropy/lowest_head": 1,
 }
 FEW = 3  # runs of which a chart shows every curve; of more, only the one that matters most
