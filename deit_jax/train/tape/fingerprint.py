@@ -48,7 +48,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     }
     known = dict.fromkeys(TEACHER)
     if isinstance(teacher, str):
-        known["teacher.model"] = teacher
+        known["teacher.model"], views["dtype"] = teacher, None  # ours, in which it did not compute
     elif teacher is not None:
         network, params = teacher
         count = sum(x.size for x in jax.tree.leaves(params))
@@ -108,11 +108,16 @@ def listed(different: dict[str, str]) -> str:
 
 
 def check_fingerprint(path: Path, tapes: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raise UserError with every field that differs; a teacher that is not known differs not."""
+    """Raise UserError with every field that differs; a teacher that is not known differs not.
+
+    Nor does the compute dtype from that of a teacher in another program, which is not known.
+    """
     different = differences(tapes, own)
+    name = outsider(tapes)
     if own.get("teacher.model") is None:
-        different = {k: v for k, v in different.items() if k not in TEACHER}
-    elif (name := outsider(tapes)) and own["teacher.sha256"]:
+        free = (*TEACHER, "dtype") if name else TEACHER
+        different = {k: v for k, v in different.items() if k not in free}
+    elif name and own["teacher.sha256"]:
         raise UserError(
             f"{path}: another program wrote this label tape, of its teacher {name!r}, which no "
             "weights here can be compared with; leave config.teacher.weights out (`deit tape "
