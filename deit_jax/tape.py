@@ -256,7 +256,8 @@ class Writer:
             )
         if not jax.numpy.issubdtype(array.dtype, np.floating):
             raise UserError(f"{where}: got {array.dtype}, not logits, which are floats")
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # to infinity, which is told of
+            array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise UserError(
                 f"{where}: logits of {np.sum(~np.isfinite(array).all(-1))} images are not finite; "
