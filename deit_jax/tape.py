@@ -139,8 +139,7 @@ class Writer:
         teacher: str,
         classes: Sequence[str] | None = None,
     ):
-        teacher = teacher.strip()
-        if not teacher or not teacher.isprintable():
+        if not isinstance(teacher, str) or not teacher.strip() or not teacher.isprintable():
             raise UserError(f"teacher={teacher!r}: give a name that people know it by, on one line")
         self.path = Path(path).expanduser()
         prepared = _taught_outside(files.config_of(config), self.path)

@@ -18,6 +18,7 @@ from deit_jax.parallel import sharding
 from deit_jax.train import record_tape
 from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.run import train
 from deit_jax.train.tape import join as join_lib
 from deit_jax.train.tape import session, tape
 from deit_jax.train.tape.check import check
@@ -184,12 +185,15 @@ def test_words_that_are_not_understood(words, line):
     assert line in str(caught.value)
 
 
-def test_two_writers_of_one_tape_are_kept_apart(root, tmp_path):
+def test_two_writers_of_one_tape_are_kept_apart(root, config, tmp_path):
     with session.alone(tmp_path / "a"):
         with pytest.raises(UserError, match=r"a: another process writes this label tape \(process"):
             record_part(root, tmp_path / "a", "0:2")
         with pytest.raises(UserError, match=r"another process writes"):
             join(tmp_path / "a", [root / "run" / "tape"])
+        config.teacher.tape, config.teacher.tape_path = "record", str(tmp_path / "a")
+        with pytest.raises(UserError, match=r"another process writes"):
+            train(config, tmp_path / "run")
     record_part(root, tmp_path / "a", "0:2")
 
 
