@@ -16,7 +16,7 @@ FLOORS = (
     ("workdir",),
     ("weights", "teachers"),
     ("train",),
-    ("analysis", "perf"),
+    ("analysis", "perf", "tape"),
     ("cli",),
     ("__main__",),
 )
@@ -29,7 +29,7 @@ NARROW = {
     "config": {"errors", "storage", "configs"},
 }
 REACH = 18  # files that a reader of train_step may come to
-WHOLE_CONFIG = 15  # functions that take a whole config
+WHOLE_CONFIG = 18  # functions that take a whole config
 # The only places that touch files by themselves; all others ask storage.py.
 FILE_CALLS = {
     *("open", "read_text", "write_text", "read_bytes", "write_bytes", "mkdir", "touch", "unlink"),

@@ -13,10 +13,11 @@ from study import DATA, NONE, TOKEN, Arm, Study, base, open_dataset
 
 from deit_jax.cli import convert
 
-EXPECTED = """Written before the first run with a teacher. The paper teaches by RegNetYs and says that
-convnets are the better teachers. Expected here: the student of the distillation token is better
-than the one without a teacher in every seed, as with our own convnet (table 3); features beside
-the decisions change little; features instead of them gain less, since nobody tells the heads."""
+EXPECTED = """Written before the first run with a teacher. The paper teaches by RegNetYs and
+says that convnets are the better teachers. Expected here: the student of the distillation token
+is better than the one without a teacher in every seed, as with our own convnet (table 3);
+features beside the decisions change little; features instead of them gain less, since nobody
+tells the heads."""
 
 NAME = "resnet18"
 FEATURES = {"distill.feature_loss": "cosine"}

@@ -1,7 +1,6 @@
 """Common parts of the commands: flags with a config file, help, and output files."""
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -113,10 +112,7 @@ class Command:
 
     def add_config(self, argv: list[str]) -> None:
         """Define --config=FILE[:ARGS] and --config.KEY=VALUE for every key of that file."""
-        # A config file may import what lies beside it where the command runs; last, so that no
-        # folder there hides a package.
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
+        files.look_beside()
         config_flags.DEFINE_config_file(
             "config",
             None,
@@ -139,10 +135,7 @@ class Command:
         config = self.flags["config"].value if "config" in self.flags else None
         if config is not None and not isinstance(config, ConfigDict):
             # ml_collections puts off reporting a file that is not there to the first use.
-            raise UsageError(
-                f"--config={self._config_path(argv)}: no such file below {Path.cwd()}, nor among "
-                f"those of deit_jax ({', '.join(files.shipped())})"
-            )
+            raise UsageError(f"--config={files.none_such(self._config_path(argv))}")
         for name in required:
             if getattr(self.flags, name) in (None, ""):
                 raise UsageError(self._missing(name))
@@ -221,15 +214,10 @@ def _with_config_files(argv: list[str]) -> list[str]:
         if flag not in ("--config", "-config"):
             continue
         if equals:
-            words[i] = f"{flag}={_config_file(value)}"
+            words[i] = f"{flag}={files.located(value)}"
         elif i + 1 < len(words):
-            words[i + 1] = _config_file(words[i + 1])
+            words[i + 1] = files.located(words[i + 1])
     return words
-
-
-def _config_file(text: str) -> str:
-    name, colon, arguments = text.partition(":")
-    return f"{files.locate(name)}{colon}{arguments}"
 
 
 def _underscored(word: str) -> str:

@@ -9,13 +9,16 @@ import jax
 
 from deit_jax.cli import compile_cache
 from deit_jax.cli.flags import Command, UsageError, add_process_flags
+from deit_jax.errors import UserError
 from deit_jax.parallel import processes, signals
 from deit_jax.train.record_tape import Part, info, record
+from deit_jax.train.tape.check import LEAST, SAMPLES, check
 from deit_jax.train.tape.join import join
 
 TAPE_DOC = """usage: deit tape record --config=FILE[:ARGS] --workdir=DIR [--tape=PATH]
        deit tape record --config=FILE[:ARGS] --steps=A:B --tape=PATH
        deit tape join DST SRC…
+       deit tape check PATH --config=FILE[:ARGS] [--samples=N] [--least=PERCENT]
        deit tape info PATH
 
 record runs only the teacher, over the images that `deit train` with this config shows it, and
@@ -27,6 +30,10 @@ With --steps it records the steps A to B - 1 (A: to the end), of a teacher that 
 number of machines may record parts at once, each a tape of its own; join makes one tape of them.
 info says which steps are missing.
 
+check asks the config's teacher, which has weights, about N steps of a tape, spread evenly, and says
+how many of its answers are those on the tape. It fails below --least, and for a tape that says it
+is of another teacher.
+
   deit tape record --config=configs/quickstart.py --workdir=runs/quickstart
   deit tape info runs/quickstart/tape"""
 
@@ -34,6 +41,7 @@ info says which steps are missing.
 FLAGS = {
     "record": {"config", "workdir", "tape", "steps"},
     "join": set(),
+    "check": {"config", "samples", "least"},
     "info": set(),
 }
 MANY = 20  # ranges of steps that a line names
@@ -47,7 +55,8 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"give {', '.join(FLAGS)}; see `deit tape --help`")
     name, *places = words
     _check_flags(command, name)
-    {"record": _record, "join": _join, "info": _info}[name](command, places)
+    run = {"record": _record, "join": _join, "check": _check, "info": _info}
+    run[name](command, places)
 
 
 def _command(argv: list[str]) -> Command:
@@ -56,6 +65,8 @@ def _command(argv: list[str]) -> Command:
     command.string("workdir", "", "the run that the tape is of; it need not have begun")
     command.string("tape", "", "where the tape is written, instead of WORKDIR/tape")
     command.string("steps", "", "A:B, record only the steps A to B - 1")
+    command.integer("samples", SAMPLES, "how many steps are checked, at most", lower_bound=1)
+    command.number("least", LEAST, "percent of answers that must be the same", 0, 100)
     command.boolean("json", False, "print one JSON object")
     add_process_flags(command)
     return command
@@ -101,6 +112,25 @@ def _part(text: str) -> Part | None:
 def _join(command: Command, places: list[str]) -> None:
     _count(places, 2, None, "join DST SRC…")
     _print(info(join(places[0], places[1:])), command.flags.json)
+
+
+def _check(command: Command, places: list[str]) -> None:
+    _count(places, 1, 1, "check PATH --config=FILE[:ARGS]")
+    options = command.flags
+    compile_cache.enable()
+    facts = check(places[0], command.required_config(), options.samples, options.least)
+    if options.json:
+        _print(facts, as_json=True)
+    else:
+        what = "kept log-probabilities" if facts["kind"] == "soft" else "labels"
+        most = facts["largest_difference"]
+        apart = "" if most is None else f"; the largest difference of one is {most:.3g}"
+        print(
+            f"{facts['path']}: {facts['agreement']:.2f} % of the {what} of "
+            f"{len(facts['compared'])} steps are the teacher's{apart}"
+        )
+    if not facts["passed"]:
+        raise UserError(f"{facts['path']}: {facts['reason']}")
 
 
 def _info(command: Command, places: list[str]) -> None:

@@ -113,7 +113,7 @@ def _steps(part: Part | None, total: int) -> tuple[int, int]:
             "B - 1"
         )
     if stop > total:
-        log.info("--steps=%d:%d: the run ends before step %d", first, stop, total)
+        log.info("--steps=%d:%d: the run ends after its %d steps", first, stop, total)
     return first, min(stop, total)
 
 

@@ -1,5 +1,6 @@
 """A run from its config to its results: `deit train`, and the teacher that it trains first."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from deit_jax.train import memory
 from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.loop import Trainer
-from deit_jax.train.tape.session import open_tape
+from deit_jax.train.tape.session import open_tape, writing
 from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import load_variables
@@ -58,7 +59,7 @@ def train(
     if spec and not spec.answers:  # that it does not fit is told before anything is written
         tape = open_tape(experiment, workdir, dataset, teacher)
         teacher = None  # the tape keeps it on hand
-    with directory.locked(workdir):
+    with directory.locked(workdir), contextlib.ExitStack() as stack:
         before = _epochs_before(workdir)
         _check_length(experiment, workdir)
         directory.bind_config(workdir, config, dataset.classes, allowed)
@@ -69,6 +70,7 @@ def train(
         if spec and weights and not spec.weights:
             train(teacher_config(config), weights, stop, allowed, announce=False)
             teacher = load_teacher(spec, weights, dataset.classes)
+        stack.enter_context(writing(experiment, workdir))
         tape = tape or open_tape(experiment, workdir, dataset, teacher)
         with experiment.explained():
             begin = start and start.variables

@@ -50,7 +50,7 @@ def fingerprint(experiment: Experiment, dataset, teacher) -> dict[str, Any]:
     }
     known = dict.fromkeys(TEACHER)
     if isinstance(teacher, str):
-        known["teacher.model"] = teacher
+        known["teacher.model"], views["dtype"] = teacher, None  # ours, in which it did not compute
     elif teacher is not None:
         known = _of_committee(*teacher) if isinstance(teacher[0], Committee) else _of(*teacher)
     return views | known
@@ -129,11 +129,18 @@ def listed(different: dict[str, str]) -> str:
 
 
 def check_fingerprint(path: Path, tapes: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raise UserError with every field that differs; a teacher that is not known differs not."""
+    """Raise UserError with every field that differs; a teacher that is not known differs not.
+
+    Nor does the compute dtype from that of a teacher in another program, which is not known.
+    """
     different = differences(tapes, own)
+    name = outsider(tapes)
     if own.get("teacher.model") is None:
-        different = {k: v for k, v in different.items() if not k.startswith("teacher.")}
-    elif (name := outsider(tapes)) and own["teacher.sha256"]:
+        free = ("dtype",) if name else ()
+        different = {
+            k: v for k, v in different.items() if not k.startswith("teacher.") and k not in free
+        }
+    elif name and own["teacher.sha256"]:
         raise UserError(
             f"{path}: another program wrote this label tape, of its teacher {name!r}, which no "
             "weights here can be compared with; leave config.teacher.weights out (`deit tape "

@@ -271,6 +271,13 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def writing(experiment: Experiment, workdir: Path) -> contextlib.AbstractContextManager:
+    """Return what a run holds while it trains: its label tape, if it records one."""
+    if experiment.teacher is None or experiment.teacher.tape != "record":
+        return contextlib.nullcontext()
+    return alone(tape_path(experiment, workdir))
+
+
 def writable(path: Path, layout: Layout, ours: dict[str, Any], steps: int) -> Tape:
     """Open a tape, or make one of so many steps; raise UserError if it has another fingerprint."""
     if not exists(path / NAME):
