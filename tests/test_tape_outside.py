@@ -17,7 +17,7 @@ from deit_jax.errors import UserError
 from deit_jax.models.heads import Heads
 from deit_jax.step.distill.base import Distillation, Outputs
 from deit_jax.step.objective import DISTILLATIONS
-from deit_jax.step.teacher import Teacher
+from deit_jax.step.teacher import FrozenTeacher
 from deit_jax.storage import read_json
 from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
@@ -47,7 +47,7 @@ def test_it_is_imported_in_either_way():
     assert {"views", "Writer", "View", "join", "check"} == set(tape.__all__)
 
 
-class Seen(Teacher):
+class Seen(FrozenTeacher):
     """A teacher that says what it sees."""
 
     def outputs(self, params, images, features=False):

@@ -255,6 +255,21 @@ def tape(found: Found) -> str:
     return markdown("teacher | same weights as live, every bit | images/s", rows)
 
 
+def foreign(found: Found) -> str:
+    """Return what a teacher of timm and PyTorch makes of the student."""
+    kinds = [
+        ("no teacher", "none", "fused", ""),
+        ("its decisions, through the token", "token-of-resnet18", "fused", ""),
+        ("and its features", "token-and-features-of-resnet18", "fused", ""),
+        ("its features alone", "features-of-resnet18", "fused", ""),
+    ]
+    rows = [row[:3] for row in compared(found, "none", kinds)]
+    for row, (_, arm, _, _) in zip(rows, kinds, strict=True):
+        row.insert(1, taught(found, arm))
+    head = "what is learned | its teacher's top-1 % | student, both heads | against no teacher"
+    return markdown(head, rows)
+
+
 SECTIONS = (
     ("table3", "Distillation (table 3)", table3),
     ("table2", "Teachers (table 2)", table2),
@@ -265,6 +280,7 @@ SECTIONS = (
     ("figure3", "Longer training (figure 3)", figure3),
     ("table7", "Transfer (table 7)", table7),
     ("tape", "Label tape (not in the paper)", tape),
+    ("foreign", "A teacher of another framework (not in the paper)", foreign),
 )
 
 

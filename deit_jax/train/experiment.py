@@ -28,6 +28,7 @@ from deit_jax.parallel import sharding
 from deit_jax.shapes import Size, per_channel
 from deit_jax.step.committee import shardings
 from deit_jax.step.compile import jit_train_step
+from deit_jax.step.objective import distillation
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.schedules import parse_schedule
 from deit_jax.step.state import EVERYTHING, Everything, TrainState, init_state
@@ -44,7 +45,12 @@ from deit_jax.train.targets import (
     tape_width,
     target_shape,
 )
-from deit_jax.train.teacher_spec import TeacherSpec, teacher_config, teacher_spec
+from deit_jax.train.teacher_spec import (
+    TeacherSpec,
+    leave_idle_head,
+    teacher_config,
+    teacher_spec,
+)
 from deit_jax.train.validate import check_length, check_teacher, validate
 
 
@@ -201,6 +207,8 @@ def resolve(
     fits into their memory, unless `whole`, for who compiles no step. `weights`: see settings_of.
     """
     config = config.copy_and_resolve_references()
+    kind = distillation(config.distill.kind, config.data.multi_label)
+    leave_idle_head(config.model, kind, config.data.channels)
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     order, total_steps = length_of(config, images)
     schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)

@@ -42,6 +42,12 @@ def _check_features(distill, model, check) -> None:
         "term has alpha, or distill.teacher_weight",
     )
     check(
+        kind.classes or not check["model.dist_head"],
+        "model.dist_head",
+        f"distill.kind={distill.kind} compares the token itself, and nothing would train a head of "
+        "it; leave it out",
+    )
+    check(
         isinstance(model, VisionTransformer) or distill.student_features == "token",
         "distill.student_features",
         "a convnet has no tokens; leave it out for the mean of its last layer",
