@@ -28,7 +28,6 @@ from deit_jax.parallel import sharding
 from deit_jax.shapes import Size, per_channel
 from deit_jax.step.committee import shardings
 from deit_jax.step.compile import jit_train_step
-from deit_jax.step.objective import distillation
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.schedules import parse_schedule
 from deit_jax.step.state import EVERYTHING, Everything, TrainState, init_state
@@ -42,8 +41,7 @@ from deit_jax.train.targets import (
     extras_shapes,
     init_extras,
     shown_size,
-    tape_width,
-    target_shape,
+    targets_of,
 )
 from deit_jax.train.teacher_spec import (
     TeacherSpec,
@@ -207,8 +205,7 @@ def resolve(
     fits into their memory, unless `whole`, for who compiles no step. `weights`: see settings_of.
     """
     config = config.copy_and_resolve_references()
-    kind = distillation(config.distill.kind, config.data.multi_label)
-    leave_idle_head(config.model, kind, config.data.channels)
+    leave_idle_head(config.model, config.distill.kind, config.data)
     mesh = sharding.make_mesh(config.mesh, devices=devices)
     order, total_steps = length_of(config, images)
     schedule = make_schedule(config.optim, config.epochs, order.steps_per_epoch)
@@ -217,7 +214,7 @@ def resolve(
     tuning = tuning_of(config.optim, config.init, config.model.name, model, size)
     settings = settings_of(config, classes, mesh, weights, tuning, total_steps)
     teacher = abstract_teacher(spec, classes)
-    target = functools.partial(target_shape, teacher, settings, tape_width(spec), model, size)
+    target = targets_of(teacher, settings, spec, model, size)
     load = Load(
         name=config.model.name,
         mesh=mesh,
@@ -234,8 +231,7 @@ def resolve(
         extras=extras_shapes(model, size, settings, target),
     )
     if not whole:
-        counts = parts.choose(load, config.optim.accum_steps, config.train.micro_batch)
-        settings = dataclasses.replace(settings, micro_batches=counts[0], teacher_parts=counts[1])
+        settings = _in_parts(load, config.optim.accum_steps, config.train.micro_batch)
     return Experiment(
         config=config,
         data=config.data,
@@ -255,6 +251,11 @@ def resolve(
         settings=settings,
         load=load,
     )
+
+
+def _in_parts(load: Load, accum_steps: int, micro_batch: int | None) -> StepConfig:
+    student, teacher = parts.choose(load, accum_steps, micro_batch)
+    return dataclasses.replace(load.settings, micro_batches=student, teacher_parts=teacher)
 
 
 def prepare(

@@ -49,6 +49,14 @@ def target_shape(
     return jax.eval_shape(target, teacher and teacher[1], images)
 
 
+def targets_of(
+    teacher: Loaded | None, settings: StepConfig, spec: TeacherSpec | None, model, size: Size
+) -> Callable[[int], Any]:
+    """Return the function that gives target_shape for a number of images."""
+    width = tape_width(spec)
+    return functools.partial(target_shape, teacher, settings, width, model, size)
+
+
 def init_extras(
     model, size: Size, settings: StepConfig, target: Callable[[int], Any], key
 ) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model, image_size
 from deit_jax.shapes import Size, per_channel, simplest
-from deit_jax.step.distill.base import Distillation
-from deit_jax.step.objective import chosen
+from deit_jax.step.objective import chosen, distillation
 from deit_jax.step.teacher import FrozenTeacher
 from deit_jax.storage import exists
 from deit_jax.workdir.which import LATEST
@@ -153,14 +152,15 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     return c
 
 
-def leave_idle_head(model: ConfigDict, kind: Distillation | None, channels: int) -> None:
-    """Give a `config.model` no distillation head where nothing would train it.
+def leave_idle_head(model: ConfigDict, name: str, data: ConfigDict) -> None:
+    """Give a `config.model` no distillation head where the kind of a name would not train it.
 
     Features are compared in the token itself; a head of it would stay random, and spoil the fused
     prediction.
     """
+    kind = distillation(name, data.multi_label)
     if kind is None or kind.classes or model.dist_head is not None:
         return
-    if getattr(build_model(model, 2, channels=channels), "distilled", False):
+    if getattr(build_model(model, 2, channels=data.channels), "distilled", False):
         with model.ignore_type():
             model.dist_head = False
