@@ -36,11 +36,15 @@ from deit_jax.train.tape.join import join
 from deit_jax.train.tape.layout import pack
 from deit_jax.train.tape.session import TapeRecorder, alone, layout_of, writable
 from deit_jax.train.tape.tape import runs_of
+from deit_jax.train.teacher_spec import UNSET
+from deit_jax.train.validate_distill import UNLABELLED
 from deit_jax.workdir.which import LATEST
 
 __all__ = ["View", "Writer", "check", "join", "views"]
 
 log = logging.getLogger("deit_jax")
+
+NO_TAPE = "-"  # a path where none is
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +83,12 @@ def views(
 def _views_alone(given: ConfigDict) -> ConfigDict:
     """Return a config as far as it decides views: without a teacher, and with any start."""
     config = given.copy_and_resolve_references()
+    config.distill.update(UNSET)
+    config.teacher.shares, config.teacher.combine = "", "logits"
     config.distill.kind, config.teacher.weights, config.teacher.tape = "none", "", "off"
+    if config.data.source.startswith(UNLABELLED):  # of which only features are learned
+        config.distill.kind, config.teacher.tape = "feature", "replay"
+        config.teacher.tape_path = NO_TAPE
     config.teacher.checkpoint, config.teacher.ema = LATEST, False
     return _of_no_training(config)
 
@@ -122,11 +131,12 @@ class Writer:
     """A label tape of a teacher in another program, for the students that a config describes.
 
     The config is a ConfigDict, or FILE[:ARGS] as --config has it. `path` is a new tape or one that
-    was begun for the same config and teacher. `teacher` is what
-    people call that teacher, "resnet50.a1_in1k of timm 1.0": the tape's only knowledge of it.
-    `classes` are the names of its classes in its order; without them, it has the data's classes in
-    the data's order. Use it in a `with`, or call `close`: what was written is claimed once a
-    minute and at the end, and what a killed program had claimed is right.
+    was begun for the same config and teacher. `teacher` is what people call that teacher,
+    "resnet50.a1_in1k of timm 1.0": the tape's only knowledge of it. `classes` are the names of its
+    classes in its order; without them, it has the data's classes in the data's order. `features` is
+    the width of its features, where the students learn them. Use it in a `with`, or call `close`:
+    what was written is claimed once a minute and at the end, and what a killed program had claimed
+    is right.
 
     Raise UserError for a config whose distillation no tape can hold or that names a teacher of its
     own, another run's tape, one that another process writes, and classes that do not go together.
@@ -138,6 +148,7 @@ class Writer:
         path: str | Path,
         teacher: str,
         classes: Sequence[str] | None = None,
+        features: int = 0,
     ):
         if not isinstance(teacher, str) or not teacher.strip() or not teacher.isprintable():
             raise UserError(f"teacher={teacher!r}: give a name that people know it by, on one line")
@@ -145,7 +156,14 @@ class Writer:
         prepared = _taught_outside(files.config_of(config), self.path)
         self._experiment, self._dataset = prepare(prepared)
         self.steps = self._experiment.total_steps
-        self._layout = layout_of(self._experiment)
+        kind = self._experiment.settings.kind
+        self._layout = dataclasses.replace(layout_of(self._experiment), width=features)
+        if bool(features) != kind.features:
+            raise UserError(
+                f"features={features}: {prepared.distill.kind} students learn "
+                f"{'features: give their width' if kind.features else 'none; leave it out'}"
+            )
+        self._asks = kind.classes, kind.features
         names, source = self._dataset.classes, self._experiment.data.source
         self._classes, self._order = len(names if classes is None else classes), None
         if classes is not None:
@@ -153,8 +171,8 @@ class Writer:
             self._order = aligned.order
             if aligned.note:
                 log.info(aligned.note)
-        kind, layout = self._experiment.settings.kind, self._layout
-        self._target = jax.jit(lambda logits: kind.target(Outputs(Heads(logits))))
+        layout = self._layout
+        self._target = jax.jit(lambda logits, seen: kind.target(Outputs(Heads(logits), seen)))
         self._pack = jax.jit(lambda target: pack(target, layout))
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(alone(self.path))
@@ -192,17 +210,17 @@ class Writer:
         steps = [step for step in self.missing() if start <= step < stop]
         return _views(self._experiment, self._dataset, np.array(steps, np.int64))
 
-    def write(self, step: SupportsIndex, logits: Any) -> None:
-        """Keep what the teacher says of one step: logits [B K] in the batch's order.
+    def write(self, step: SupportsIndex, logits: Any = None, features: Any = None) -> None:
+        """Keep what the teacher says of one step: logits [B K], features [B D], or both.
 
-        An array of numpy, torch or JAX, on any device. For a step that is there already they are
-        compared with what it holds. Raise UserError for another shape, what is not finite, a step
-        that the run does not have, and other answers than are there.
+        Rows are in the batch's order; arrays of numpy, torch or JAX, on any device. For a step that
+        is there already they are compared with what it holds. Raise UserError for another shape,
+        what is not finite, a step that the run does not have, and other answers than are there.
         """
         if not self._open:
             raise UserError(f"{self.path}: step {step} is written to a Writer that was closed")
         number = self._checked_step(step)
-        target = self._target(self._checked(number, logits))
+        target = self._target(*self._checked_answer(number, logits, features))
         if number in self._pending:
             self.flush()
         if self._tape.has(number, 0):
@@ -241,28 +259,45 @@ class Writer:
             )
         return number
 
-    def _checked(self, step: int, logits: Any) -> np.ndarray:
-        """Return logits as float32 [B K], in the order of the data's classes."""
+    def _checked_answer(self, step: int, logits: Any, features: Any):
+        """Return logits and features, None for what the students do not learn."""
+        given = {"logits": logits, "features": features}
+        for (name, value), asked in zip(given.items(), self._asks, strict=True):
+            if (value is not None) != asked:
+                verb = "learn" if asked else "do not learn"
+                raise UserError(f"{self.path}: step {step}: the students {verb} {name}")
+        count = self._experiment.batch_size
+        logits = self._checked(step, "logits", logits, (count, self._classes))
+        features = self._checked(step, "features", features, (count, self._layout.width))
+        if logits is None:  # which nobody reads
+            return np.zeros((count, 0), np.float32), features
+        return logits if self._order is None else logits[:, self._order], features
+
+    def _checked(self, step: int, name: str, logits: Any, size) -> np.ndarray | None:
+        """Return an array as float32 of a size; None for none."""
+        if logits is None:
+            return None
         if hasattr(logits, "detach"):  # torch's, perhaps of a GPU, of which numpy knows nothing
             logits = logits.detach().cpu()
             logits = logits.float() if logits.is_floating_point() else logits
-        array, size = np.asarray(logits), (self._experiment.batch_size, self._classes)
+        array = np.asarray(logits)
         where = f"{self.path}: step {step}"
         if array.shape != size:
             raise UserError(
-                f"{where}: got {list(array.shape)}, not logits of {size[0]} images and {size[1]} "
-                "classes; hand over what the teacher says of the whole view"
+                f"{where}: got {list(array.shape)}, not {name} of {size[0]} images and {size[1]} "
+                f"{'classes' if name == 'logits' else 'numbers each'}; hand over what the teacher "
+                "says of the whole view"
             )
         if not jax.numpy.issubdtype(array.dtype, np.floating):
-            raise UserError(f"{where}: got {array.dtype}, not logits, which are floats")
+            raise UserError(f"{where}: got {array.dtype}, not {name}, which are floats")
         with np.errstate(over="ignore"):  # to infinity, which is told of
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
             raise UserError(
-                f"{where}: logits of {np.sum(~np.isfinite(array).all(-1))} images are not finite; "
+                f"{where}: {name} of {np.sum(~np.isfinite(array).all(-1))} images are not finite; "
                 "see what the teacher was given, or compute it in float32"
             )
-        return array if self._order is None else array[:, self._order]
+        return array
 
     def _must_agree(self, step: int, target: Any) -> None:
         same, of, _ = compare(self._tape.parts(step), target, self._tape)
@@ -278,11 +313,11 @@ def _taught_outside(given: ConfigDict, path: Path) -> ConfigDict:
     config = given.copy_and_resolve_references()
     kind, several = config.distill.kind, config.data.multi_label
     known = distillation(kind, several)
-    if known is None or known.tape is None or known.features:
+    if known is None or known.tape is None:
         of = " of images with several labels" if several else ""
         raise UserError(
             f"config.distill.kind={kind!r}: a label tape cannot hold what it learns{of} from a "
-            "teacher's logits; take hard, or soft of one label an image"
+            "teacher; take hard, feature, or soft of one label an image"
         )
     if config.teacher.weights:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Feature distillation: its losses and one step of it against PyTorch and timm, its projection."""
+"""Feature distillation: its losses against PyTorch, its runs. test_trajectory.py has timm's."""
 
 import functools
 
@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deit_jax import tape as outside
 from deit_jax.analysis.features import features
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
 from deit_jax.step.distill.feature import FEATURE_LOSSES
-from deit_jax.step.optimizer import make_optimizer
-from deit_jax.step.state import EXTRAS, TrainState
-from deit_jax.step.teacher import Foreign, FrozenTeacher, apply_with_features
-from deit_jax.step.train_step import model_inputs, train_step
+from deit_jax.step.state import EXTRAS
+from deit_jax.step.teacher import apply_with_features
+from deit_jax.step.train_step import model_inputs
 from deit_jax.storage import read_json, read_lines
 from deit_jax.teachers.teacher import Teacher
-from deit_jax.train.experiment import prepare, settings_of
+from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.tape import tape
 from deit_jax.weights.load import load
-from deit_jax.weights.torch_names import from_torch
 from tests.tiny import make_tiny_config, train_without_picture
 
 RNG = np.random.default_rng(0)
@@ -67,77 +66,6 @@ def test_a_students_features_are_those_that_deit_embed_gives(distilled):
     for which, values in expected.items():
         outputs, _ = apply_with_features(model, variables, images, which)
         np.testing.assert_allclose(outputs.features, values, rtol=1e-5, atol=1e-5)
-
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZE, K = 32, 7
-SHAPE = {"patch_size": 8, "depth": 2, "num_heads": 3}
-
-
-def params_of(student):
-    tensors = {k: v.numpy().copy() for k, v in student.state_dict().items()}
-    name = "deit_tiny_patch16_224"
-    return from_torch(tensors, name, image_size=SIZE, width=48, **SHAPE)["params"]
-
-
-def test_a_step_is_one_of_timms_feature_distillation_task(torch, timm):
-    """Its loss, and every parameter after AdamW's update, the projection's too."""
-    from timm.task import FeatureDistillationTask
-
-    torch.manual_seed(0)
-    vit = timm.models.vision_transformer.VisionTransformer
-    student = vit(img_size=SIZE, num_classes=K, embed_dim=48, **SHAPE).train()
-    teacher = vit(img_size=SIZE, num_classes=K, embed_dim=36, **SHAPE).eval()
-    student.pretrained_cfg = teacher.pretrained_cfg = {"mean": MEAN, "std": STD}
-    task = FeatureDistillationTask(
-        student,
-        teacher,
-        criterion=torch.nn.CrossEntropyLoss(),
-        task_loss_weight=0.7,
-        distill_loss_weight=0.4,
-        verbose=False,
-    )
-    projection = task.trainable_module.projection
-    images = RNG.integers(0, 256, (8, SIZE, SIZE, 3), np.uint8)
-    labels = RNG.integers(0, K, 8)
-    normalised = (images / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
-    normalised = torch.tensor(normalised).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        taught = teacher.forward_head(teacher.forward_features(normalised), pre_logits=True)
-
-    c = make_tiny_config()
-    c.batch_size, c.mixing.prob, c.augment.erase_prob, c.loss.smoothing = 8, 0.0, 0.0, 0.0
-    c.distill.kind, c.distill.feature_loss = "feature", "mse"
-    c.distill.label_weight, c.distill.teacher_weight = 0.7, 0.4
-    c.optim.ema_decay = 0.0
-    model = create_model("deit_tiny_patch16_224", K, image_size=SIZE, width=48, **SHAPE)
-    weight, bias = (x.detach().numpy().copy() for x in (projection.weight, projection.bias))
-    ours = {**params_of(student), EXTRAS: {"projection": {"kernel": weight.T, "bias": bias}}}
-    tx = make_optimizer(c.optim, lambda step: 1e-3)
-    state = TrainState(jnp.int32(0), ours, {}, tx.init(ours), None)
-    known = Foreign(lambda params, images: {"features": params}, "known")
-    frozen = FrozenTeacher(known, MEAN, STD, MEAN, STD, answers=False)
-    settings = settings_of(c, K)
-    step = functools.partial(train_step, model=model, teacher=frozen, tx=tx, settings=settings)
-    batch = {"image": jnp.array(images), "label": jnp.array(labels, jnp.int32)}
-    after, metrics = jax.jit(step)(state, jnp.asarray(taught.numpy()), batch)
-
-    named = list(task.trainable_module.named_parameters())
-    spared = [p for n, p in named if p.ndim <= 1 or n.endswith(("cls_token", "pos_embed"))]
-    decays = [p for _, p in named if not any(p is other for other in spared)]
-    groups = [{"params": decays, "weight_decay": 0.05}, {"params": spared, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, eps=1e-8)
-    said = task(normalised, torch.tensor(labels))
-    said["loss"].backward()
-    optimizer.step()
-    np.testing.assert_allclose(metrics["loss"], said["loss"].item(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss_teacher"], said["kd_loss"].item(), rtol=1e-5)
-    trained = dict(after.params)
-    moved = trained.pop(EXTRAS)["projection"]
-    close = functools.partial(np.testing.assert_allclose, atol=2e-5)
-    jax.tree.map(close, trained, params_of(student))
-    close(moved["kernel"], projection.weight.detach().numpy().T)
-    close(moved["bias"], projection.bias.detach().numpy())
 
 
 def tiny_teacher():
@@ -295,3 +223,33 @@ def test_what_contradicts_itself_is_refused(config, changes, reason):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=reason):
         load_whole(config)
+
+
+def test_features_from_another_program_lie_on_a_tape(config, photographs, tmp_path):
+    """Of images without labels: views, a Writer, a training that replays them, and the check."""
+    config.data.source, config.epochs = f"images:{photographs}", 2.0
+    teacher = tiny_teacher()
+    spec, config.teacher.weights = config.teacher.weights, ""
+    path = tmp_path / "tape"
+    with pytest.raises(UserError, match="features=0: feature students learn features: give their"):
+        outside.Writer(config, path, "colours")
+    with outside.Writer(config, path, "colours", features=4) as writer:
+        with pytest.raises(UserError, match="step 0: the students do not learn logits"):
+            writer.write(0, np.zeros((32, 10), np.float32), np.zeros((32, 4), np.float32))
+        with pytest.raises(UserError, match=r"got \[32, 3\], not features of 32 images and 4"):
+            writer.write(0, features=np.zeros((32, 3), np.float32))
+        for view in writer.views():
+            own = (view.images * np.float32(view.std) + np.float32(view.mean) - 0.5) / 0.25
+            writer.write(view.step, features=teacher.apply(teacher.params, own)["features"])
+    checked = config.copy_and_resolve_references()
+    checked.teacher.weights = spec
+    assert outside.check(path, checked)["passed"]
+    config.teacher.tape, config.teacher.tape_path = "replay", str(path)
+    train_without_picture(config, tmp_path / "replayed")
+    config.teacher.weights, config.teacher.tape, config.teacher.tape_path = spec, "off", ""
+    train_without_picture(config, tmp_path / "live")
+    losses = [
+        [r["loss"] for r in read_lines(tmp_path / n / "metrics.jsonl") if "loss" in r]
+        for n in ("replayed", "live")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-3)

@@ -17,7 +17,7 @@ from deit_jax.models.registry import create_model
 from deit_jax.step import train_step as train_step_lib
 from deit_jax.step.distill.base import Outputs
 from deit_jax.step.optimizer import make_optimizer, make_schedule
-from deit_jax.step.state import TrainState
+from deit_jax.step.state import EXTRAS, TrainState
 from deit_jax.step.teacher import FrozenTeacher
 from deit_jax.train.experiment import settings_of
 from deit_jax.train.finetune import tuning_of
@@ -32,6 +32,7 @@ CASES = {
     "hard": ("deit_tiny_distilled_patch16_224", "hard", "batchmean"),
     "soft": ("deit_tiny_distilled_patch16_224", "soft", "batchmean"),
     "soft as the reference divides": ("deit_tiny_distilled_patch16_224", "soft", "numel"),
+    "feature": ("deit_tiny_patch16_224", "feature", "batchmean"),
     "plain": ("deit_tiny_patch16_224", "none", "batchmean"),
     "DeiT III": ("deit3_small_patch16_224", "none", "batchmean"),
 }
@@ -41,6 +42,8 @@ class Recorded(FrozenTeacher):
     """A teacher whose parameters are its answers."""
 
     def outputs(self, params, images, features=False):
+        if features:
+            return Outputs(Heads(jnp.zeros((len(images), 0))), params)
         return Outputs(Heads(params))
 
 
@@ -48,7 +51,7 @@ def make_config(kind, reduction):
     c = make_tiny_config()
     c.batch_size, c.mixing.prob, c.augment.erase_prob = B, 0.0, 0.0
     c.distill.kind, c.distill.reduction = kind, reduction
-    c.distill.alpha, c.distill.tau = 0.3, 3.0
+    c.distill.alpha, c.distill.tau, c.distill.feature_loss = 0.3, 3.0, "mse"
     c.optim.lr, c.optim.warmup_lr, c.optim.min_lr, c.optim.warmup_epochs = 1e-3, 1e-5, 1e-5, 0.25
     # So much decay that a parameter in the wrong group would end elsewhere.
     c.optim.ema_decay, c.optim.weight_decay = 0.0, 1.0
@@ -56,7 +59,7 @@ def make_config(kind, reduction):
 
 
 def make_data(task=None):
-    """Return for every step uint8 images, labels and the teacher's logits.
+    """Return for every step uint8 images, labels and the teacher's logits, or its features.
 
     These are what the task's own teacher says of the images, random without a task.
     """
@@ -82,7 +85,9 @@ def asked(task, images):
         own = task.teacher.normalize_input(
             torch.from_numpy(images), task.student_mean, task.student_std
         )
-        return task.teacher(own).numpy()
+        return task.teacher(
+            own, return_features=hasattr(task.trainable_module, "projection")
+        ).numpy()
 
 
 def learning_rates(c):
@@ -133,6 +138,41 @@ def make_torch_teacher():
     return model
 
 
+def make_feature_teacher():
+    """Return the same network with the methods that timm asks for features."""
+    import torch
+
+    network = make_torch_teacher()
+
+    class Teacher(torch.nn.Module):
+        num_features = 8 * (SIZE // 4) ** 2
+
+        def forward_features(self, images):
+            return network[:2](images)
+
+        def forward_head(self, x, pre_logits=False):
+            return network[2](x) if pre_logits else network[2:](x)
+
+    made = Teacher()
+    made.network, made.pretrained_cfg = network, network.pretrained_cfg
+    return made
+
+
+def feature_task(student, teacher, c):
+    """Return timm's distillation of features, by independent weights."""
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.task import FeatureDistillationTask
+
+    return FeatureDistillationTask(
+        student_model=student,
+        teacher_model=make_feature_teacher(),
+        criterion=SoftTargetCrossEntropy(),
+        task_loss_weight=1 - c.distill.alpha,
+        distill_loss_weight=c.distill.alpha,
+        verbose=False,
+    )
+
+
 def token_task(student, teacher, c):
     """Return timm's distillation through the token: (1 - alpha) labels + alpha teacher."""
     from timm.loss import SoftTargetCrossEntropy
@@ -150,7 +190,7 @@ def token_task(student, teacher, c):
 
 
 # timm's task for a kind of distillation: a function of student, teacher and our config.
-TASKS = {"hard": token_task, "soft": token_task}
+TASKS = {"hard": token_task, "soft": token_task, "feature": feature_task}
 
 
 def make_task(student, c):
@@ -188,7 +228,7 @@ def reference_optimizer(torch, model, c):
     """Return AdamW with timm's two groups: no decay for vectors, cls_token and pos_embed."""
     groups = {0.0: [], c.optim.weight_decay: []}
     for name, parameter in model.named_parameters():
-        exempt = parameter.ndim == 1 or name.endswith(".bias") or name in ("cls_token", "pos_embed")
+        exempt = parameter.ndim == 1 or name.endswith((".bias", "cls_token", "pos_embed"))
         groups[0.0 if exempt else c.optim.weight_decay].append(parameter)
     groups = [{"params": p, "weight_decay": decay} for decay, p in groups.items()]
     return torch.optim.AdamW(
@@ -202,7 +242,8 @@ def run_reference(torch, model, c, data, optimizer=None, task=None):
     It is that of timm's task, or without one written out. A group of a given optimizer may have a
     factor of the rate, as timm's schedulers know it.
     """
-    optimizer, losses = optimizer or reference_optimizer(torch, model, c), []
+    trained = model if task is None else task.trainable_module
+    optimizer, losses = optimizer or reference_optimizer(torch, trained, c), []
     for lr, images, labels, taught in zip(learning_rates(c), *data, strict=True):
         images = torch.from_numpy(normalised(images))
         off = c.loss.smoothing / K
@@ -255,13 +296,13 @@ def test_twenty_updates_are_the_references(case, timm, torch):
     name, kind, reduction = CASES[case]
     c, reference = make_config(kind, reduction), make_reference(name)
     task = make_task(reference, c)
-    assert (task is not None) == (case in ("hard", "soft"))
+    assert (task is not None) == (case in ("hard", "soft", "feature"))
     data = make_data(task)
-    if task is not None:  # a teacher that says something of each image
+    if kind in ("hard", "soft") and task is not None:  # a teacher that says something of each image
         assert len(np.unique(data[2].argmax(-1))) > K // 2
-    start = from_torch(tensors(reference), name, **SHAPE)["params"]
+    start = from_torch(tensors(reference), name, **SHAPE)["params"] | projection_of(task)
     expected_losses = run_reference(torch, reference, c, data, task=task)
-    expected = from_torch(tensors(reference), name, **SHAPE)["params"]
+    expected = from_torch(tensors(reference), name, **SHAPE)["params"] | projection_of(task)
     losses, params = run_ours(name, start, c, data)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)  # measured: 3e-7
     assert len(set(losses)) == STEPS
@@ -273,6 +314,15 @@ def test_twenty_updates_are_the_references(case, timm, torch):
         params,
         expected,
     )
+
+
+def projection_of(task):
+    """Return the projection that a task trains, where our state has it; {} for none."""
+    layer = getattr(getattr(task, "trainable_module", None), "projection", None)
+    if layer is None:
+        return {}
+    weight, bias = (x.detach().numpy().copy() for x in (layer.weight, layer.bias))
+    return {EXTRAS: {"projection": {"kernel": weight.T, "bias": bias}}}
 
 
 def drop_key_biases(params):

@@ -15,7 +15,6 @@ from deit_jax.step.distill.soft import LOWEST
 from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.tape.fingerprint import (
-    TEACHER,
     check_fingerprint,
     differences,
     fingerprint,
@@ -29,6 +28,7 @@ from deit_jax.train.tape.tape import Tape
 SAMPLES, LEAST = 10, 99.0
 # Log-probabilities that are the same but for the tape's half precision and a compute dtype's.
 CLOSE, CLOSE_RELATIVE = 0.05, 0.01
+TINY = 1e-30
 
 
 def check(
@@ -44,9 +44,10 @@ def check(
 
     Agreement is the share of equal labels; of several labels an image, of the classes that either
     says, the share that both say; in soft distillation the share of kept log-probabilities that
-    differ by at most 0.05 + 1 %, and "largest_difference" the largest difference of them (None for
-    the others). "reason" says in one line why it is not passed: another teacher's fingerprint, or
-    an agreement below `least`.
+    differ by at most 0.05 + 1 %, of features the share that differ by at most 0.05 of the largest
+    of their image, and "largest_difference" the largest difference of them (None for the others).
+    "reason" says in one line why it is not passed: another teacher's fingerprint, or an agreement
+    below `least`.
 
     Raise UserError for a tape of other views, without a step, or of a kind that is not known here.
     """
@@ -103,7 +104,7 @@ def _another_teacher(tapes: dict[str, Any], own: dict[str, Any]) -> str:
     """
     if outsider(tapes):
         return ""
-    return listed({k: v for k, v in differences(tapes, own).items() if k in TEACHER})
+    return listed({k: v for k, v in differences(tapes, own).items() if k.startswith("teacher.")})
 
 
 def _compare(tape: Tape, live: Labeller, steps: np.ndarray) -> tuple[int, int, float | None]:
@@ -128,13 +129,36 @@ def compare(parts: dict[str, np.ndarray], target: Any, tape: Tape) -> tuple[int,
         apart = differ(parts, np.asarray(target, np.float32))
         close = apart <= CLOSE + CLOSE_RELATIVE * np.abs(parts["logits"].astype(np.float32))
         return int(np.sum(close)), close.size, float(np.max(apart))
+    if "features" in parts:
+        return _with_features(parts, target, tape)
     said = unpack(parts, layout)
     if not form_of(layout).exact or not isinstance(said, np.ndarray):
         raise UserError(
             f"{tape.path}: how answers of distill.kind={layout.kind} compare is not known here; "
-            "deit tape check takes hard and soft"
+            "deit tape check takes hard, soft and feature"
         )
-    live = np.asarray(target)
+    return _equal(said, np.asarray(target))
+
+
+def _with_features(parts, target: Any, tape: Tape) -> tuple[int, int, float | None]:
+    """Return the same of features, and of the answers beside them where there are any."""
+    said = unpack(parts, tape.layout)
+    live = target["feature"] if isinstance(target, dict) else target
+    kept = said["feature"] if isinstance(said, dict) else said
+    apart = np.abs(kept - np.asarray(live)) / np.maximum(parts["scales"], TINY)[:, None]
+    same, of, largest = int(np.sum(apart <= CLOSE)), apart.size, float(np.max(apart))
+    if not isinstance(said, dict):
+        return same, of, largest
+    if "indices" in parts:
+        logs = differ(parts, np.asarray(target["teacher"], np.float32))
+        close = logs <= CLOSE + CLOSE_RELATIVE * np.abs(parts["logits"].astype(np.float32))
+        more = int(np.sum(close)), close.size, float(np.max(logs))
+        return same + more[0], of + more[1], max(largest, more[2])
+    equal, count, _ = _equal(said["teacher"], np.asarray(target["teacher"]))
+    return same + equal, of + count, largest
+
+
+def _equal(said: np.ndarray, live: np.ndarray) -> tuple[int, int, None]:
     if said.dtype == bool:
         return int(np.sum(said & live)), int(np.sum(said | live)), None
     return int(np.sum(said == live)), said.size, None

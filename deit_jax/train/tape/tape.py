@@ -64,7 +64,7 @@ class Tape:
         if content.get("format") != FORMAT or not isinstance(given, dict):
             raise UserError(f"{file}: not a label tape of format {FORMAT}; {REMEDY}")
         numbers = (given.get("batch_size"), given.get("data.num_classes"), content.get("top_k"))
-        fine = all(type(n) is int and n > 0 for n in numbers)
+        fine = all(type(n) is int and n >= 0 for n in numbers) and numbers[0] and numbers[2]
         name = given.get("distill.kind")
         several = given.get("data.multi_label") is True
         kind = distillation(name, several) if isinstance(name, str) else None
@@ -227,8 +227,8 @@ class Tape:
 
 
 def features_width(path: Path) -> int:
-    """Return the width of the features on a tape, 0 where there are none."""
-    return Tape.open(path).layout.width
+    """Return the width of the features on a tape, 0 where there are none, or no tape yet."""
+    return Tape.open(path).layout.width if exists(path / NAME) else 0
 
 
 def runs_of(steps: Sequence[int] | np.ndarray) -> list[np.ndarray]:
