@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from deit_jax.step.committee import Committee
 from deit_jax.step.teacher import Foreign, FrozenTeacher
 from deit_jax.storage import read_json, read_lines
 from deit_jax.teachers.folder import write_teacher
+from deit_jax.teachers.open import open_teacher
 from deit_jax.teachers.teacher import Teacher
 from deit_jax.train import experiment as experiment_lib
 from deit_jax.train.experiment import prepare
@@ -255,3 +259,26 @@ def first_teacher(config):
     c = config.copy_and_resolve_references()
     c.teacher.weights, c.teacher.epochs = "", 0.4
     return c
+
+
+def test_the_function_in_the_docs_teaches_and_becomes_a_folder(tiny_config, tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs/teachers.md").read_text()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "my_teachers.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tiny_config.teacher.weights = asked = "python:my_teachers:brightness"
+    tiny_config.distill.kind, tiny_config.teacher.epochs = "hard+feature", 0.0
+    _, _, teacher, params = load_whole(tiny_config)
+    images = jnp.array(RNG.normal(size=(3, 16, 16, 3)), jnp.float32)
+    said = teacher.outputs(params, images, features=True)
+    shown = np.asarray(teacher.shown(images)).reshape(3, -1)
+    features = np.tanh(shown @ np.asarray(params["first"]))
+    np.testing.assert_allclose(said.features, features, rtol=1e-3, atol=1e-4)
+    logits = features @ np.asarray(params["last"])
+    np.testing.assert_allclose(said.heads.cls, logits, rtol=1e-3, atol=1e-3)
+    write_teacher(open_teacher(asked, "float32"), tmp_path / "folder")
+    again = open_teacher(str(tmp_path / "folder"), "float32")
+    own = teacher.shown(images)
+    np.testing.assert_allclose(again.apply(again.params, own)["logits"], logits, atol=1e-3)
+    del sys.modules["my_teachers"]

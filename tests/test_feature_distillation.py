@@ -225,6 +225,7 @@ def test_what_contradicts_itself_is_refused(config, changes, reason):
         load_whole(config)
 
 
+@pytest.mark.slow
 def test_features_from_another_program_lie_on_a_tape(config, photographs, tmp_path):
     """Of images without labels: views, a Writer, a training that replays them, and the check."""
     config.data.source, config.epochs = f"images:{photographs}", 2.0
