@@ -16,7 +16,9 @@ from deit_jax.configs import deit, deit3
 from deit_jax.models.build import build_model, image_size
 from deit_jax.parallel import sharding
 from deit_jax.perf import chips, plan, plan_report, step_time
-from deit_jax.train import loop, parts
+from deit_jax.teachers.folder import write_teacher
+from deit_jax.teachers.teacher import Teacher
+from deit_jax.train import load_teacher, loop, parts, teacher_spec
 from tests.tiny import resolved
 
 
@@ -87,6 +89,27 @@ def test_what_is_frozen_takes_neither_memory_nor_communication(tpu):
     assert moved[0] - moved[1] == pytest.approx(2 * frozen, rel=0.05)
     assert part["flops_per_step"] < 0.85 * whole["flops_per_step"]
     assert part["estimated_cycles"] < whole["estimated_cycles"]
+
+
+@pytest.mark.slow
+def test_a_teacher_folder_costs_a_tpu_what_the_same_network_does(tpu, tmp_path):
+    config = small()
+    teacher, params = load_teacher.random_teacher(teacher_spec.teacher_spec(config), 1000)
+
+    def apply(params, images):
+        model = teacher.model.clone(dtype=images.dtype)
+        return model.apply({"params": params}, images, train=False).cls
+
+    spec = {"mean": teacher.mean, "std": teacher.std, "image_size": 64}
+    names = [f"class number {i}" for i in range(1000)]
+    write_teacher(Teacher(apply=apply, params=params, classes=names, **spec), tmp_path / "folder")
+    ours = plan_of(config, "v5e:2x2")
+    config.teacher.weights = str(tmp_path / "folder")
+    folder = plan_of(config, "v5e:2x2")
+    for key in ("flops_per_step", "analytic_flops_per_step"):
+        assert folder[key] == pytest.approx(ours[key], rel=0.01)
+    assert folder["estimated_cycles"] == pytest.approx(ours["estimated_cycles"], rel=0.1)
+    assert folder["collectives"] == ours["collectives"]
 
 
 @pytest.mark.parametrize("tape", ["off", "replay"])
