@@ -381,3 +381,96 @@ def test_python_functions_and_wrong_names(here, capsys):
         code, _, err = run(capsys, "convert", "python:jax_nets:make", "u", flag)
         assert code == 1
         assert flag.partition("=")[0] in err
+
+
+FAMILIES = {  # timm's names, and sizes of images: small where the network lets them be
+    "resnet18": 64,
+    "resnetv2_50x1_bit": 64,
+    "resnext50_32x4d": 64,
+    "seresnet50": 64,
+    "convnext_atto": 64,
+    "convnextv2_atto": 64,
+    "efficientnet_b0": 64,
+    "tf_efficientnet_b0": 65,
+    "tf_efficientnetv2_b0": 64,
+    "mobilenetv3_small_100": 64,
+    "mobilenetv4_conv_small": 64,
+    "regnetx_004": 64,
+    "regnety_004": 64,
+    "densenet121": 64,
+    "swin_tiny_patch4_window7_224": 224,
+    "swinv2_tiny_window8_256": 256,
+    "maxvit_tiny_rw_224": 224,
+    "coatnet_0_rw_224": 224,
+    "vit_tiny_patch16_224": 96,
+    "deit_tiny_distilled_patch16_224": 224,
+    "deit3_small_patch16_224": 96,
+    "beit_base_patch16_224": 224,
+    "eva02_tiny_patch14_224": 224,
+    "vit_small_patch14_dinov2": 98,
+    "vit_small_patch14_reg4_dinov2": 98,
+    "vit_small_patch16_dinov3": 96,
+    "mixer_s32_224": 224,
+    "gmlp_ti16_224": 224,
+    "poolformer_s12": 64,
+    "caformer_s18": 64,
+    "vgg11_bn": 64,
+    "xception41": 96,
+    "inception_v3": 128,
+    "hrnet_w18_small": 64,
+    "ghostnet_100": 64,
+    "levit_128s": 224,
+    "mobilevit_xxs": 96,
+    "edgenext_xx_small": 96,
+    "cait_xxs24_224": 224,
+    "xcit_nano_12_p16_224": 224,
+    "nfnet_l0": 64,
+    "repvgg_a0": 64,
+    "fastvit_t8": 64,
+    "efficientformerv2_s0": 224,
+    "hiera_tiny_224": 224,
+    "tiny_vit_5m_224": 224,
+    "nextvit_small": 64,
+    "focalnet_tiny_srf": 64,
+    "pit_ti_224": 224,
+    "davit_tiny": 64,
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_timm(name, torch, timm, capsys):
+    import time
+
+    from deit_jax.teachers.torch_convert import Source, convert_module
+    from deit_jax.teachers.torch_sources import _TimmHeads
+
+    size, began, options = FAMILIES[name], time.perf_counter(), {"num_classes": 11}
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(name, img_size=size, **options)
+    except TypeError:
+        model = timm.create_model(name, **options)
+    model = randomised(torch, model, size)
+    convention = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": size}
+    heads = _TimmHeads(model)
+    try:
+        made = convert_module(
+            Source(asked=f"timm:{name}", name=name, module=model, with_features=heads, **convention)
+        )
+    except UserError as error:
+        with capsys.disabled():
+            print(f"\n{name:32} refused: {error}")
+        assert "operation" in str(error)
+        return
+    images = noise(3, size)
+    said, wanted = answers(made.teacher(), images)["logits"], by_torch(torch, model, images)
+    worst = np.abs(said - wanted).max() / np.abs(wanted).max()
+    low = answers(made.teacher("bfloat16"), images)["logits"]
+    alike = np.corrcoef(low.ravel(), wanted.ravel())[0, 1]
+    seconds = time.perf_counter() - began
+    width = made.in_float32.apply(made.in_float32.params, images[:1]).get("features", np.zeros(0))
+    with capsys.disabled():
+        print(f"\n{name:32} {worst:8.1e} {alike:8.5f} {width.shape[-1]:5} {seconds:6.1f} s", end="")
+    assert worst < 2e-3
+    assert alike > 0.9

@@ -90,6 +90,7 @@ def convert_module(source: Source) -> Converted:
     elif source.with_features is not None:
         network.outputs = network.outputs[: len(keys)]
     torch_graph.fold_batch_norm(network)
+    torch_graph.split_products(network)
     if names := torch_graph.not_finite(network):
         notes.append(f"{len(names)} of its weights are not finite: {', '.join(names[:3])}")
     apply = Lowered(network, keys, source.asked)
