@@ -18,7 +18,8 @@ def import_package(name: str, asked: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{asked}: needs {error.name}, {EXTRA}") from error
+        missing = str(error.name).partition(".")[0]
+        raise UserError(f"{asked}: needs {missing}, {EXTRA}") from error
     except Exception as error:  # such as torchvision's, of another build than torch
         reason = " ".join(str(error).split())
         hint = "; install torchvision of torch's build" if "torchvision" in reason else ""

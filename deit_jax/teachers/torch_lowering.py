@@ -178,7 +178,7 @@ class Lowered:
         }
         assert len(self.weights) == len(network.constants)
 
-    def __call__(self, params: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
+    def __call__(self, params: dict[str, Any], images: Any) -> dict[str, jax.Array]:
         """Return the answer to normalised images, computed in the dtype of the weights."""
         kinds = [x.dtype for x in params.values() if jnp.issubdtype(x.dtype, jnp.floating)]
         dtype = kinds[0] if kinds else images.dtype
