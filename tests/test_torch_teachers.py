@@ -302,6 +302,8 @@ def batch(): return made(whitened)
 def channels(): return made(pooled, channels=4, mean=[0.5] * 4, std=[0.5] * 4)
 def names(): return made(pooled, classes=["a"])
 def unknown(): return made(pooled, crop=3)
+def size(): return made(pooled, image_size=-8)
+def std(): return made(pooled, std=[0.5, 0, 0.5])
 def lowers(): return made(lambda self, x: pooled(self, torch.special.airy_ai(x)))
 def other(): return 3
 def raises(): raise ValueError("no weights\\nhere")
@@ -319,6 +321,8 @@ REFUSED = {
     "channels": r"forward fails for images \[2 4 8 8\].*channels",
     "names": "returns 4 logits, and `classes` has 1 names",
     "unknown": "unknown convention crop; known: classes",
+    "size": "conventions are not what they must be .image_size=-8",
+    "std": "std=.* must be above 0",
     "lowers": "the operation aten.special_airy_ai.default has no counterpart in JAX",
     "other": "returns a int, not a torch.nn.Module",
     "raises": r"raises\(\) fails: ValueError: no weights",
@@ -422,6 +426,7 @@ def test_a_broken_torchvision_is_said_in_a_line(monkeypatch):
         torch_import.import_package("timm", "timm:resnet18")
 
 
+@pytest.mark.slow
 def test_real_weights_by_their_file_answer_as_our_own_model_does(torch, timm, tmp_path, capsys):
     import importlib.util
     from pathlib import Path

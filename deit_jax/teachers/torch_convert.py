@@ -74,7 +74,7 @@ class Converted:
 
 def convert_module(source: Source) -> Converted:
     """Return a module as a Teacher; raise UserError, with nothing written, where it cannot be."""
-    source.module.eval().requires_grad_(False).float()
+    source.module.cpu().eval().requires_grad_(False).float()
     keys, answers, images = _ask(source)
     network = torch_graph.capture(
         source.with_features or source.module, source.image_size, source.channels, source.asked

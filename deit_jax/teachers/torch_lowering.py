@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import fx
 
@@ -153,6 +154,12 @@ def _lay_out(network: Network) -> dict[fx.Node, Callable]:
     return ours
 
 
+def _as_numpy(value: torch.Tensor) -> np.ndarray:
+    """Return a constant as JAX takes it: without strides, whole numbers in 32 bits."""
+    array = value.contiguous().numpy()
+    return array.astype(np.int32) if array.dtype == np.int64 else array
+
+
 class Lowered:
     """A network as a function of weights and images [B H W C]: `apply` of a Teacher."""
 
@@ -173,8 +180,7 @@ class Lowered:
             self._lowerings[node] = lowering
         self._names = {node: name_of(node) for node in network.constants}
         self.weights = {
-            self._names[node]: jnp.asarray(value.contiguous().numpy())
-            for node, value in network.constants.items()
+            self._names[node]: _as_numpy(value) for node, value in network.constants.items()
         }
         assert len(self.weights) == len(network.constants)
 
@@ -182,8 +188,10 @@ class Lowered:
         """Return the answer to normalised images, computed in the dtype of the weights."""
         kinds = [x.dtype for x in params.values() if jnp.issubdtype(x.dtype, jnp.floating)]
         dtype = kinds[0] if kinds else images.dtype
-        values: dict[fx.Node, Any] = {node: params[name] for node, name in self._names.items()}
-        values[self._network.images] = Last(images.astype(dtype))
+        values: dict[fx.Node, Any] = {
+            node: jnp.asarray(params[name]) for node, name in self._names.items()
+        }
+        values[self._network.images] = Last(jnp.asarray(images, dtype))
         for node, lowering in self._lowerings.items():
             args, kwargs = _bound((node.args, node.kwargs), values)
             try:

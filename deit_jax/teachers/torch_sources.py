@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,8 @@ def open_function(asked: str) -> Source:
         raise UserError(f"{asked}: say the mean and std of its {channels} channels")
     known = taken | said
     size = known["image_size"]
+    if isinstance(known["std"], list | tuple) and not all(x > 0 for x in known["std"]):
+        raise UserError(f"{asked}: std={known['std']} must be above 0")
     notes = (
         "not said by the function and taken: "
         + ", ".join(f"{key}={known[key]}" for key in missing),
@@ -205,7 +208,7 @@ def open_function(asked: str) -> Source:
             module=module,
             mean=_floats(known["mean"], channels),
             std=_floats(known["std"], channels),
-            image_size=size if isinstance(size, int) else simplest((size[0], size[1])),
+            image_size=_size(size),
             channels=channels,
             classes=tuple(map(str, said.get("classes", ()))),
             multi_label=said.get("multi_label"),
@@ -217,9 +220,20 @@ def open_function(asked: str) -> Source:
 
 def _floats(values: Any, channels: int) -> tuple[float, ...]:
     numbers = tuple(map(float, values))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{numbers} of mean or std")
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"channels={channels}")
     if len(numbers) != channels:
         raise ValueError(f"{len(numbers)} numbers of mean or std for {channels} channels")
     return numbers
+
+
+def _size(value: Any) -> Size:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"image_size={value}")
+    return simplest((pair[0], pair[1]))
 
 
 class _Answer(torch.nn.Module):
