@@ -122,11 +122,12 @@ def _from_file(timm, asked, name, file, image_size, ema: bool, notes: list[str])
         raise UserError(f"{asked}: {file} holds no moving average; leave --ema out")
     if not ema and _average(helpers, file, state):
         notes.append("the file holds a moving average too, which --ema would take")
-    heads = _create(timm, asked, name, None, {}).pretrained_cfg.get("classifier") or ()
+    plain = _create(timm, asked, name, None, {})
+    _check_colours(asked, plain, state)
+    heads = plain.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     sizes = {len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state}
-    channels = _channels(timm, asked, name, state)
-    options = {"num_classes": max(sizes, default=0), **channels}
+    options = {"num_classes": max(sizes, default=0)}
     model = _create(timm, asked, name, image_size, options)
     try:
         model.load_state_dict(state)
@@ -155,13 +156,16 @@ def _average(helpers, file: str, state) -> dict | None:
     return None
 
 
-def _channels(timm, asked, name, state) -> dict[str, int]:
-    """Return the option for other channels than three, by the first convolution."""
-    first = _create(timm, asked, name, None, {}).pretrained_cfg.get("first_conv") or ""
+def _check_colours(asked: str, model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Raise UserError for weights of other channels than three: nothing says their mean and std."""
+    first = model.pretrained_cfg.get("first_conv")
     kernel: Any = state.get(f"{first}.weight") if isinstance(first, str) else None
-    if kernel is None or kernel.ndim != 4 or kernel.shape[1] == 3:
-        return {}
-    return {"in_chans": kernel.shape[1]}
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[1] != 3:
+        raise UserError(
+            f"{asked}: its weights are for images of {kernel.shape[1]} channels, whose mean and "
+            "std no file of timm says; return it from a function of yours, torch:MODULE:FUNCTION, "
+            "with mean, std and channels"
+        )
 
 
 def _timm_classes(data, model) -> tuple[tuple[str, ...], tuple[str, ...]]:
