@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from deit_jax.errors import UserError
 from deit_jax.teachers.folder import open_folder
 from deit_jax.teachers.open import convert_torch
 from tests.test_cli import deit as run
@@ -167,3 +168,28 @@ def test_a_transformers_model_without_a_head_gives_features(torch, tmp_path):
     np.testing.assert_allclose(said["features"], wanted, atol=1e-4)
     low = answers(made.teacher("bfloat16"), images)["features"]
     assert np.corrcoef(low.ravel(), wanted.ravel())[0, 1] > 0.999
+
+
+def test_a_pooler_that_was_not_saved_is_not_made_up(torch, tmp_path):
+    from tests.timm_reference import import_transformers
+
+    transformers = import_transformers()
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+    )
+    model = randomised(torch, transformers.ViTModel(config, add_pooling_layer=False), 32)
+    model.save_pretrained(tmp_path)
+    said = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    made = convert_torch(str(tmp_path))
+    assert "of the class token, as its pooler was not saved" in made.notes[0]
+    images = noise(2, 32)
+    wanted = by_torch(torch, lambda x: model(x).last_hidden_state[:, 0], images)
+    np.testing.assert_allclose(answers(made.teacher(), images)["features"], wanted, atol=1e-4)
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(UserError, match=r"write timm:resnet18@.*/model\.safetensors"):
+        convert_torch(str(tmp_path))

@@ -10,6 +10,10 @@ import torch
 
 from deit_jax.errors import UserError
 
+_TORCHVISION = (  # PyPI's is for CUDA, and does not say so
+    "install torchvision from where torch is from: for a CPU pip install --force-reinstall "
+    "--no-deps torchvision --index-url https://download.pytorch.org/whl/cpu"
+)
 EXTRA = "pip install 'deit_jax[torch]'"
 
 
@@ -22,7 +26,7 @@ def import_package(name: str, asked: str) -> ModuleType:
         raise UserError(f"{asked}: needs {missing}, {EXTRA}") from error
     except Exception as error:  # such as torchvision's, of another build than torch
         reason = " ".join(str(error).split())
-        hint = "; install torchvision of torch's build" if "torchvision" in reason else ""
+        hint = f"; {_TORCHVISION}" if "torchvision" in reason else ""
         raise UserError(f"{asked}: {name} cannot be imported ({reason:.200}){hint}") from error
 
 

@@ -243,15 +243,15 @@ def _size(value: Any) -> Size:
 class _Answer(torch.nn.Module):
     """What of a transformers model's output teaches: its logits, or its pooled features."""
 
-    def __init__(self, model, logits: bool):
+    def __init__(self, model, logits: bool, pooler: bool):
         super().__init__()
-        self.model, self.logits = model, logits
+        self.model, self.logits, self.pooler = model, logits, pooler
 
     def forward(self, images):
         said = self.model(pixel_values=images)
         if self.logits:
             return said.logits
-        pooled = said.get("pooler_output")
+        pooled = said.get("pooler_output") if self.pooler else None
         return said.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
 
@@ -271,7 +271,7 @@ def open_hugging_face(asked: str) -> Source:
         size, crop_ratio = _hf_size(inputs)
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{file}: cannot be understood ({first_line(error)})") from error
-    model, config = _hf_model(transformers, asked)
+    model, config, pooler = _hf_model(transformers, asked)
     channels = getattr(config, "num_channels", 3)
     if inputs.get("do_normalize") is False:
         mean, std = [0.0] * channels, [1.0] * channels
@@ -285,7 +285,7 @@ def open_hugging_face(asked: str) -> Source:
     return Source(
         asked=asked,
         name=folder.resolve().name,
-        module=_Answer(model, logits),
+        module=_Answer(model, logits, pooler),
         mean=tuple(mean),
         std=tuple(std),
         image_size=size or getattr(config, "image_size", None) or 224,
@@ -294,12 +294,19 @@ def open_hugging_face(asked: str) -> Source:
         crop_ratio=crop_ratio,
         multi_label=kinds.get(str(getattr(config, "problem_type", None))),
         features_alone=not logits,
-        notes=() if logits else ("it has no head for images: features alone",),
+        notes=() if logits else (_HEADLESS + ("" if pooler else _UNPOOLED),),
     )
 
 
+_HEADLESS = "it has no head for images: features alone"
+_UNPOOLED = ", of the class token, as its pooler was not saved"
+
+
 def _hf_model(transformers, asked: str):
-    """Return the model in a folder and its config; none of its weights may be missing."""
+    """Return the model in a folder, its config and whether its pooler's weights are there.
+
+    Of the others none may be missing, or transformers would make them up.
+    """
     try:
         with quiet():  # its bars and tables say in many lines what is one line here
             config = transformers.AutoConfig.from_pretrained(asked)
@@ -313,9 +320,11 @@ def _hf_model(transformers, asked: str):
         reason = " ".join(str(error).split())
         raise UserError(f"{asked}: transformers cannot open it ({reason:.240})") from error
     lacking = sorted(said["missing_keys"])
-    if lacking and not all("pooler" in name for name in lacking):
+    pooler = not any("pooler" in name for name in lacking)
+    lacking = [name for name in lacking if has_head or "pooler" not in name]
+    if lacking:
         raise UserError(f"{asked}: its weights lack {', '.join(lacking[:3])}; it is not whole")
-    return model, config
+    return model, config, pooler
 
 
 def _hf_size(inputs: dict[str, Any]) -> tuple[Size | None, float | None]:
