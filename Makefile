@@ -16,8 +16,9 @@ WORKDIR ?= runs/quickstart
 INSTALL_EDITABLE = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet \
 	--config-settings editable_mode=compat --editable
 TORCH = torch==2.13.0
-# torchvision and timm name torch as a dependency; --no-deps keeps them from replacing it.
-TORCH_PEERS = torchvision==0.28.0 timm==1.0.31
+# torchvision and timm name torch as a dependency; --no-deps keeps them from replacing it, and
+# torchax from touching jax.
+TORCH_PEERS = torchvision==0.28.0 timm==1.0.31 torchax==0.0.13
 
 .PHONY: quickstart check test test-slow test-all lint types clean
 

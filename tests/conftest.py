@@ -5,6 +5,7 @@ that benchmarks/gpu_check.py names.
 """
 
 import os
+import sys
 
 if os.environ.get("TEST_GPU") == "1":
     # Several processes share it, and references are in full float32.
@@ -70,6 +71,20 @@ def folder(tmp_path):
         for number, path in enumerate(paths):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / path, format="png")
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Return a function that writes a module into the current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
         return tmp_path
 
     return write

@@ -124,6 +124,22 @@ def test_any_size_and_one_output(tmp_path):
     np.testing.assert_allclose(said["logits"], IMAGES[:, :5].mean((1, 2)), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("std", (1.0, 0.0, 1.0)),
+        ("mean", (float("nan"), 0.0, 0.0)),
+        ("mean", (0.5,)),
+        ("also_called", ("one",)),
+        ("channels", 4),
+    ],
+)
+def test_conventions_that_make_no_sense_are_not_written(key, value, tmp_path):
+    with pytest.raises(UserError, match=f"^toy: .*{key}|apply.*fails for images"):
+        write_teacher(teacher(**{key: value}), tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
 def features_alone(params, images):
     return {"features": images.mean((1, 2))}
 

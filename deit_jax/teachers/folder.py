@@ -93,8 +93,11 @@ def write_teacher(
     if not teacher.classes and made.num_classes:
         names = tuple(f"class {i}" for i in range(made.num_classes))
         teacher = dataclasses.replace(teacher, classes=names)
+    whole = json.loads(json.dumps(_described(teacher, described, contents), default=str))
+    if wrong := _wrong(whole):
+        raise UserError(f"{teacher.name}: {wrong}")
     try:
-        _write(path, contents, _described(teacher, described, contents))
+        _write(path, contents, whole)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     return described
@@ -158,15 +161,21 @@ def read_description(path: str | Path) -> dict[str, Any]:
             f"{file}: format {said['format']!r}, and this version reads format {FORMAT}; install "
             "the version of deit_jax that wrote it, or convert the teacher anew"
         )
+    if wrong := _wrong(said):
+        raise UserError(f"{file}: {wrong}; {AGAIN}")
+    return said
+
+
+def _wrong(said: dict[str, Any]) -> str:
+    """Return what of a description is not as it must be, "" where nothing is."""
     for key, is_valid in _VALID.items():
         if key not in said or not is_valid(said[key]):
-            raise UserError(f"{file}: {key}={said.get(key)!r:.60} is not what it must be; {AGAIN}")
-    channels, classes = said["channels"], said["classes"]
-    if {len(said["mean"]), len(said["std"])} != {channels}:
-        raise UserError(f"{file}: mean and std are not of {channels} channels; {AGAIN}")
-    if len(said["also_called"]) not in (0, len(classes)):
-        raise UserError(f"{file}: also_called has not a name for each class; {AGAIN}")
-    return said
+            return f"{key}={said.get(key)!r:.60} is not what it must be"
+    if {len(said["mean"]), len(said["std"])} != {said["channels"]}:
+        return f"mean and std are not of {said['channels']} channels"
+    if len(said["also_called"]) not in (0, len(said["classes"])):
+        return "also_called has not a name for each class"
+    return ""
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size
+from deit_jax.storage import exists, read_json
 from deit_jax.teachers.folder import is_folder, open_folder
 from deit_jax.teachers.functions import call_function
 from deit_jax.teachers.programs import check_answer
@@ -81,6 +82,11 @@ def convert_torch(
         raise UserError(f"{text}: --num_classes, --image_size and --ema are for timm:NAME alone")
     if text.startswith(TORCH):
         return torch_convert.convert_module(torch_sources.open_function(text))
-    if not (Path(text) / "config.json").exists():
-        raise UserError(f"{text}: no Hugging Face folder, it has no config.json")
+    file = Path(text) / "config.json"
+    described = read_json(file) if exists(file) else {}
+    if "architecture" in described and "model_type" not in described:
+        name = described["architecture"]
+        raise UserError(f"{text}: a folder of timm's; write timm:{name}@{text}/model.safetensors")
+    if "model_type" not in described:
+        raise UserError(f"{text}: no folder of transformers, no config.json says its model_type")
     return torch_convert.convert_module(torch_sources.open_hugging_face(text))

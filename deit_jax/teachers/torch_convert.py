@@ -74,7 +74,7 @@ class Converted:
 
 def convert_module(source: Source) -> Converted:
     """Return a module as a Teacher; raise UserError, with nothing written, where it cannot be."""
-    source.module.eval().requires_grad_(False).float()
+    source.module.cpu().eval().requires_grad_(False).float()
     keys, answers, images = _ask(source)
     network = torch_graph.capture(
         source.with_features or source.module, source.image_size, source.channels, source.asked
@@ -90,6 +90,7 @@ def convert_module(source: Source) -> Converted:
     elif source.with_features is not None:
         network.outputs = network.outputs[: len(keys)]
     torch_graph.fold_batch_norm(network)
+    torch_graph.split_products(network)
     if names := torch_graph.not_finite(network):
         notes.append(f"{len(names)} of its weights are not finite: {', '.join(names[:3])}")
     apply = Lowered(network, keys, source.asked)

@@ -20,6 +20,16 @@ from deit_jax.teachers.programs import first_line
 from deit_jax.teachers.torch_import import import_torchax
 
 aten = torch.ops.aten
+# In PyTorch's own parts, linear layers and attention merge and part axes, which costs a program
+# of XLA twice the time; roll and layer norm become gathers and several passes.
+WHOLE = (
+    aten.linear.default,
+    aten.matmul.default,
+    aten.scaled_dot_product_attention.default,
+    aten.layer_norm.default,
+    aten.roll.default,
+    aten.unbind.int,
+)
 # What only repeats numbers is not written down: the file would hold every copy.
 _REPEATS = {aten.expand.default, aten.repeat.default}
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
@@ -37,7 +47,7 @@ class Network:
 
 def capture(module: torch.nn.Module, size: Size, channels: int, asked: str) -> Network:
     """Return what a module in evaluation computes; raise UserError for what has no such graph."""
-    table = import_torchax(asked).decompositions.DECOMPOSITIONS
+    table = _decompositions(asked)
     images = torch.zeros(2, channels, *sides(size))
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     try:
@@ -45,7 +55,7 @@ def capture(module: torch.nn.Module, size: Size, channels: int, asked: str) -> N
             program = torch.export.export(
                 module, (images,), dynamic_shapes=({0: batch},), strict=False
             )
-            program = program.run_decompositions().run_decompositions(table)
+            program = program.run_decompositions(table)
     except Exception as error:  # of many kinds, none of them documented
         raise UserError(
             f"{asked}: cannot be traced for any number of images ({first_line(error)}); its "
@@ -56,6 +66,15 @@ def capture(module: torch.nn.Module, size: Size, channels: int, asked: str) -> N
     _merge_same(network)
     _compute_constants(network)
     return network
+
+
+def _decompositions(asked: str) -> Any:
+    """Return how operations become smaller ones, but for those that XLA does better whole."""
+    table = torch.export.default_decompositions()
+    table.update(import_torchax(asked).decompositions.DECOMPOSITIONS)
+    for operation in WHOLE:
+        table.pop(operation, None)
+    return table
 
 
 @contextlib.contextmanager
@@ -87,11 +106,17 @@ def _check(program: torch.export.ExportedProgram, asked: str) -> None:
     for node in program.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        if torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node):
             raise UserError(
                 f"{asked}: forward draws random numbers ({node.target}) in evaluation too; leave "
                 "them out where self.training is False"
             )
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Return whether a node is attention without dropout, which draws no numbers."""
+    rate: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return bool(node.target is aten.scaled_dot_product_attention.default and not rate)
 
 
 def _with_constants(program: torch.export.ExportedProgram) -> Network:
@@ -229,9 +254,9 @@ def _into(network, x: fx.Node, scale, shift) -> fx.Node | None:
     if x.target is aten.convolution.default and not x.args[6]:
         kernel, bias = x.args[1:3]
         places, axes = (1, 2), [-1] + [1] * (x.meta["val"].ndim - 1)
-    elif x.target is aten.addmm.default and not x.kwargs:
-        bias, _, kernel = x.args
-        places, axes = (2, 0), [1, -1]
+    elif x.target is aten.linear.default and x.meta["val"].ndim == 2:
+        kernel, bias = (*x.args[1:], None)[:2]
+        places, axes = (1, 2), [-1, 1]
     else:
         return None
     if kernel not in known or (bias is not None and bias not in known):
@@ -243,10 +268,56 @@ def _into(network, x: fx.Node, scale, shift) -> fx.Node | None:
         add_constant(network, x, f"{name}.{end}", value)
         for end, value in zip(("folded", "shift"), values, strict=True)
     ]
-    args = list(x.args)
+    args = [*x.args, None][: max(len(x.args), 3)]
     args[places[0]], args[places[1]] = new
     x.args = tuple(args)
     return x
+
+
+def split_products(network: Network) -> int:
+    """Make one product each of queries, keys and values, where one makes all; return how many.
+
+    Their parts [B N 3 heads d] of one product's output are copied apart by XLA: a tenth of a ViT.
+    """
+    count = 0
+    for unbind in list(network.graph.nodes):
+        if unbind.target is not aten.unbind.int or (*unbind.args, 0)[1] != 0:
+            continue
+        turned: Any = unbind.args[0]
+        view: Any = turned.args[0] if turned.target is aten.permute.default else None
+        linear: Any = (
+            view.args[0] if view is not None and view.target is aten.view.default else None
+        )
+        if linear is None or linear.target is not aten.linear.default:
+            continue
+        alone = all(len(node.users) == 1 for node in (turned, view, linear))
+        order, shape, weights = turned.args[1], view.args[1], linear.args[1:]
+        plain = len(shape) == 5 and order[0] == 2 and isinstance(shape[2], int)
+        known = all(node is None or node in network.constants for node in weights)
+        if not (alone and plain and known):
+            continue
+        for user in list(unbind.users):
+            part = _part_of(network, unbind, linear, (view, turned), user.args[1])
+            _replace(network, user, part)
+        count += 1
+    drop_unused(network)
+    return count
+
+
+def _part_of(network, before, linear, after, number: int) -> fx.Node:
+    """Return the nodes that make one part of what is then taken apart, by rows of its weights."""
+    (view, turned), parts = after, after[0].args[1][2]
+    weights = []
+    for node in linear.args[1:]:
+        value = None if node is None else network.constants[node].chunk(parts)[number]
+        name = "" if node is None else f"{name_of(node)}.{number}"
+        weights.append(value if value is None else add_constant(network, linear, name, value))
+    shape = [size for axis, size in enumerate(view.args[1]) if axis != 2]
+    order = [axis - (axis > 2) for axis in turned.args[1] if axis != 2]
+    with network.graph.inserting_before(before):
+        x = network.graph.call_function(linear.target, (linear.args[0], *weights))
+        x = network.graph.call_function(view.target, (x, shape))
+        return network.graph.call_function(turned.target, (x, order))
 
 
 def last_linear(network: Network) -> fx.Node | None:
@@ -255,11 +326,8 @@ def last_linear(network: Network) -> fx.Node | None:
     through = {aten.view.default, aten.clone.default, aten.squeeze.dim, aten._to_copy.default}
     while node.target in through:
         node = node.args[0]
-    places: dict[Any, int] = {aten.addmm.default: 1, aten.mm.default: 0}
-    place = places.get(node.target)
-    if place is None or node.args[place + 1] not in network.constants:
-        return None
-    return node.args[place]
+    is_linear = node.target is aten.linear.default and node.args[1] in network.constants
+    return node.args[0] if is_linear else None
 
 
 def not_finite(network: Network) -> list[str]:

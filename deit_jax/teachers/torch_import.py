@@ -10,6 +10,10 @@ import torch
 
 from deit_jax.errors import UserError
 
+_TORCHVISION = (  # PyPI's is for CUDA, and does not say so
+    "install torchvision from where torch is from: for a CPU pip install --force-reinstall "
+    "--no-deps torchvision --index-url https://download.pytorch.org/whl/cpu"
+)
 EXTRA = "pip install 'deit_jax[torch]'"
 
 
@@ -18,10 +22,11 @@ def import_package(name: str, asked: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{asked}: needs {error.name}, {EXTRA}") from error
+        missing = str(error.name).partition(".")[0]
+        raise UserError(f"{asked}: needs {missing}, {EXTRA}") from error
     except Exception as error:  # such as torchvision's, of another build than torch
         reason = " ".join(str(error).split())
-        hint = "; install torchvision of torch's build" if "torchvision" in reason else ""
+        hint = f"; {_TORCHVISION}" if "torchvision" in reason else ""
         raise UserError(f"{asked}: {name} cannot be imported ({reason:.200}){hint}") from error
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import fx
 
 from deit_jax.errors import UserError
+from deit_jax.models.attention import attention
 from deit_jax.teachers.programs import first_line
 from deit_jax.teachers.torch_graph import Network, name_of, scale_shift
 from deit_jax.teachers.torch_import import import_torchax
@@ -19,22 +21,12 @@ from deit_jax.teachers.torch_layout import Last, all_first, comes_last, first, i
 aten = torch.ops.aten
 # Operations that lose nothing in bfloat16: they move numbers or, as products do, sum in float32.
 # All others are computed in float32, and only what they hand on is rounded.
-_NARROW = {
-    *("convolution", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum", "relu", "max_pool2d"),
-    *("max_pool2d_with_indices", "view", "_unsafe_view", "reshape", "permute", "transpose", "t"),
-    *("expand", "repeat", "cat", "stack", "slice", "select", "split", "split_with_sizes", "chunk"),
-    *("squeeze", "unsqueeze", "clone", "copy", "roll", "flip", "index", "constant_pad_nd", "add"),
-    *("sub", "mul", "neg", "index_select", "gather", "where", "unbind", "alias", "detach"),
-    *(
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "scale_shift",
-        "clamp",
-        "clamp_min",
-        "hardtanh",
-        "lift_fresh_copy",
-    ),
-}
+_NAMES = """linear layer_norm scaled_dot_product_attention convolution mm addmm bmm baddbmm matmul
+    einsum relu max_pool2d max_pool2d_with_indices view _unsafe_view reshape permute transpose t
+    expand repeat cat stack slice select split split_with_sizes chunk squeeze unsqueeze clone copy
+    roll flip index constant_pad_nd add sub mul neg index_select gather where unbind alias detach
+    pixel_shuffle pixel_unshuffle scale_shift clamp clamp_min hardtanh"""
+_NARROW = frozenset(_NAMES.split())
 
 
 def _convolution(x, kernel, bias, stride, padding, dilation, transposed, output_padding, groups):
@@ -55,13 +47,69 @@ def _convolution(x, kernel, bias, stride, padding, dilation, transposed, output_
     return Last(out if bias is None else out + bias)
 
 
+def _linear(x, kernel, bias=None):
+    """Multiply by a kernel [I O] and add."""
+    out = jnp.matmul(x, kernel)
+    return out if bias is None else out + bias
+
+
 def _addmm(bias, x, kernel, *, beta=1, alpha=1):
     out = jnp.matmul(x, kernel)
     return (out if alpha == 1 else alpha * out) + (bias if beta == 1 else beta * bias)
 
 
+def _layer_norm(x, shape, weight=None, bias=None, epsilon=1e-5, cudnn=True):
+    axes = tuple(range(x.ndim - len(shape), x.ndim))
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axes, keepdims=True)
+    out = wide - mean
+    if x.dtype == jnp.float32:
+        variance = jnp.square(out).mean(axes, keepdims=True)
+    else:  # in one pass with the mean; what that loses is less than was rounded before
+        variance = jnp.maximum(0.0, jnp.square(wide).mean(axes, keepdims=True) - jnp.square(mean))
+    out = out * jax.lax.rsqrt(variance + epsilon)
+    out = out if weight is None else out * weight.astype(jnp.float32)
+    return out if bias is None else out + bias.astype(jnp.float32)
+
+
+def _gelu(x, *, approximate="none"):
+    if approximate == "tanh":
+        return jax.nn.gelu(x, approximate=True)
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))  # erfc, which JAX takes, is twice as long
+
+
+def _attention(q, k, v, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False):
+    """Attend [B heads N d], the softmax in float32 whatever the dtype."""
+    if enable_gqa or dropout:
+        raise ValueError("attention with grouped queries or dropout")
+    root = q.shape[-1] ** -0.5
+    alike = q.ndim == 4 and q.shape == k.shape == v.shape
+    if alike and mask is None and not causal and scale in (None, root):
+        heads_second = (x.swapaxes(1, 2) for x in (q, k, v))
+        return attention(*heads_second, choice="xla").swapaxes(1, 2)
+    logits = jnp.einsum("...nd,...md->...nm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * (root if scale is None else scale)
+    if causal:
+        mask = jnp.tri(q.shape[-2], k.shape[-2], dtype=bool)
+    if mask is not None and mask.dtype == bool:
+        logits = jnp.where(mask, logits, -jnp.inf)
+    elif mask is not None:
+        logits = logits + mask.astype(jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...nm,...md->...nd", weights, v)
+
+
 LOWERINGS: dict[Any, Callable] = {
+    aten.linear.default: lambda x, kernel, bias=None: _linear(x, kernel.T, bias),
     aten.addmm.default: _addmm,
+    aten.matmul.default: jnp.matmul,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.layer_norm.default: _layer_norm,
+    aten.gelu.default: _gelu,
+    aten.unbind.int: lambda x, axis=0: [
+        jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])
+    ],
+    aten.roll.default: lambda x, shifts, axes=(): jnp.roll(x, tuple(shifts), tuple(axes) or None),
     aten.sym_size.int: lambda x, axis: x.shape[axis],
     scale_shift: lambda x, scale, shift: x * scale + shift,
 }
@@ -82,21 +130,34 @@ def _lowering(node: fx.Node) -> Callable | None:
     return known.func if known is not None and known.is_jax_function else None
 
 
-def _last_channels(network: Network) -> dict[fx.Node, Callable]:
-    """Lay kernels of convolutions out as XLA likes them; return what computes these."""
-    ours, kernels = {}, set()
+def _lay_out(network: Network) -> dict[fx.Node, Callable]:
+    """Lay kernels out as XLA likes them, inputs before outputs; return what computes with these."""
+    ours: dict[fx.Node, Callable] = {}
+    kernels = set()
+    lowerings: dict[Any, Callable] = {
+        aten.convolution.default: _convolution,
+        aten.linear.default: _linear,
+    }
     for node in network.graph.nodes:
-        if node.target is not aten.convolution.default or node.args[6]:
+        if node.target not in lowerings or (
+            node.target is aten.convolution.default and node.args[6]
+        ):
             continue
         kernel = node.args[1]
-        alone = all(user.target is aten.convolution.default for user in kernel.users)
-        if kernel in network.constants and alone and network.constants[kernel].ndim in (3, 4):
-            ours[node] = _convolution
+        alone = all(user.target is node.target and user.args[1] is kernel for user in kernel.users)
+        if kernel in network.constants and alone and network.constants[kernel].ndim <= 4:
+            ours[node] = lowerings[node.target]
             kernels.add(kernel)
     for kernel in kernels:
         value = network.constants[kernel]
         network.constants[kernel] = value.permute(*range(2, value.ndim), 1, 0)
     return ours
+
+
+def _as_numpy(value: torch.Tensor) -> np.ndarray:
+    """Return a constant as JAX takes it: without strides, whole numbers in 32 bits."""
+    array = value.contiguous().numpy()
+    return array.astype(np.int32) if array.dtype == np.int64 else array
 
 
 class Lowered:
@@ -106,7 +167,7 @@ class Lowered:
         import_torchax(asked)
         self._asked, self._keys, self._network = asked, keys, network
         self._lowerings: dict[fx.Node, Callable] = {}
-        ours = _last_channels(network)
+        ours = _lay_out(network)
         for node in network.graph.nodes:
             if node.op != "call_function" or node in network.constants:
                 continue
@@ -119,17 +180,18 @@ class Lowered:
             self._lowerings[node] = lowering
         self._names = {node: name_of(node) for node in network.constants}
         self.weights = {
-            self._names[node]: jnp.asarray(value.contiguous().numpy())
-            for node, value in network.constants.items()
+            self._names[node]: _as_numpy(value) for node, value in network.constants.items()
         }
         assert len(self.weights) == len(network.constants)
 
-    def __call__(self, params: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
+    def __call__(self, params: dict[str, Any], images: Any) -> dict[str, jax.Array]:
         """Return the answer to normalised images, computed in the dtype of the weights."""
         kinds = [x.dtype for x in params.values() if jnp.issubdtype(x.dtype, jnp.floating)]
         dtype = kinds[0] if kinds else images.dtype
-        values: dict[fx.Node, Any] = {node: params[name] for node, name in self._names.items()}
-        values[self._network.images] = Last(images.astype(dtype))
+        values: dict[fx.Node, Any] = {
+            node: jnp.asarray(params[name]) for node, name in self._names.items()
+        }
+        values[self._network.images] = Last(jnp.asarray(images, dtype))
         for node, lowering in self._lowerings.items():
             args, kwargs = _bound((node.args, node.kwargs), values)
             try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,12 @@ def _from_file(timm, asked, name, file, image_size, ema: bool, notes: list[str])
         raise UserError(f"{asked}: {file} holds no moving average; leave --ema out")
     if not ema and _average(helpers, file, state):
         notes.append("the file holds a moving average too, which --ema would take")
-    heads = _create(timm, asked, name, None, {}).pretrained_cfg.get("classifier") or ()
+    plain = _create(timm, asked, name, None, {})
+    _check_colours(asked, plain, state)
+    heads = plain.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     sizes = {len(state[f"{head}.weight"]) for head in heads if f"{head}.weight" in state}
-    channels = _channels(timm, asked, name, state)
-    options = {"num_classes": max(sizes, default=0), **channels}
+    options = {"num_classes": max(sizes, default=0)}
     model = _create(timm, asked, name, image_size, options)
     try:
         model.load_state_dict(state)
@@ -154,13 +156,16 @@ def _average(helpers, file: str, state) -> dict | None:
     return None
 
 
-def _channels(timm, asked, name, state) -> dict[str, int]:
-    """Return the option for other channels than three, by the first convolution."""
-    first = _create(timm, asked, name, None, {}).pretrained_cfg.get("first_conv") or ""
+def _check_colours(asked: str, model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Raise UserError for weights of other channels than three: nothing says their mean and std."""
+    first = model.pretrained_cfg.get("first_conv")
     kernel: Any = state.get(f"{first}.weight") if isinstance(first, str) else None
-    if kernel is None or kernel.ndim != 4 or kernel.shape[1] == 3:
-        return {}
-    return {"in_chans": kernel.shape[1]}
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[1] != 3:
+        raise UserError(
+            f"{asked}: its weights are for images of {kernel.shape[1]} channels, whose mean and "
+            "std no file of timm says; return it from a function of yours, torch:MODULE:FUNCTION, "
+            "with mean, std and channels"
+        )
 
 
 def _timm_classes(data, model) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -194,6 +199,8 @@ def open_function(asked: str) -> Source:
         raise UserError(f"{asked}: say the mean and std of its {channels} channels")
     known = taken | said
     size = known["image_size"]
+    if isinstance(known["std"], list | tuple) and not all(x > 0 for x in known["std"]):
+        raise UserError(f"{asked}: std={known['std']} must be above 0")
     notes = (
         "not said by the function and taken: "
         + ", ".join(f"{key}={known[key]}" for key in missing),
@@ -205,7 +212,7 @@ def open_function(asked: str) -> Source:
             module=module,
             mean=_floats(known["mean"], channels),
             std=_floats(known["std"], channels),
-            image_size=size if isinstance(size, int) else simplest((size[0], size[1])),
+            image_size=_size(size),
             channels=channels,
             classes=tuple(map(str, said.get("classes", ()))),
             multi_label=said.get("multi_label"),
@@ -217,23 +224,34 @@ def open_function(asked: str) -> Source:
 
 def _floats(values: Any, channels: int) -> tuple[float, ...]:
     numbers = tuple(map(float, values))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{numbers} of mean or std")
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"channels={channels}")
     if len(numbers) != channels:
         raise ValueError(f"{len(numbers)} numbers of mean or std for {channels} channels")
     return numbers
 
 
+def _size(value: Any) -> Size:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"image_size={value}")
+    return simplest((pair[0], pair[1]))
+
+
 class _Answer(torch.nn.Module):
     """What of a transformers model's output teaches: its logits, or its pooled features."""
 
-    def __init__(self, model, logits: bool):
+    def __init__(self, model, logits: bool, pooler: bool):
         super().__init__()
-        self.model, self.logits = model, logits
+        self.model, self.logits, self.pooler = model, logits, pooler
 
     def forward(self, images):
         said = self.model(pixel_values=images)
         if self.logits:
             return said.logits
-        pooled = said.get("pooler_output")
+        pooled = said.get("pooler_output") if self.pooler else None
         return said.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
 
@@ -253,7 +271,7 @@ def open_hugging_face(asked: str) -> Source:
         size, crop_ratio = _hf_size(inputs)
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{file}: cannot be understood ({first_line(error)})") from error
-    model, config = _hf_model(transformers, asked)
+    model, config, pooler = _hf_model(transformers, asked)
     channels = getattr(config, "num_channels", 3)
     if inputs.get("do_normalize") is False:
         mean, std = [0.0] * channels, [1.0] * channels
@@ -267,7 +285,7 @@ def open_hugging_face(asked: str) -> Source:
     return Source(
         asked=asked,
         name=folder.resolve().name,
-        module=_Answer(model, logits),
+        module=_Answer(model, logits, pooler),
         mean=tuple(mean),
         std=tuple(std),
         image_size=size or getattr(config, "image_size", None) or 224,
@@ -276,12 +294,19 @@ def open_hugging_face(asked: str) -> Source:
         crop_ratio=crop_ratio,
         multi_label=kinds.get(str(getattr(config, "problem_type", None))),
         features_alone=not logits,
-        notes=() if logits else ("it has no head for images: features alone",),
+        notes=() if logits else (_HEADLESS + ("" if pooler else _UNPOOLED),),
     )
 
 
+_HEADLESS = "it has no head for images: features alone"
+_UNPOOLED = ", of the class token, as its pooler was not saved"
+
+
 def _hf_model(transformers, asked: str):
-    """Return the model in a folder and its config; none of its weights may be missing."""
+    """Return the model in a folder, its config and whether its pooler's weights are there.
+
+    Of the others none may be missing, or transformers would make them up.
+    """
     try:
         with quiet():  # its bars and tables say in many lines what is one line here
             config = transformers.AutoConfig.from_pretrained(asked)
@@ -295,9 +320,11 @@ def _hf_model(transformers, asked: str):
         reason = " ".join(str(error).split())
         raise UserError(f"{asked}: transformers cannot open it ({reason:.240})") from error
     lacking = sorted(said["missing_keys"])
-    if lacking and not all("pooler" in name for name in lacking):
+    pooler = not any("pooler" in name for name in lacking)
+    lacking = [name for name in lacking if has_head or "pooler" not in name]
+    if lacking:
         raise UserError(f"{asked}: its weights lack {', '.join(lacking[:3])}; it is not whole")
-    return model, config
+    return model, config, pooler
 
 
 def _hf_size(inputs: dict[str, Any]) -> tuple[Size | None, float | None]:

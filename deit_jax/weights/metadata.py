@@ -129,7 +129,8 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     """Read the two JSON files; fields that config.json leaves out have transformers' defaults."""
     if described["model_type"] not in ("deit", "vit"):
         raise ValueError(
-            f"model_type {described['model_type']!r} in config.json is not deit or vit"
+            f"model_type {described['model_type']!r} in config.json is not deit or vit; "
+            "`deit convert … --to=teacher` makes a teacher of it"
         )
     for key, value in {"hidden_act": "gelu", "qkv_bias": True}.items():
         if described.get(key, value) != value:
