@@ -44,6 +44,8 @@ def test_what_a_file_of_timm_holds_decides(torch, timm, tmp_path):
         (f"timm:test_vit@{file}", {"num_classes": 7}, "its weights have 5 classes; leave it out"),
         (f"timm:test_resnet@{file}", {}, "does not fit timm's test_resnet"),
         (f"timm:test_vit@{__file__}", {}, "holds no weights"),
+        ("timm:resnet_18", {}, "knows no such model; "),
+        ("timm:resnet18@nothing.pth", {}, "nothing.pth: no such file"),
         ("timm:test_vit.nothing", {}, "cannot be made .Invalid pretrained tag .nothing"),
         ("torch:nets:make", {"image_size": 8}, "are for timm:NAME alone"),
     ):
