@@ -44,6 +44,8 @@ def test_what_a_file_of_timm_holds_decides(torch, timm, tmp_path):
         (f"timm:test_vit@{file}", {"num_classes": 7}, "its weights have 5 classes; leave it out"),
         (f"timm:test_resnet@{file}", {}, "does not fit timm's test_resnet"),
         (f"timm:test_vit@{__file__}", {}, "holds no weights"),
+        ("timm:resnet_18", {}, "knows no such model; "),
+        ("timm:resnet18@nothing.pth", {}, "nothing.pth: no such file"),
         ("timm:test_vit.nothing", {}, "cannot be made .Invalid pretrained tag .nothing"),
         ("torch:nets:make", {"image_size": 8}, "are for timm:NAME alone"),
     ):
@@ -169,12 +171,16 @@ def test_families_of_timm(name, torch, timm, capsys):
     images = noise(3, size)
     both, wanted = answers(made.teacher(), images), by_torch(torch, model, images)
     said, width = both["logits"], both.get("features", np.zeros(0)).shape[-1]
-    differ = wanted - wanted.mean(0)  # of what it says by the image
-    worst = np.abs(said - wanted).max() / np.abs(differ).max()
+    differ = wanted - wanted.mean(0)  # what it says by the image
+    worst = np.abs(said - wanted).max() / np.abs(wanted).max()
+    says = np.abs(differ).max() / np.abs(wanted).max()
     low = answers(made.teacher("bfloat16"), images)["logits"]
     alike = np.corrcoef((low - low.mean(0)).ravel(), differ.ravel())[0, 1]
     seconds = time.perf_counter() - began
     with capsys.disabled():
-        print(f"\n{name:32} {worst:8.1e} {alike:8.5f} {width:5} {seconds:6.1f} s", end="")
-    assert worst < 1e-3
-    assert alike > 0.9
+        print(
+            f"\n{name:32} {worst:8.1e} {says:8.1e} {alike:8.5f} {width:5} {seconds:6.1f} s", end=""
+        )
+    assert worst < 1e-4
+    # Of a random network in which all that differs fades, PyTorch's own rounding is as large.
+    assert alike > 0.9 or says < 1e-3

@@ -131,8 +131,6 @@ def test_python_functions_and_wrong_names(here, capsys):
         "python:jax_nets:other": "returns a int, not a deit_jax.Teacher",
         "python:nowhere:make": "there is no module nowhere, neither installed nor in",
         "python:jax_nets": "write python:MODULE:FUNCTION",
-        "timm:resnet_18": "knows no such model",
-        "timm:resnet18@nothing.pth": "nothing.pth: no such file",
     }.items():
         with pytest.raises(UserError, match=message):
             open_teacher(text, "float32")
@@ -170,7 +168,7 @@ def test_what_is_not_installed_is_named_with_its_extra(missing, torch, timm, mon
         open_teacher(f"timm:resnet18@{__file__}", "float32")
 
 
-def test_a_broken_torchvision_is_said_in_a_line(monkeypatch):
+def test_a_broken_torchvision_is_said_in_a_line(torch, monkeypatch):
     from deit_jax.teachers import torch_import
 
     def broken(name):

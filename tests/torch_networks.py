@@ -12,7 +12,7 @@ def randomised(torch, model, size):
     for name, value in model.state_dict().items():
         if value.ndim == 1 and value.is_floating_point() and "running" not in name:
             value.uniform_(0.6, 1.4) if name.endswith("weight") else value.normal_(0, 0.1)
-        elif value.ndim > 1 and not value.any():  # heads that begin with nothing to say
+        elif value.ndim > 1 and value.float().std() < 1e-3:  # heads with nothing to say at first
             value.normal_(0, 0.1)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     for norm in norms:

@@ -182,7 +182,8 @@ class Lowered:
         self.weights = {
             self._names[node]: _as_numpy(value) for node, value in network.constants.items()
         }
-        assert len(self.weights) == len(network.constants)
+        assert len(self.weights) == len(network.constants)  # each has a name of its own
+        network.constants.clear()  # the weights have the numbers from here on
 
     def __call__(self, params: dict[str, Any], images: Any) -> dict[str, jax.Array]:
         """Return the answer to normalised images, computed in the dtype of the weights."""
