@@ -10,6 +10,7 @@ that raises is one that failed, and does not end the rest. --toy is for trying t
 import argparse
 import functools
 import json
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from deit_jax.parallel import devices, sharding
 from deit_jax.perf.flops import forward_flops
 from deit_jax.step import compile as compile_lib
 from deit_jax.storage import write_json
+from deit_jax.teachers.folder import open_folder, write_teacher
+from deit_jax.teachers.teacher import Teacher
 
 HALF_ERROR = 0.02  # relative, of what is computed in bfloat16: 2^-8 and some
 GMACS = {"tiny": 1.26, "small": 4.61, "base": 17.58}  # timm's, of ViTs at 224 pixels
@@ -213,6 +216,45 @@ def like_a_cpu(toy: bool) -> dict:
     return {"ok": len(near) > 0 and all(map(bool, near)), **values}
 
 
+def teacher_folder(toy: bool, dtype: str) -> dict:
+    """A network exported as a teacher folder, against itself; how much slower or faster it is."""
+    model = create_model("regnety_004", 10, folded=True)
+    size, batch = (32, 2) if toy else (224, 64)
+    images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
+    params = jax.jit(model.init)(jax.random.key(1), images[:1])["params"]
+
+    def apply(params, images):
+        return model.clone(dtype=images.dtype).apply({"params": params}, images, train=False).cls
+
+    names = [f"class {i}" for i in range(10)]
+    spec = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": size, "classes": names}
+    with tempfile.TemporaryDirectory() as temporary:
+        write_teacher(Teacher(apply=apply, params=params, **spec), Path(temporary) / "folder")
+        teacher = open_folder(Path(temporary) / "folder", dtype)
+    own = jax.jit(lambda p, x: apply(p, x.astype(dtype)).astype(jnp.float32))
+    foreign = jax.jit(lambda p, x: teacher.apply(p, x)["logits"])
+    ours = own, jax.tree.map(lambda x: x.astype(dtype), params)
+    theirs = foreign, jax.device_put(teacher.params)
+    logits = [np.asarray(function(held, images)) for function, held in (ours, theirs)]
+    seconds = [_seconds(function, held, images) for function, held in (ours, theirs)]
+    error = relative_error(logits[1], logits[0])
+    return {
+        "ok": error < (1e-4 if dtype == "float32" else HALF_ERROR),
+        "relative_error": error,
+        "time_against_our_own": seconds[1] / seconds[0],
+    }
+
+
+def _seconds(function, *operands) -> float:
+    """Return the least time of ten calls, after one."""
+    times = []
+    for _ in range(11):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*operands))
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
 def small_config(toy: bool, dtype: str, size: int, batch: int):
     """Return DeiT-Ti of two layers, distilled from a RegNetY of two."""
     row = {"model": "tiny", "image_size": size, "batch": batch, "part": "train", "peer": "ours"}
@@ -240,6 +282,8 @@ def all_of(checks: Checks, toy: bool) -> None:
     for dtype in ("float32", "bfloat16"):
         checks.run(f"grouped convolution, {dtype}", functools.partial(grouped_convolution, dtype))
     checks.run("patch embedding", functools.partial(patches, 32 if toy else 224, 192))
+    for dtype in ("float32", "bfloat16"):
+        checks.run(f"a teacher folder, {dtype}", functools.partial(teacher_folder, toy, dtype))
     checks.run("a step like a CPU's", functools.partial(like_a_cpu, toy))
     shape = few[0] if toy else (256, 198, 12, 64)
     for on in (False, True):
