@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .gpu/wheels
-packages=(ml_collections grain array_record portpicker simplejpeg tensorboardX kornia-rs)
+packages=(ml_collections grain array_record portpicker simplejpeg tensorboardX kornia-rs flatbuffers)
 platforms=()
 for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
     platforms+=(--platform "${tag}_x86_64")
