@@ -44,7 +44,9 @@ COLOURS = ["red", "green", "blue"]
 
 
 def settings(kind, **fields):
-    return ConfigDict({"kind": kind, "alpha": 0.4, "tau": 3.0, "reduction": "batchmean"} | fields)
+    distill = base.get_config().distill
+    distill.update({"kind": kind, "alpha": 0.4, "tau": 3.0} | fields)
+    return distill
 
 
 @pytest.fixture(scope="module")

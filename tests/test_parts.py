@@ -1,5 +1,6 @@
 """In how many parts a device takes its share of a batch, and what it is expected to hold."""
 
+import functools
 import types
 from unittest import mock
 
@@ -181,11 +182,11 @@ def test_teacher_and_evaluation_are_parted_too(gpus, tiny_config):
     assert chosen(tiny_config, mesh)[1] > 1
     gpus(10**9)
     model = registry.create_model("deit_tiny_patch16_224", 10)
-    one = memory.of_forward(model, 224).bytes(1)
-    assert parts.forward_parts(model, 224, 64, mesh, held=0) == 1
-    few = parts.forward_parts(model, 224, 64, mesh, held=int(0.9 * 10**9 - 10 * one))
-    assert few >= 8
-    assert parts.forward_parts(model, 224, 64, mesh, held=10**10) == 64
+    takes = functools.partial(memory.of_forward, model, 224)
+    asked, one = (takes, 3 * 224**2, 64, mesh), takes().bytes(1)
+    assert parts.forward_parts(*asked, held=0) == 1
+    assert parts.forward_parts(*asked, held=int(0.9 * 10**9 - 10 * one)) >= 8
+    assert parts.forward_parts(*asked, held=10**10) == 64
 
 
 def test_one_image_that_does_not_fit_is_refused(gpus, tiny_config):
