@@ -22,7 +22,7 @@ from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.tape import tape
 from deit_jax.weights.load import load
-from tests.tiny import make_tiny_config, train_without_picture
+from tests.tiny import make_tiny_config, save_weights, train_without_picture
 
 RNG = np.random.default_rng(0)
 B, D = 5, 12
@@ -144,6 +144,24 @@ def test_features_are_learned_beside_labels_and_recorded(config, tmp_path):
     again = read_lines(tmp_path / "replayed/metrics.jsonl")[0]
     assert again["loss_feature"] == pytest.approx(first["loss_feature"], rel=1e-3)
     assert again["loss_teacher"] == pytest.approx(first["loss_teacher"], rel=1e-5)
+
+
+def test_a_backbone_without_a_head_gives_features(config, tmp_path):
+    """What its class token is after the last norm, of its own number of features."""
+    shape = {"patch_size": 4, "width": 36, "depth": 1, "num_heads": 3, "image_size": 16}
+    model = create_model("deit_tiny_patch16_224", 0, **shape)
+    variables = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 3)))
+    convention = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "classes": [], "crop_ratio": 1.0}
+    name = "deit_tiny_patch16_224"
+    weights = save_weights(tmp_path / "w.safetensors", name, model, variables, **convention)
+    config.teacher.weights = str(weights)
+    experiment, dataset = prepare(config)
+    teacher, params = load_teacher(experiment.teacher, config.teacher.weights, dataset.classes)
+    assert experiment.abstract_state.params[EXTRAS]["projection"]["kernel"].shape == (24, 36)
+    images = jnp.array(RNG.normal(size=(2, 16, 16, 3)), jnp.float32)
+    tokens = features(model, variables["params"], teacher.shown(images), layers=-1)
+    said = teacher.outputs(params, images, features=True).features
+    np.testing.assert_allclose(said, tokens[:, 0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from deit_jax.teachers.open import TIMM, TORCH, open_teacher
 from deit_jax.teachers.teacher import Teacher
 from deit_jax.train import foreign
 from deit_jax.train.teacher_spec import TeacherSpec, sources_of
-from deit_jax.weights.fit import in_order
-from deit_jax.weights.load import folded, open_model
+from deit_jax.weights.fit import LoadedWeights, in_order
+from deit_jax.weights.load import folded, load_variables
 from deit_jax.workdir.which import LATEST
 
 log = logging.getLogger("deit_jax")
@@ -120,10 +120,13 @@ def _load_ours(spec: TeacherSpec, weights: str, classes: list[str], several: boo
     return teacher, _cast(params, compute_dtype(spec.dtype))
 
 
-def _opened(spec: TeacherSpec, weights: str):
+def _opened(spec: TeacherSpec, weights: str) -> LoadedWeights:
+    known: dict[str, Any]
     try:
         known = {"default": spec.model_config, "dtype": spec.dtype}
-        return open_model(weights, **known, checkpoint=spec.checkpoint, ema=spec.ema)
+        known |= {"checkpoint": spec.checkpoint, "ema": spec.ema}
+        # Who compares no classes needs no head: a backbone has none.
+        return load_variables(weights, num_classes=None if spec.classes else 0, **known)
     except UserError as error:
         if weights not in sources_of(spec.weights):
             raise
