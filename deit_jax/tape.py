@@ -72,12 +72,16 @@ def views(
     or steps that the run does not have.
     """
     experiment, dataset = prepare(_views_alone(files.config_of(config)))
-    stop = experiment.total_steps if stop is None else stop
-    if not 0 <= start <= stop <= experiment.total_steps:
-        raise UserError(
-            f"start={start}, stop={stop}: the run has the steps 0 to {experiment.total_steps - 1}"
-        )
+    stop = _checked_stop(start, stop, experiment.total_steps)
     return _views(experiment, dataset, np.arange(start, stop))
+
+
+def _checked_stop(start: int, stop: int | None, total: int) -> int:
+    """Return where steps end; raise UserError unless the run has them."""
+    stop = total if stop is None else stop
+    if not 0 <= start <= stop <= total:
+        raise UserError(f"start={start}, stop={stop}: the run has the steps 0 to {total - 1}")
+    return stop
 
 
 def _views_alone(given: ConfigDict) -> ConfigDict:
@@ -206,7 +210,7 @@ class Writer:
 
     def views(self, start: int = 0, stop: int | None = None) -> Iterator[View]:
         """Iterate over those of the steps start … stop - 1 that the tape lacks; see `views`."""
-        stop = self.steps if stop is None else stop
+        stop = _checked_stop(start, stop, self.steps)
         steps = [step for step in self.missing() if start <= step < stop]
         return _views(self._experiment, self._dataset, np.array(steps, np.int64))
 

@@ -75,7 +75,7 @@ def counts_wrong():
 
 def is_grey():
     def apply(params, images):
-        return jnp.zeros((images.shape[0], 10)) + images.mean()
+        return jnp.arange(10.0) + images.mean((1, 2, 3))[:, None]
 
     return make(apply=apply, channels=1, mean=(0.5,), std=(0.5,))
 

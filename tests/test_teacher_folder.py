@@ -1,5 +1,6 @@
 """Teacher folders: a JAX function comes back as it was, and damage is refused in a line."""
 
+import hashlib
 import json
 import re
 
@@ -163,6 +164,8 @@ REFUSED = {
     "numpy": (lambda p, x: np.asarray(x), "apply.* fails for images .*2 8 10 3"),
     "raises": (lambda p, x: 1 / 0, "ZeroDivisionError|division by zero"),
     "fixed": (lambda p, x: x.reshape(2, -1)[:, :4], "for any number of images .*one an image"),
+    "nan": (lambda p, x: x.mean((1, 2))[:, :1] * jnp.full(4, jnp.nan), "are not finite"),
+    "mixed": (lambda p, x: x[:, 0, :1, 0] - x.mean() + jnp.arange(4.0), "depend on the other"),
     "branch": (lambda p, x: x[:, 0, 0] if x.sum() > 0 else x, "function that JAX can trace"),
 }
 
@@ -191,6 +194,13 @@ def test_a_flipped_bit_is_seen(written, name):
     refused(written, f"{re.escape(name)} is damaged.*convert")
 
 
+def sealed(said):
+    """Return a description with the checksum of what it says."""
+    said = {key: value for key, value in said.items() if key != "sha256_of_this"}
+    whole = json.dumps(said, sort_keys=True).encode()
+    return json.dumps(said | {"sha256_of_this": hashlib.sha256(whole).hexdigest()})
+
+
 def test_a_damaged_or_foreign_description_is_refused(written):
     file = written / "teacher.json"
     text = file.read_text()
@@ -200,16 +210,21 @@ def test_a_damaged_or_foreign_description_is_refused(written):
     refused(written, "format 2, and this version reads format 1; install")
     file.write_text("{}")
     refused(written, "does not say its format")
+    file.write_text(text.replace('"red"', '"rod"'))
+    refused(written, "is not as it was written; .*convert")
     for key, value in {"channels": 4, "std": [1, 0, 1], "image_size": -1, "sha256": None}.items():
-        file.write_text(json.dumps(json.loads(text) | {key: value}))
+        file.write_text(sealed(json.loads(text) | {key: value}))
         refused(written, key if key != "channels" else "not of 4 channels")
-    file.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "mean"}))
+    file.write_text(sealed({k: v for k, v in json.loads(text).items() if k != "mean"}))
     refused(written, "mean=None is not what it must be")
 
 
 def test_a_missing_file_or_folder_is_named(written, tmp_path):
     (written / "program_float32.bin").unlink()
     refused(written, r"program_float32\.bin: cannot be read \(No such file")
+    (written / "teacher.json").unlink()
+    assert is_folder(written)
+    refused(written, "holds no teacher.json")
     refused(tmp_path / "nothing", "no teacher folder")
 
 
@@ -228,7 +243,7 @@ def test_weights_of_another_program_are_refused(written, tmp_path):
     said = json.loads((written / "teacher.json").read_text())
     other = json.loads((tmp_path / "other" / "teacher.json").read_text())
     said["sha256"][name] = other["sha256"][name]
-    (written / "teacher.json").write_text(json.dumps(said))
+    (written / "teacher.json").write_text(sealed(said))
     refused(written, r"its weights are not those of its program \(more\)")
 
 

@@ -98,15 +98,27 @@ def test_what_makes_no_teacher_is_refused_in_a_line(name, here, torch, tmp_path,
     assert not (tmp_path / "t").exists()
 
 
-def test_weights_that_are_not_finite_are_noted(here, torch, capsys):
+def test_what_is_not_finite_or_follows_the_batch_teaches_nobody(here, torch, capsys):
     here(
         "nets_c",
         NET + "\ndef bad():\n    net = plain()\n    net.fc.bias.data[1] = torch.nan\n"
-        "    return net, {'image_size': 8}\n",
+        "    return net, {'image_size': 8}\n"
+        "def mixed():\n    net, forward = plain(), type(plain()).forward\n"
+        "    class Mixed(type(net)):\n        def forward(self, x):\n"
+        "            return forward(self, x - x.mean(0, keepdim=True))\n"
+        "    net.__class__ = Mixed\n    return net, {'image_size': 8}\n"
+        "def sure():\n    net = plain()\n"
+        "    return torch.nn.Sequential(net, torch.nn.Softmax(-1)), {'image_size': 8}\n",
     )
-    code, out, _ = run(capsys, "convert", "torch:nets_c:bad", "t")
+    code, _, err = run(capsys, "convert", "torch:nets_c:bad", "t")
+    assert code == 1
+    assert "its logits of an image of noise are not finite, as its weights fc.bias are" in err
+    code, _, err = run(capsys, "convert", "torch:nets_c:mixed", "t")
+    assert code == 1
+    assert "depends on the other images of its batch" in err
+    code, out, _ = run(capsys, "convert", "torch:nets_c:sure", "t")
     assert code == 0
-    assert "1 of its weights are not finite: fc.bias" in out
+    assert "these are probabilities" in out
 
 
 def test_python_functions_and_wrong_names(here, capsys):

@@ -32,6 +32,8 @@ from deit_jax.workdir.which import LATEST
 
 log = logging.getLogger("deit_jax")
 
+NO_HEAD = "has no head"  # as weights/load.py says it
+
 IMAGES = 5000
 TOKEN_IMAGES = 128  # that the tokens' cosine is averaged over
 ATTENTION_IMAGES = 5
@@ -120,6 +122,11 @@ def _run(workdir: Path, name: str, images: int, which: tuple[str | int, bool]) -
         if which != (LATEST, False):  # it was asked for
             raise
         opened, notes["checkpoint"] = None, str(error)
+        if NO_HEAD in str(error):
+            notes["checkpoint"] = (
+                "trained on images without labels: there is no head, and nothing to evaluate; "
+                "`deit eval --probe=knn` asks its features"
+            )
         if figures["step"] == 0 and exists(workdir / "teacher" / "config.json"):
             notes["checkpoint"] += f"; its teacher is a run of its own, {workdir / 'teacher'}"
     try:

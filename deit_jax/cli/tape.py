@@ -59,6 +59,10 @@ def main(argv: list[str]) -> None:
     run[name](command, places)
 
 
+# What a kind keeps; of others both answers and features.
+WHAT = {"hard": "labels", "soft": "kept log-probabilities", "feature": "features"}
+
+
 def _command(argv: list[str]) -> Command:
     command = Command("tape", TAPE_DOC)
     command.add_config(argv)
@@ -122,7 +126,7 @@ def _check(command: Command, places: list[str]) -> None:
     if options.json:
         _print(facts, as_json=True)
     else:
-        what = "kept log-probabilities" if facts["kind"] == "soft" else "labels"
+        what = WHAT.get(facts["kind"], "answers and features")
         most = facts["largest_difference"]
         apart = "" if most is None else f"; the largest difference of one is {most:.3g}"
         print(
@@ -153,7 +157,8 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
         print()
         return
     top = f", {facts['top_k']} classes of each answer" if facts["top_k"] else ""
-    print(f"{facts['path']}: {facts['kind']} labels{top}, written by {facts['written_by']}")
+    kept = WHAT.get(facts["kind"], "answers and features")
+    print(f"{facts['path']}: {kept}{top}, written by {facts['written_by']}")
     print(f"{facts['recorded']} of {facts['steps']} steps recorded, {facts['bytes'] / 1e6:.2f} MB")
     if missing := facts["missing"]:
         more = f" and {len(missing) - MANY} more" if len(missing) > MANY else ""

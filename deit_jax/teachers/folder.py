@@ -7,6 +7,7 @@ one program of jax.export, of any batch and for every platform: what to call wit
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,13 @@ import deit_jax
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
 from deit_jax.storage import backend, exists, write_json
-from deit_jax.teachers.programs import DTYPES, Programs, programs_of
+from deit_jax.teachers.programs import DTYPES, Programs, check_says, programs_of
 from deit_jax.teachers.teacher import Teacher
 
+log = logging.getLogger("deit_jax")
+
 FORMAT = 1
-DESCRIPTION, WEIGHTS = "teacher.json", "weights.safetensors"
+DESCRIPTION, WEIGHTS, OWN = "teacher.json", "weights.safetensors", "sha256_of_this"
 AGAIN = "write the folder again with `deit convert`, or restore it from a copy"
 _CONVENTIONS = ("name", "classes", "also_called", "mean", "std", "channels", "multi_label")
 
@@ -57,7 +60,7 @@ def program_file(dtype: str) -> str:
 
 def is_folder(path: str | Path) -> bool:
     """Return whether a path is a teacher folder, whole or not."""
-    return exists(Path(path) / DESCRIPTION)
+    return any(exists(Path(path) / name) for name in (DESCRIPTION, *map(program_file, DTYPES)))
 
 
 def write_teacher(
@@ -78,6 +81,9 @@ def write_teacher(
     path = Path(path)
     check_free(path, force)
     made = programs_of(teacher)
+    if versions is None:  # who converts has compared it with what it was made of
+        for note in check_says(teacher):
+            log.warning("%s: %s", teacher.name, note)
     known = {"jax": jax.__version__, "deit_jax": deit_jax.__version__, **(versions or {})}
     described = Description(
         source=source or teacher.name,
@@ -94,6 +100,7 @@ def write_teacher(
         names = tuple(f"class {i}" for i in range(made.num_classes))
         teacher = dataclasses.replace(teacher, classes=names)
     whole = json.loads(json.dumps(_described(teacher, described, contents), default=str))
+    whole[OWN] = _checksum(whole)
     if wrong := _wrong(whole):
         raise UserError(f"{teacher.name}: {wrong}")
     try:
@@ -101,6 +108,12 @@ def write_teacher(
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     return described
+
+
+def _checksum(described: dict[str, Any]) -> str:
+    """Return the checksum of what teacher.json says, but for the checksum itself."""
+    said = {key: value for key, value in described.items() if key != OWN}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def check_free(path: Path, force: bool) -> None:
@@ -168,6 +181,8 @@ def read_description(path: str | Path) -> dict[str, Any]:
 
 def _wrong(said: dict[str, Any]) -> str:
     """Return what of a description is not as it must be, "" where nothing is."""
+    if said.get(OWN) != _checksum(said):
+        return "is not as it was written"
     for key, is_valid in _VALID.items():
         if key not in said or not is_valid(said[key]):
             return f"{key}={said.get(key)!r:.60} is not what it must be"

@@ -1,6 +1,7 @@
 """Teachers by what people call them: a folder, a model of timm, a function of their own."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from deit_jax.errors import UserError
@@ -8,8 +9,10 @@ from deit_jax.shapes import Size
 from deit_jax.storage import exists, read_json
 from deit_jax.teachers.folder import is_folder, open_folder
 from deit_jax.teachers.functions import call_function
-from deit_jax.teachers.programs import check_answer
+from deit_jax.teachers.programs import check_answer, check_fields, check_says
 from deit_jax.teachers.teacher import Teacher
+
+log = logging.getLogger("deit_jax")
 
 TIMM, TORCH, PYTHON = "timm:", "torch:", "python:"
 KINDS = (TIMM, TORCH, PYTHON)
@@ -35,7 +38,10 @@ def open_python(text: str) -> Teacher:
     made = call_function(text)
     if not isinstance(made, Teacher):
         raise UserError(f"{text}: returns a {type(made).__name__}, not a deit_jax.Teacher")
+    check_fields(made)
     answers = check_answer(made)
+    for note in check_says(made):
+        log.warning("%s: %s", text, note)
     if not made.classes and "logits" in answers:
         count = answers["logits"].shape[1]
         made = dataclasses.replace(made, classes=tuple(f"class {i}" for i in range(count)))

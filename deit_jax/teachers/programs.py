@@ -1,6 +1,7 @@
 """Any teacher as programs that jax.export keeps: one for each dtype, of any batch, everywhere."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deit_jax.teachers.teacher import FEATURES, LOGITS, Teacher
 DTYPES = ("float32", "bfloat16")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PLAIN_SIDE = 224
+APART = 1e-3  # of the largest answer: what the other images of a batch may change by rounding
 # What a function that JAX traces, or a program that it reads, can raise: anything.
 Anything = Exception
 
@@ -36,6 +38,7 @@ class Written:
 
 def programs_of(teacher: Teacher) -> Written:
     """Return a teacher's programs; raise UserError where its `apply` does not keep the contract."""
+    check_fields(teacher)
     flat, rebuild = _flattened(teacher)
     answers = check_answer(teacher)
     blobs = {}
@@ -131,6 +134,20 @@ def answer(said: Any) -> dict[str, jax.Array]:
     return {key: value.astype(jnp.float32) for key, value in said.items()}
 
 
+def check_fields(teacher: Teacher) -> None:
+    """Raise UserError for names and sizes that are none."""
+    for key in ("classes", "also_called"):
+        names = getattr(teacher, key)
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise UserError(
+                f"{teacher.name}: {key}={names!r:.60}: give a list of names, () for none"
+            )
+    if teacher.image_size is not None and min(sides(teacher.image_size)) < 1:
+        raise UserError(
+            f"{teacher.name}: image_size={teacher.image_size}: give pixels, None for any size"
+        )
+
+
 def check_answer(teacher: Teacher, batch: int = 2) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of what `apply` answers; raise UserError unless they keep the contract."""
     height, width = sides(teacher.image_size or PLAIN_SIDE)
@@ -162,6 +179,44 @@ def check_answer(teacher: Teacher, batch: int = 2) -> dict[str, jax.ShapeDtypeSt
     return answers
 
 
+def check_says(teacher: Teacher) -> tuple[str, ...]:
+    """Return notes on what a teacher says of noise; raise UserError for what nobody can learn from.
+
+    That is what is not finite, and an answer to an image that depends on the others of its batch.
+    """
+    height, width = sides(teacher.image_size or PLAIN_SIDE)
+    shape = (3, height, width, teacher.channels)
+    first, second, third = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    apply = jax.jit(lambda params, images: answer(teacher.apply(params, images)))
+    said = [
+        jax.device_get(apply(teacher.params, np.stack([first, other])))
+        for other in (second, 3 * third + 2)
+    ]
+    for key, rows in said[0].items():
+        if not np.isfinite(rows).all():
+            raise UserError(
+                f"{teacher.name}: its {key} of an image of noise are not finite; see its weights"
+            )
+        if np.abs(rows[0] - said[1][key][0]).max() > APART * max(np.abs(rows).max(), 1e-6):
+            raise UserError(
+                f"{teacher.name}: its {key} of an image depend on the other images of the batch; a "
+                "teacher must answer each by itself"
+            )
+    return tuple(note for note in (probabilities(said[0].get(LOGITS)),) if note)
+
+
+def probabilities(logits: np.ndarray | None) -> str:
+    """Return a note where what shall be logits are probabilities, "" where they are not."""
+    if logits is None or logits.shape[1] < 2 or (logits < 0).any():
+        return ""
+    if np.abs(logits.sum(1) - 1).max() > 1e-3:
+        return ""
+    return (
+        "its answers are positive and sum to 1: these are probabilities, and soft distillation "
+        "takes logits; leave the softmax out"
+    )
+
+
 def _fits(x: Any, batch: int = 2) -> bool:
     kind = getattr(x, "dtype", None)
     is_float = kind is not None and jnp.issubdtype(kind, jnp.floating)
@@ -191,6 +246,11 @@ def _check_names(teacher: Teacher, answers: dict[str, Any]) -> None:
     for key in ("mean", "std"):
         if len(getattr(teacher, key)) != teacher.channels:
             raise UserError(f"{teacher.name}: {key} must have {teacher.channels} numbers")
+        if max(getattr(teacher, key)) > 1:
+            raise UserError(
+                f"{teacher.name}: {key}={tuple(getattr(teacher, key))}: pixels go from 0 to 1; "
+                "divide by 255"
+            )
 
 
 def _in_words(said: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, sides
 from deit_jax.teachers import torch_graph
-from deit_jax.teachers.programs import first_line
+from deit_jax.teachers.programs import APART, first_line, probabilities
 from deit_jax.teachers.teacher import FEATURES, LOGITS, Teacher
 from deit_jax.teachers.torch_lowering import Lowered
 
@@ -79,6 +79,7 @@ def convert_module(source: Source) -> Converted:
     network = torch_graph.capture(
         source.with_features or source.module, source.image_size, source.channels, source.asked
     )
+    _check_finite(source, answers)
     _check_apart(source, images)
     notes = list(source.notes)
     if keys == (LOGITS,):
@@ -93,6 +94,8 @@ def convert_module(source: Source) -> Converted:
     torch_graph.split_products(network)
     if names := torch_graph.not_finite(network):
         notes.append(f"{len(names)} of its weights are not finite: {', '.join(names[:3])}")
+    if note := probabilities(answers.get(LOGITS)):
+        notes.append(note)
     apply = Lowered(network, keys, source.asked)
     teacher = Teacher(
         apply=apply,
@@ -146,11 +149,23 @@ def _ask(source: Source) -> tuple[tuple[str, ...], dict[str, np.ndarray], torch.
     return (LOGITS,), answers, images
 
 
+def _check_finite(source: Source, answers: dict[str, np.ndarray]) -> None:
+    for key, values in answers.items():
+        if not np.isfinite(values).all():
+            names = [k for k, x in source.module.state_dict().items() if not x.isfinite().all()]
+            of = f", as its weights {', '.join(names[:3])} are" if names else ""
+            raise UserError(
+                f"{source.asked}: its {key} of an image of noise are not finite{of}; nobody can "
+                "learn from it"
+            )
+
+
 def _check_apart(source: Source, images: torch.Tensor) -> None:
     """Raise UserError where what is said of an image depends on the others."""
+    other = torch.stack([images[0], 3 * images[1] + 2])
     with torch.no_grad():
-        both, twice = (source.module(x)[0].nan_to_num() for x in (images, images[[0, 0]]))
-    if float((both - twice).abs().max()) > _MOST * float(both.abs().max()):
+        both, twice = (source.module(x)[0] for x in (images, other))
+    if float((both - twice).abs().max()) > APART * max(float(both.abs().max()), 1e-6):
         raise UserError(
             f"{source.asked}: the answer to an image depends on the other images of its batch; a "
             "teacher must answer each by itself: let batch norm track its averages"
@@ -193,8 +208,6 @@ def _difference(source: Source, teacher: Teacher, images: torch.Tensor, answers)
         said = lowered.compile(compiler_options=options)(teacher.params, shown)
     worst = 0.0
     for key, wanted in answers.items():
-        if not np.isfinite(wanted).all():
-            continue  # of weights that are not finite, which is noted
         largest = max(float(np.abs(wanted).max()), 1e-6)
         share = float(np.abs(np.asarray(said[key]) - wanted).max()) / largest
         if not share <= _MOST:

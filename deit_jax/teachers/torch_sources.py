@@ -136,7 +136,8 @@ def _from_file(timm, asked, name, file, image_size, ema: bool, notes: list[str])
         try:
             if convert is None:
                 raise error
-            model.load_state_dict(convert(state, model))
+            model.load_state_dict(fitted := convert(dict(state), model))
+            notes += _resampled(state, fitted)
         except Exception as again:
             reason = " ".join(str(again).split())
             raise UserError(
@@ -144,6 +145,24 @@ def _from_file(timm, asked, name, file, image_size, ema: bool, notes: list[str])
                 "it was trained as"
             ) from again
     return model
+
+
+def _resampled(state: dict[str, torch.Tensor], fitted: dict[str, torch.Tensor]) -> list[str]:
+    """Return a note on tensors that timm gave another shape; raise ValueError for a first layer's.
+
+    Positions follow the size of the images. Patches of another size are another network.
+    """
+    both = state.keys() & fitted.keys()
+    changed = sorted(k for k in both if state[k].shape != fitted[k].shape)
+    for name in changed:
+        before, after = (list(x[name].shape) for x in (state, fitted))
+        if state[name].ndim == 4 and fitted[name].ndim == 4 and "pos" not in name:
+            raise ValueError(f"{name} is {before} there, and {after} in timm's model")
+    if not changed:
+        return []
+    shapes = (list(x[changed[0]].shape) for x in (state, fitted))
+    resized = " to ".join(map(str, shapes))
+    return [f"{changed[0]} resized from {resized}, with {len(changed) - 1} others"]
 
 
 def _average(helpers, file: str, state) -> dict | None:

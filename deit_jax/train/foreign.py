@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deit_jax.data.classes import align
+from deit_jax.data.sources.splits import listed
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, sides, text
 from deit_jax.step.distill.base import Outputs
@@ -61,7 +62,10 @@ def unnamed(spec: TeacherSpec, given: Teacher, weights: str, num_classes: int) -
     if not wide:
         raise UserError(f"{where}: the teacher {NO_CLASSES}")
     if wide < num_classes:
-        raise UserError(f"{where}: the teacher knows {wide} classes, the data has {num_classes}")
+        raise UserError(
+            f"{where}: the teacher knows {wide} classes ({listed(given.classes, 5)}), and the data "
+            f"has {num_classes}; take one that knows them all, or distill.kind=feature"
+        )
     return dataclasses.replace(teacher, columns=tuple(range(num_classes)))
 
 

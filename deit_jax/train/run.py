@@ -54,6 +54,8 @@ def train(
     weights = spec.weights_path(workdir) if spec else ""
     if spec and spec.weights:
         teacher = load_teacher(spec, weights, dataset.classes)
+    if config.distill.kind == "none" and config.teacher.weights:
+        log.warning("config.teacher.weights is not used: config.distill.kind=none asks no teacher")
     start = fitted_weights(experiment, workdir, dataset.classes)
     tape = None
     if spec and not spec.answers:  # that it does not fit is told before anything is written

@@ -17,6 +17,7 @@ from deit_jax.models import cudnn, vit
 from deit_jax.models.build import build_model, in_channels, without_bfloat16
 from deit_jax.parallel.sharding import mesh_sizes
 from deit_jax.shapes import simplest, text
+from deit_jax.step.distill.feature import FEATURE_LOSSES
 from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
@@ -47,6 +48,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "data.balance": ("none", *WEIGHTS),
         "data.decoder": ("auto", *reversed(DECODERS)),
         "distill.kind": ("none", *DISTILLATIONS),
+        "distill.feature_loss": tuple(FEATURE_LOSSES),
         "loss.kind": tuple(LABEL_LOSSES),
         "optim.name": tuple(OPTIMIZERS),
     }

@@ -125,6 +125,8 @@ def _file_in(folder: Path) -> Path | None:
 def _file_in_folder(folder: Path) -> Path:
     if file := _file_in(folder):
         return file
+    if (folder / "teacher.json").exists():
+        raise ValueError(f"{folder} is a teacher folder: it is for config.teacher.weights alone")
     raise ValueError(
         f"{folder} holds neither {', '.join(IN_FOLDER)} nor an Orbax checkpoint, and is not the "
         "workdir of a `deit train` run"
