@@ -39,7 +39,10 @@ def test_what_a_file_of_timm_holds_decides(torch, timm, tmp_path):
 
     grey = tmp_path / "grey.pth"
     torch.save(timm.create_model("test_vit", in_chans=1).state_dict(), grey)
+    patches = tmp_path / "patches.pth"
+    torch.save(timm.create_model("test_vit", img_size=32, patch_size=8).state_dict(), patches)
     for text, options, message in (
+        (f"timm:test_vit@{patches}", {"image_size": 32}, "patch_embed.proj.weight is .* there"),
         (f"timm:test_vit@{grey}", {}, "for images of 1 channels, whose mean and std no file"),
         (f"timm:test_vit@{file}", {"num_classes": 7}, "its weights have 5 classes; leave it out"),
         (f"timm:test_resnet@{file}", {}, "does not fit timm's test_resnet"),
