@@ -204,6 +204,7 @@ def test_images_without_labels_train_a_backbone_that_others_start_from(
         ({"distill.kind": "hard"}, r"data.source=.*has no labels; learn a teacher's features"),
         ({"teacher.weights": "", "teacher.epochs": 1.0}, "no teacher can be trained on images"),
         ({"distill.label_weight": 0.5}, r"distill.label_weight=0.5: there are no labels"),
+        ({"distill.schedule": "alpha=linear:1"}, "alpha shares the loss with labels, and there"),
         ({"train.patience_epochs": 1.0}, r"train.patience_epochs=1.0: nothing is evaluated"),
         ({"data.source": "images:nowhere"}, "nowhere"),
     ],

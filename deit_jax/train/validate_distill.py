@@ -122,6 +122,12 @@ def _check_unlabelled(check) -> None:
         "teacher.weights",
         "no teacher can be trained on images without labels; give one",
     )
+    names = [change.name for change in parse_schedule(check["distill.schedule"])]
+    check(
+        "alpha" not in names,
+        "distill.schedule",
+        "alpha shares the loss with labels, and there are none; take teacher_weight",
+    )
     check(
         check["distill.label_weight"] is None,
         "distill.label_weight",
