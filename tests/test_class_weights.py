@@ -78,7 +78,8 @@ def test_both_heads_are_weighted(torch, kind):
 
 
 def test_the_teachers_term_is_not_weighted():
-    distill = ConfigDict({"kind": "hard", "alpha": 0.5, "tau": 1.0, "reduction": "batchmean"})
+    distill = base.get_config().distill
+    distill.kind = "hard"
     heads = Heads(jnp.array(LOGITS), jnp.array(OTHER))
     given = (heads, jnp.array(mixed(0.1)), jnp.argmax(jnp.array(OTHER), -1), distill)
     plain, weighted = objective(*given)[1], objective(*given, class_weights=WEIGHTS)[1]

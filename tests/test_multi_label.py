@@ -53,9 +53,10 @@ def settings(kind, **fields):
 def painted(tmp_path_factory):
     """Return a folder of images that are red, green and blue or not, and a table of which."""
     root, rows = tmp_path_factory.mktemp("painted"), ["file,labels"]
+    rng = np.random.default_rng(5)  # its own: other files take these images too
     for number in range(72):
         on = [number >> bit & 1 for bit in range(3)]
-        pixels = RNG.integers(0, 60, (16, 16, 3)) + 180 * np.array(on)
+        pixels = rng.integers(0, 60, (16, 16, 3)) + 180 * np.array(on)
         Image.fromarray(pixels.astype(np.uint8)).save(root / f"{number}.png")
         names = [name for name, there in zip(COLOURS, on, strict=True) if there]
         rows.append(f"{number}.png,{'|'.join(names)}")
@@ -173,7 +174,7 @@ def test_an_evaluation_ranks_the_examples_that_can_be_read(painting, tmp_path, b
     experiment.data.skip_unreadable = bool(broken)
     source, mesh = dataset.eval, make_mesh(painting.mesh)
     shown = [source[i] for i in range(len(source))]
-    matrix = RNG.normal(size=(3, 3)).astype(np.float32)
+    matrix = np.random.default_rng(6).normal(size=(3, 3)).astype(np.float32)
 
     class Torn:
         labels = source.labels
