@@ -1,11 +1,13 @@
 """What the frozen teacher adds to a training step on TPUs, by XLA's estimate.
 
     python -m benchmarks.teacher [--images=32,128] [--topology=v5e:4x4] [--out=FILE]
+    python -m benchmarks.teacher --rows=teacher --images=128 [--model=NAME | --weights=FOLDER]
 
 The teacher (RegNetY-16GF, batch norm folded, bfloat16, hard labels) alone on one chip, whole and in
 parts of 32 images; DeiT-B's step without it; both in one program. Also what the compiled teacher
 computes in and gives out, and the order of it all. Needs the extra `plan`; no TPU. Rows that FILE
 already has are not compiled again: a fused one takes five minutes of one core, others one or two.
+With --model another of our networks teaches, with --weights a teacher folder.
 """
 
 import argparse
@@ -31,18 +33,20 @@ PART = 32  # images of DeiT-B in a micro-batch on a TPU
 ROWS = ("teacher", "teacher in parts", "student", "fused")
 
 
-def config_of(images: int, kind: str, chips: int = 1):
+def config_of(images: int, kind: str, chips: int = 1, weights: str = "", model: str = ""):
     """Return the paper's DeiT-B with a distillation token, in bfloat16."""
     config = deit.get_config("variant=base,distilled=True")
     config.batch_size, config.dtype, config.distill.kind = images * chips, "bfloat16", kind
+    config.teacher.weights = weights
+    config.teacher.model.name = model or config.teacher.model.name
     return config
 
 
-def teacher_alone(topology: str, images: int, part: int):
+def teacher_alone(topology: str, images: int, part: int, **teacher: str):
     """Compile the teacher's labels of a chip's images, taken so many at a time."""
     place = jax.sharding.SingleDeviceSharding(plan.devices_of(topology, 1)[0])
     devices = plan.devices_of(topology, 1)[:1]
-    experiment = resolve(config_of(images, "hard"), 1000, 1_281_167, devices)
+    experiment = resolve(config_of(images, "hard", **teacher), 1000, 1_281_167, devices)
     teacher, params = experiment.abstract_teacher()
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -58,10 +62,10 @@ def teacher_alone(topology: str, images: int, part: int):
         return jax.jit(labels).lower(*shapes).compile()
 
 
-def step(topology: str, images: int, kind: str):
+def step(topology: str, images: int, kind: str, **teacher: str):
     """Compile the training step of a run, with the teacher for kind "hard"."""
     devices = plan.devices_of(topology, 1)
-    config = config_of(images, kind, len(devices))
+    config = config_of(images, kind, len(devices), **teacher)
     experiment = resolve(config, 1000, 1_281_167, devices)
     with plan.quiet():
         return plan.lower_step(experiment)[0].compile()
@@ -91,12 +95,14 @@ def order(text: str) -> list[str]:
     return [kind for kind, _ in itertools.groupby(found)]
 
 
-def measure(row: str, topology: str, images: int) -> dict:
+def measure(row: str, topology: str, images: int, **teacher: str) -> dict:
     """Return the figures of a row."""
     if row.startswith("teacher"):
-        compiled = teacher_alone(topology, images, PART if row.endswith("parts") else images)
+        part = PART if row.endswith("parts") else images
+        compiled = teacher_alone(topology, images, part, **teacher)
     else:
-        compiled = step(topology, images, "hard" if row == "fused" else "none")
+        kind = "hard" if row == "fused" else "none"
+        compiled = step(topology, images, kind, **(teacher if row == "fused" else {}))
     text = compiled.as_text()
     cost, memory = hlo_cost.cost(text), compiled.memory_analysis()
     result = {
@@ -121,18 +127,24 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--model", default="", help="the teacher's, if not regnety_160")
+    parser.add_argument("--weights", default="", help="a teacher folder")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     found = {"topology": args.topology, "rows": []}
     if args.out and args.out.exists():
         found = json.loads(args.out.read_text())
+    known = (found.get("weights", ""), found.get("model", ""))
+    if found["rows"] and known != (args.weights, args.model):
+        parser.error(f"{args.out} is of another teacher")
+    found |= {"weights": args.weights, "model": args.model}
     found |= {name: metadata.version(name) for name in ("jax", "libtpu")}
     wanted = [(r, int(n)) for n in args.images.split(",") for r in args.rows.split(",")]
     for row, images in wanted:
         have = [r for r in found["rows"] if (r["row"], r["images"]) == (row, images)]
         if have or (row == "teacher in parts" and images <= PART):
             continue
-        result = measure(row, args.topology, images)
+        result = measure(row, args.topology, images, weights=args.weights, model=args.model)
         found["rows"].append(result)
         print(f"{row}, {images} a chip: {result['estimated_cycles'] / 1e6:.1f} M", flush=True)
         if args.out:

@@ -21,6 +21,7 @@ from deit_jax.config import files
 from deit_jax.data.classes import align
 from deit_jax.data.sources.assemble import NEWEST_RULES
 from deit_jax.data.sources.base import Dataset
+from deit_jax.data.sources.registry import has_labels
 from deit_jax.errors import UserError
 from deit_jax.models.heads import Heads
 from deit_jax.parallel import sharding
@@ -37,7 +38,6 @@ from deit_jax.train.tape.layout import pack
 from deit_jax.train.tape.session import TapeRecorder, alone, layout_of, writable
 from deit_jax.train.tape.tape import runs_of
 from deit_jax.train.teacher_spec import UNSET
-from deit_jax.train.validate_distill import UNLABELLED
 from deit_jax.workdir.which import LATEST
 
 __all__ = ["View", "Writer", "check", "join", "views"]
@@ -90,7 +90,7 @@ def _views_alone(given: ConfigDict) -> ConfigDict:
     config.distill.update(UNSET)
     config.teacher.shares, config.teacher.combine = "", "logits"
     config.distill.kind, config.teacher.weights, config.teacher.tape = "none", "", "off"
-    if config.data.source.startswith(UNLABELLED):  # of which only features are learned
+    if not has_labels(config.data.source):  # of such images only features are learned
         config.distill.kind, config.teacher.tape = "feature", "replay"
         config.teacher.tape_path = NO_TAPE
     config.teacher.checkpoint, config.teacher.ema = LATEST, False

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from deit_jax import tape as outside
+from deit_jax.analysis.evaluate import open_evaluation
 from deit_jax.analysis.features import features
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.models.registry import create_model
 from deit_jax.step.distill.feature import FEATURE_LOSSES
@@ -172,6 +174,32 @@ def photographs(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
     return tmp_path / "photographs"
+
+
+def test_every_image_below_a_folder_is_taken_once(config, photographs):
+    (photographs / "again.png").symlink_to(photographs / "0/deeper/0.png")
+    (photographs / "of_another.png").symlink_to(photographs.parent / "nowhere.png")
+    config.data.source = f"images:{photographs}"
+    dataset = open_dataset(config.data)
+    keys = [dataset.train.key(i) for i in range(len(dataset.train))]
+    assert sorted(keys) == sorted(f"{i % 3}/deeper/{i}.png" for i in range(12))
+    assert dataset.reading.left_out["links to images that are there"] == 1
+    assert (len(dataset.eval), dataset.classes) == (0, [])
+    with pytest.raises(UserError, match="its images have no labels to compare answers with"):
+        open_evaluation(config, "anything", "deit_tiny_patch16_224")
+    config.data.eval_split = "test"
+    with pytest.raises(UserError, match=r"data.eval_split=test: .* has no parts; leave it out"):
+        open_dataset(config.data)
+
+
+def test_a_function_is_called_once_for_its_shapes_and_its_numbers(config, monkeypatch):
+    calls = []
+    monkeypatch.setitem(globals(), "counted", lambda: calls.append(1) or tiny_teacher())
+    config.teacher.weights = f"python:{__name__}:counted"
+    load_whole(config)
+    assert len(calls) == 1
+    load_whole(config)  # another run may find another function
+    assert len(calls) == 2
 
 
 @pytest.mark.slow

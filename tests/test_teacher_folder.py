@@ -14,6 +14,8 @@ from deit_jax import Teacher, write_teacher
 from deit_jax.errors import UserError
 from deit_jax.teachers import folder
 from deit_jax.teachers.folder import is_folder, open_folder
+from deit_jax.teachers.open import in_dtype
+from deit_jax.teachers.programs import answer
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -77,6 +79,13 @@ def test_bfloat16_computes_in_it_and_answers_in_float32(written):
     assert {x.dtype.name for x in said.values()} == {"float32"}
     np.testing.assert_allclose(said["logits"], by_numpy(IMAGES)[0], atol=0.1)
     assert not (np.asarray(said["logits"]) == by_numpy(IMAGES)[0]).all()
+
+
+def test_a_function_computes_in_bfloat16_as_its_folder_does(written):
+    half = in_dtype(teacher(), "bfloat16")
+    folder = open_folder(written, "bfloat16")
+    own, its = (answer(x.apply(x.params, jnp.array(IMAGES))) for x in (half, folder))
+    np.testing.assert_array_equal(own["features"], its["features"])
 
 
 def test_shapes_come_from_the_header_alone(written):

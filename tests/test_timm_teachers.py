@@ -143,9 +143,6 @@ FAMILIES = {  # timm's names, and sizes of images: small where the network lets 
 }
 
 
-NOT_YET = {}  # names, and the operation that torchax lacks
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_of_timm(name, torch, timm, capsys):
@@ -166,10 +163,6 @@ def test_families_of_timm(name, torch, timm, capsys):
     source = Source(
         asked=f"timm:{name}", name=name, module=model, with_features=heads, **convention
     )
-    if name in NOT_YET:
-        with pytest.raises(UserError, match=NOT_YET[name]):
-            convert_module(source)
-        return
     made = convert_module(source)
     images = noise(3, size)
     both, wanted = answers(made.teacher(), images), by_torch(torch, model, images)

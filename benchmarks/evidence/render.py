@@ -93,6 +93,14 @@ def taught(found: Found, arm: str) -> str:
     return spread(values[:1], 2) if values or not found.seeds(arm, "fused") else ""
 
 
+def with_teachers(found: Found, rows: list[list[str]], kinds, column: int) -> list[list[str]]:
+    """Return rows with the top-1 of each one's teacher in a column."""
+    return [
+        [*row[:column], taught(found, arm), *row[column:]]
+        for row, (_, arm, _, _) in zip(rows, kinds, strict=True)
+    ]
+
+
 def table3(found: Found) -> str:
     """Return how the teacher's word reaches the student."""
     kinds = [
@@ -117,9 +125,7 @@ def table2(found: Found) -> str:
         ("transformer", "by-transformer", "fused", "DeiT-B 81.8 → 81.9"),
         ("the same, three times the epochs", "by-long-transformer", "fused", ""),
     ]
-    rows = compared(found, "token", kinds)
-    for row, (_, arm, _, _) in zip(rows, kinds, strict=True):
-        row.insert(1, taught(found, arm))
+    rows = with_teachers(found, compared(found, "token", kinds), kinds, 1)
     head = "teacher | its top-1 % | student, both heads | against the convnet's | paper"
     return markdown(head, rows)
 
@@ -195,9 +201,7 @@ def table10(found: Found) -> str:
         ("and on at 48, with the teacher", "token-48-teacher", "fused", "at 384: 84.5"),
         ("the same, the teacher at 32", "token-48-teacher-32", "fused", ""),
     ]
-    rows = compared(found, "token", kinds)
-    for row, (_, arm, _, _) in zip(rows, kinds, strict=True):
-        row.insert(3, taught(found, arm))
+    rows = with_teachers(found, compared(found, "token", kinds), kinds, 3)
     head = "training | both heads, top-1 % | against 32 pixels | its teacher's top-1 %"
     return markdown(f"{head} | paper: DeiT-B", rows)
 
@@ -264,8 +268,7 @@ def foreign(found: Found) -> str:
         ("its features alone", "features-of-resnet18", "fused", ""),
     ]
     rows = [row[:3] for row in compared(found, "none", kinds)]
-    for row, (_, arm, _, _) in zip(rows, kinds, strict=True):
-        row.insert(1, taught(found, arm))
+    rows = with_teachers(found, rows, kinds, 1)
     head = "what is learned | its teacher's top-1 % | student, both heads | against no teacher"
     return markdown(head, rows)
 

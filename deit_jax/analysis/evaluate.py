@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from deit_jax.data.sources.base import Dataset
-from deit_jax.data.sources.registry import open_dataset
+from deit_jax.data.sources.registry import has_labels, open_dataset
 from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.parallel import sharding
@@ -108,6 +108,11 @@ def open_evaluation(
     `ema` are as in load_variables. Without `heads`, for who asks none, the model gives its
     features, and its classes may be any.
     """
+    if not has_labels(config.data.source):
+        raise UserError(
+            f"config.data.source={config.data.source}: its images have no labels to compare answers with; "
+            "take a source that has"
+        )
     mesh = sharding.make_mesh(config.mesh)
     size = config.model.image_size if "model.image_size" in given else None
     size = None if size is None else simplest(size)

@@ -19,7 +19,7 @@ from deit_jax.analysis import attention, predictions, transformer
 from deit_jax.config.serialize import from_json
 from deit_jax.data.channels import as_colours
 from deit_jax.data.sources.base import Dataset
-from deit_jax.data.sources.registry import open_dataset
+from deit_jax.data.sources.registry import has_labels, open_dataset
 from deit_jax.errors import UserError
 from deit_jax.storage import exists, steps_in
 from deit_jax.train.experiment import length_of
@@ -31,8 +31,6 @@ from deit_jax.workdir import records
 from deit_jax.workdir.which import LATEST
 
 log = logging.getLogger("deit_jax")
-
-NO_HEAD = "has no head"  # as weights/load.py says it
 
 IMAGES = 5000
 TOKEN_IMAGES = 128  # that the tokens' cosine is averaged over
@@ -122,7 +120,7 @@ def _run(workdir: Path, name: str, images: int, which: tuple[str | int, bool]) -
         if which != (LATEST, False):  # it was asked for
             raise
         opened, notes["checkpoint"] = None, str(error)
-        if NO_HEAD in str(error):
+        if not has_labels(figures["source"]):
             notes["checkpoint"] = (
                 "trained on images without labels: there is no head, and nothing to evaluate; "
                 "`deit eval --probe=knn` asks its features"

@@ -80,7 +80,7 @@ def _make_teacher(source: str, path: Path, values) -> None:
     notes, difference = (), None
     if source.startswith(PYTHON):
         teacher = open_python(source)
-        said = write_teacher(teacher, path, source=source, force=values.force)
+        said = write_teacher(teacher, path, source=source, force=values.force, checked=True)
     else:
         made = convert_torch(source, values.num_classes, values.image_size, values.ema)
         teacher, notes, difference = made.in_float32, made.notes, made.difference
@@ -92,6 +92,7 @@ def _make_teacher(source: str, path: Path, values) -> None:
             interpolation=made.interpolation,
             force=values.force,
             versions=made.versions,
+            checked=True,  # against what PyTorch says
         )
     for note in notes:
         print(note)

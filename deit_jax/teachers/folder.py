@@ -72,16 +72,18 @@ def write_teacher(
     interpolation: str | None = None,
     force: bool = False,
     versions: dict[str, str] | None = None,
+    checked: bool = False,
 ) -> Description:
     """Write a teacher folder, whole or not at all; return what it says besides the conventions.
 
-    `force` replaces a teacher folder that is there. Raise UserError where `apply` does not keep the
+    `force` replaces a teacher folder that is there; `checked` is for who knows that its answers are
+    in order. Raise UserError where `apply` does not keep the
     contract of Teacher, or something is in the way.
     """
     path = Path(path)
     check_free(path, force)
     made = programs_of(teacher)
-    if versions is None:  # who converts has compared it with what it was made of
+    if not checked:
         for note in check_says(teacher):
             log.warning("%s: %s", teacher.name, note)
     known = {"jax": jax.__version__, "deit_jax": deit_jax.__version__, **(versions or {})}

@@ -1,10 +1,10 @@
 """Functions by their name, `module:function`, of an installed module or one that lies here."""
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
+from deit_jax.config.files import look_beside
 from deit_jax.errors import UserError
 from deit_jax.teachers.programs import first_line
 
@@ -15,16 +15,14 @@ def call_function(asked: str) -> Any:
     if not module_name or not name:
         kind = asked.partition(":")[0]
         raise UserError(f"{asked}: write {kind}:MODULE:FUNCTION, as in {kind}:my_teachers:make")
-    here = str(Path.cwd())
-    if here not in sys.path:  # last, so that no folder there hides a package
-        sys.path.append(here)
+    look_beside()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
             raise UserError(
-                f"{asked}: there is no module {missing}, neither installed nor in {here}"
+                f"{asked}: there is no module {missing}, neither installed nor in {Path.cwd()}"
             ) from error
         raise UserError(f"{asked}: {module_name} needs {missing}, which is missing") from error
     except Exception as error:  # the module is a program, and may raise anything

@@ -49,7 +49,7 @@ def open_python(text: str) -> Teacher:
 
 
 def in_dtype(teacher: Teacher, dtype: str) -> Teacher:
-    """Return a teacher with the floats among its params in a dtype."""
+    """Return a teacher that is given its floats and images in a dtype, as a folder of it is."""
     import jax
     import jax.numpy as jnp
 
@@ -57,7 +57,10 @@ def in_dtype(teacher: Teacher, dtype: str) -> Teacher:
         is_float = jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return jnp.asarray(x, dtype) if is_float else x
 
-    return dataclasses.replace(teacher, params=jax.tree.map(cast, teacher.params))
+    def apply(params, images):
+        return teacher.apply(params, images.astype(dtype))
+
+    return dataclasses.replace(teacher, apply=apply, params=jax.tree.map(cast, teacher.params))
 
 
 def convert_torch(

@@ -118,9 +118,10 @@ def _from_file(timm, asked, name, file, image_size, ema: bool, notes: list[str])
             raise ValueError("no dict of names and tensors")
     except Exception as error:  # of many kinds: of pickle, zip, safetensors and torch
         raise UserError(f"{asked}: {file} holds no weights ({first_line(error)})") from error
-    if ema and _average(helpers, file, state) is None:
+    averaged = _has_average(file)
+    if ema and not averaged:
         raise UserError(f"{asked}: {file} holds no moving average; leave --ema out")
-    if not ema and _average(helpers, file, state):
+    if averaged and not ema:
         notes.append("the file holds a moving average too, which --ema would take")
     plain = _create(timm, asked, name, None, {})
     _check_colours(asked, plain, state)
@@ -153,7 +154,7 @@ def _resampled(state: dict[str, torch.Tensor], fitted: dict[str, torch.Tensor]) 
     Positions follow the size of the images. Patches of another size are another network.
     """
     both = state.keys() & fitted.keys()
-    changed = sorted(k for k in both if state[k].shape != fitted[k].shape)
+    changed = sorted(k for k in both if state[k].numel() != fitted[k].numel())
     for name in changed:
         before, after = (list(x[name].shape) for x in (state, fitted))
         if state[name].ndim == 4 and fitted[name].ndim == 4 and "pos" not in name:
@@ -162,17 +163,18 @@ def _resampled(state: dict[str, torch.Tensor], fitted: dict[str, torch.Tensor]) 
         return []
     shapes = (list(x[changed[0]].shape) for x in (state, fitted))
     resized = " to ".join(map(str, shapes))
-    return [f"{changed[0]} resized from {resized}, with {len(changed) - 1} others"]
+    others = f", and {len(changed) - 1} others" if len(changed) > 1 else ""
+    return [f"{changed[0]} resized from {resized}{others}"]
 
 
-def _average(helpers, file: str, state) -> dict | None:
-    """Return the moving average in a checkpoint that has one besides its weights, else None."""
+def _has_average(file: str) -> bool:
+    """Return whether a checkpoint, which was read before, has a moving average of its weights."""
     if file.endswith(".safetensors"):
-        return None
-    with contextlib.suppress(Exception):  # it was read before
-        whole = torch.load(file, map_location="cpu", weights_only=True)
-        return whole.get("state_dict_ema") or whole.get("model_ema")
-    return None
+        return False
+    with contextlib.suppress(Exception):  # of files of the older format, which cannot be mapped
+        whole = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return bool(whole.get("state_dict_ema") or whole.get("model_ema"))
+    return False
 
 
 def _check_colours(asked: str, model: Any, state: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,5 @@
 """A config's teacher with its weights, or with their shapes alone."""
 
-import functools
 import logging
 from typing import Any
 
@@ -12,7 +11,7 @@ from deit_jax.models.build import build_model, compute_dtype, for_counting
 from deit_jax.shapes import Size, input_shape, text
 from deit_jax.step.committee import Committee
 from deit_jax.step.teacher import FrozenTeacher
-from deit_jax.teachers.open import TIMM, TORCH, open_teacher
+from deit_jax.teachers.open import KINDS, TIMM, open_teacher
 from deit_jax.teachers.teacher import Teacher
 from deit_jax.train import foreign
 from deit_jax.train.teacher_spec import TeacherSpec, sources_of
@@ -57,7 +56,7 @@ def foreign_teacher(spec: TeacherSpec, weights: str, abstract: bool = False) -> 
     if not weights:  # it is trained first
         return None
     try:
-        given = _open(weights, compute_dtype(spec.dtype).name, abstract, spec.ema)
+        given = _open(spec, weights, abstract)
     except UserError as error:
         reason = str(error).removeprefix(f"{weights}: ")
         raise UserError(f"config.teacher.weights={weights}: {reason}") from error
@@ -73,16 +72,14 @@ def foreign_teacher(spec: TeacherSpec, weights: str, abstract: bool = False) -> 
     return given
 
 
-def _open(weights: str, dtype: str, abstract: bool, ema: bool) -> Teacher | None:
-    if weights.startswith((TIMM, TORCH)):
-        return _converted(weights, dtype, ema)
-    return open_teacher(weights, dtype, abstract, ema)
-
-
-@functools.lru_cache(maxsize=4)  # a run asks what it is before it asks for it
-def _converted(weights: str, dtype: str, ema: bool) -> Teacher | None:
-    log.info("%s: turning it into a program", weights)
-    return open_teacher(weights, dtype, ema=ema)
+def _open(spec: TeacherSpec, weights: str, abstract: bool) -> Teacher | None:
+    """Open a teacher; one that is made anew each time only once for its shapes and its numbers."""
+    if weights in spec.made:
+        return spec.made[weights] if abstract else spec.made.pop(weights)
+    teacher = open_teacher(weights, compute_dtype(spec.dtype).name, abstract, spec.ema)
+    if abstract and weights.startswith(KINDS):
+        spec.made[weights] = teacher
+    return teacher
 
 
 def _load_ours(spec: TeacherSpec, weights: str, classes: list[str], several: bool) -> Loaded:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -34,6 +35,7 @@ class TeacherSpec:
     for nothing; `student_mean` and `student_std` normalise those it is handed; `several` says that
     images have several labels, `classes` and `features` what distillation asks for. Of several
     teachers each counts as much as its one of `shares`, which sum to one, by logits or `votes`.
+    `made` keeps those that were converted to know their shapes, until their numbers are asked for.
     """
 
     model_config: ConfigDict
@@ -54,6 +56,7 @@ class TeacherSpec:
     shares: tuple[float, ...] = (1.0,)
     votes: bool = False
     tape_path: str = ""
+    made: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def build(self, num_classes: int):
         """Return the model as the config knows it, with its batch norm folded."""

@@ -1,13 +1,12 @@
 """Checks of what is distilled, from whom, and how that changes over a run."""
 
 from deit_jax.config.schema import RANGES
+from deit_jax.data.sources.registry import has_labels
 from deit_jax.errors import UserError
 from deit_jax.models.vit import VisionTransformer
 from deit_jax.step.objective import DISTILLATIONS
 from deit_jax.step.schedules import Change, parse_schedule
 from deit_jax.train.teacher_spec import UNSET, shares_of, sources_of
-
-UNLABELLED = "images:"  # how data.source begins where images have no labels
 
 
 def check_distillation(distill, teacher, model, check) -> None:
@@ -23,7 +22,7 @@ def check_distillation(distill, teacher, model, check) -> None:
         _check_features(distill, model, check)
         _check_schedule(distill, check)
     _check_several(teacher, distill.kind, check)
-    if check["data.source"].startswith(UNLABELLED):
+    if not has_labels(check["data.source"]):
         _check_unlabelled(check)
 
 

@@ -14,7 +14,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,32 +51,43 @@ PACKAGES = (  # those that decide numbers
 )
 
 
+LOCK = "lock"
+
+
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Make the directory and keep other runs out of it; raise UserError if one is in it.
+    """Make the directory and keep other runs out of it; raise UserError if one is in it."""
+    where = f"--workdir={workdir}"
+    with held(
+        workdir,
+        lambda who: (
+            f"{where}: another run is in it ({who}); stop that one, or choose another --workdir"
+        ),
+        lambda reason: f"{where}: cannot be written ({reason})",
+    ):
+        yield
 
-    The lock ends with the process, however it ends. Only process 0 of a run holds it.
+
+@contextlib.contextmanager
+def held(folder: Path, taken: Callable[[str], str], failed: Callable[[str], str]) -> Iterator[None]:
+    """Make a folder and keep others out of it; raise UserError where that cannot be.
+
+    Its text is what `taken` makes of who holds it, or `failed` of what the system says. The lock
+    ends with the process, however it ends. Only process 0 of a run holds it.
     """
     if jax.process_index() != 0:
         yield
         return
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
     with contextlib.ExitStack() as stack:
         try:
-            backend(workdir).make_folder(workdir)
-            stack.enter_context(backend(workdir).lock(workdir / "lock", holder()))
+            backend(folder).make_folder(folder)
+            stack.enter_context(backend(folder).lock(folder / LOCK, holder))
         except LockedError as error:
-            raise UserError(
-                f"--workdir={workdir}: another run is in it ({str(error) or 'unknown'}); stop that "
-                "one, or choose another --workdir"
-            ) from None
+            raise UserError(taken(str(error) or "unknown")) from None
         except OSError as error:
-            raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+            raise UserError(failed(str(error.strerror))) from error
         yield
-
-
-def holder() -> str:
-    """Return what this process says of itself to others that wait for its lock."""
-    return f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
 
 
 def _now() -> str:

@@ -1,5 +1,6 @@
 """Images without labels, wherever below a folder: for what needs none."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,14 @@ def open_source(rest: str, data) -> Dataset:
     root = Path(rest).expanduser()
     if not root.is_dir():
         raise UserError(f"config.data.source={data.source}: no such folder")
+    for key, usual in (("train_split", ("train", ".")), ("eval_split", ("validation",))):
+        if data[key] not in usual:
+            raise UserError(
+                f"config.data.{key}={data[key]}: config.data.source={data.source} has no parts; "
+                "leave it out"
+            )
     scan = Scan(root, data.channels)
-    met = [f"{root}/{place.path}/{name}" for place in scan.walk() for name in place.files]
+    met = [os.path.join(root, place.path, name) for place in scan.walk() for name in place.files]
     superfluous = scan.superfluous_links()
     paths = [path for path in met if path not in superfluous]
     if not paths:

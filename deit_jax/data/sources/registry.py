@@ -18,6 +18,7 @@ class Entry(NamedTuple):
     usage: str
     packages: tuple[str, ...] = ()
     options: tuple[str, ...] = ("min_images",)  # those that it understands; assemble does that one
+    labelled: bool = True
 
 
 # Fields of config.data that only some sources understand, and what they are where nobody asks.
@@ -45,10 +46,16 @@ SOURCES = {
         ("datasets",),
         ("image_column", "label_column", "min_images", "multi_label"),
     ),
-    "images": Entry("deit_jax.data.sources.images", "images:PATH", options=()),
+    "images": Entry("deit_jax.data.sources.images", "images:PATH", options=(), labelled=False),
     "fashion_mnist": Entry("deit_jax.data.sources.idx", "fashion_mnist", options=()),
     "mnist": Entry("deit_jax.data.sources.idx", "mnist", options=()),
 }
+
+
+def has_labels(source: str) -> bool:
+    """Return whether the images of a `config.data.source` have labels; of an unknown one, True."""
+    entry = SOURCES.get(source.partition(":")[0])
+    return entry is None or entry.labelled
 
 
 def open_dataset(data) -> Dataset:

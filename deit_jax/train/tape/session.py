@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 
 from deit_jax.errors import UserError
 from deit_jax.step.distill.base import Layout
-from deit_jax.storage import LockedError, backend, exists, steps_in
+from deit_jax.storage import exists, steps_in
 from deit_jax.train.experiment import Experiment
 from deit_jax.train.tape.fingerprint import check_fingerprint, fingerprint, outsider
 from deit_jax.train.tape.layout import checksum, packing
-from deit_jax.train.tape.tape import CHUNK_STEPS, ELSEWHERE, LOCK, NAME, Tape, first_line, runs_of
-from deit_jax.workdir.directory import holder
+from deit_jax.train.tape.tape import CHUNK_STEPS, ELSEWHERE, NAME, Tape, first_line, runs_of
+from deit_jax.workdir.directory import held
 
 log = logging.getLogger("deit_jax")
 
@@ -246,29 +246,16 @@ def recorder(experiment: Experiment, workdir: Path, dataset, teacher) -> TapeRec
     return TapeRecorder(writable(path, layout, ours, experiment.total_steps), layout)
 
 
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keep other writers out of a tape, which need not be there; raise UserError if one is in it.
-
-    The lock ends with the process, however it ends. Only process 0 of a run holds it.
-    """
-    if jax.process_index() != 0:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            backend(path).make_folder(path)
-            stack.enter_context(backend(path).lock(path / LOCK, holder()))
-        except LockedError as error:
-            raise UserError(
-                f"{path}: another process writes this label tape ({str(error) or 'unknown'}); wait "
-                "for it, or give each a tape of its own, and join them with `deit tape join`"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{path}: the label tape cannot be written ({error.strerror}); {ELSEWHERE}"
-            ) from error
-        yield
+def alone(path: Path) -> contextlib.AbstractContextManager:
+    """Keep other writers out of a tape, also one to come; raise UserError if one is in it."""
+    return held(
+        path,
+        lambda who: (
+            f"{path}: another process writes this label tape ({who}); wait for it, or give "
+            "each a tape of its own, and join them with `deit tape join`"
+        ),
+        lambda reason: f"{path}: the label tape cannot be written ({reason}); {ELSEWHERE}",
+    )
 
 
 def writing(experiment: Experiment, workdir: Path) -> contextlib.AbstractContextManager:

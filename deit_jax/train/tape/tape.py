@@ -24,9 +24,10 @@ from deit_jax.errors import UserError
 from deit_jax.step.objective import distillation
 from deit_jax.storage import backend, exists, read_json, write_json
 from deit_jax.train.tape.layout import Layout, arrays_of, checksum, unpack
+from deit_jax.workdir.directory import LOCK
 
 FORMAT = 1
-NAME, LOCK = "tape.json", "lock"
+NAME = "tape.json"
 CHUNK_STEPS = 1024  # 2 MB of labels at a batch of 1024: 367 files for 300 epochs of ImageNet
 CLAIM_STEPS = 16384  # 23 files
 
