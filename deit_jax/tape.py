@@ -37,8 +37,7 @@ from deit_jax.train.tape.join import join
 from deit_jax.train.tape.layout import pack
 from deit_jax.train.tape.session import TapeRecorder, alone, layout_of, writable
 from deit_jax.train.tape.tape import runs_of
-from deit_jax.train.teacher_spec import UNSET
-from deit_jax.workdir.which import LATEST
+from deit_jax.train.teacher_spec import ask_no_teacher
 
 __all__ = ["View", "Writer", "check", "join", "views"]
 
@@ -87,13 +86,11 @@ def _checked_stop(start: int, stop: int | None, total: int) -> int:
 def _views_alone(given: ConfigDict) -> ConfigDict:
     """Return a config as far as it decides views: without a teacher, and with any start."""
     config = given.copy_and_resolve_references()
-    config.distill.update(UNSET)
-    config.teacher.shares, config.teacher.combine = "", "logits"
-    config.distill.kind, config.teacher.weights, config.teacher.tape = "none", "", "off"
+    ask_no_teacher(config)
+    config.teacher.weights = ""
     if not has_labels(config.data.source):  # of such images only features are learned
         config.distill.kind, config.teacher.tape = "feature", "replay"
         config.teacher.tape_path = NO_TAPE
-    config.teacher.checkpoint, config.teacher.ema = LATEST, False
     return _of_no_training(config)
 
 

@@ -110,8 +110,8 @@ def open_evaluation(
     """
     if not has_labels(config.data.source):
         raise UserError(
-            f"config.data.source={config.data.source}: its images have no labels to compare answers "
-            "with; take a source that has"
+            f"config.data.source={config.data.source}: its images have no labels to compare "
+            "answers with; take a source that has"
         )
     mesh = sharding.make_mesh(config.mesh)
     size = config.model.image_size if "model.image_size" in given else None

@@ -145,14 +145,19 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     c.optim.ema_decay = 0.0
     c.optim.tune, c.optim.freeze = "all", ""  # the student's alone
     c.optim.layer_decay, c.optim.lr_multipliers = 1.0, ""
-    c.distill.kind, c.teacher.tape = "none", "off"
-    c.distill.update(UNSET)
-    c.teacher.shares, c.teacher.combine = "", "logits"
+    ask_no_teacher(c)
     c.init.weights, c.init.required = "", False
     c.init.checkpoint, c.init.ema = LATEST, False
-    c.teacher.checkpoint, c.teacher.ema = LATEST, False
     c.train.patience_epochs = 0.0
     return c
+
+
+def ask_no_teacher(c: ConfigDict) -> None:
+    """Leave distillation out of a config, with all that is said of it and of a teacher's answers."""
+    c.distill.kind = "none"
+    c.distill.update(UNSET)
+    c.teacher.tape, c.teacher.shares, c.teacher.combine = "off", "", "logits"
+    c.teacher.checkpoint, c.teacher.ema = LATEST, False
 
 
 def leave_idle_head(model: ConfigDict, name: str, data: ConfigDict) -> None:
