@@ -153,7 +153,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
 
 
 def ask_no_teacher(c: ConfigDict) -> None:
-    """Leave distillation out of a config, with all that is said of it and of a teacher's answers."""
+    """Leave distillation out of a config, with all that is said of it and of the teacher."""
     c.distill.kind = "none"
     c.distill.update(UNSET)
     c.teacher.tape, c.teacher.shares, c.teacher.combine = "off", "", "logits"
