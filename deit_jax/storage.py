@@ -127,15 +127,19 @@ class LocalDisk:
 
 
 def _lock(file, path: Path) -> None:
-    import fcntl  # not on every system
+    import portalocker  # flock on Unix, byte ranges on Windows
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise LockedError(file.read().strip()) from None
-    except OSError as error:
-        log.warning("%s: no locks on this file system (%s)", path.parent, error.strerror)
+        portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+    except portalocker.AlreadyLocked:
+        holder = ""
+        with contextlib.suppress(OSError):  # Windows lets nobody read what is locked
+            file.seek(0)
+            holder = file.read().strip()
+        raise LockedError(holder) from None
+    except portalocker.LockException as error:
+        reason = error.strerror or error
+        log.warning("%s: no locks on this file system (%s)", path.parent, reason)
 
 
 class LocalAppender:
@@ -160,9 +164,36 @@ BACKENDS = {"": LocalDisk()}  # by the scheme of a path
 
 
 def backend(path: Path) -> LocalDisk:
-    """Return what keeps the files of a path."""
-    scheme = re.match(r"([a-z][a-z0-9+.-]+):/", str(path))  # a Path makes one slash of two
-    return BACKENDS.get(scheme[1] if scheme else "", BACKENDS[""])
+    """Return what keeps the files of a path; raise UserError for a scheme that nothing keeps."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))  # a Path makes one slash of two
+    if scheme and scheme[1] not in BACKENDS:
+        raise UserError(f"{scheme[1]}://{str(path)[scheme.end() :]}: {_remedy(scheme[1])}")
+    return BACKENDS[scheme[1] if scheme else ""]
+
+
+def check_scheme(name: str, value: str) -> None:
+    """Raise UserError if a text names a place by a scheme that nothing here keeps.
+
+    `name` is the flag or field that it was given as. Without this, `gs://bucket/run` would be a
+    folder named `gs:` on the local disk. The place may stand behind others, as in `folder:gs://…`.
+    """
+    for scheme in re.findall(r"([A-Za-z][A-Za-z0-9+.-]+)://", value):
+        if scheme not in BACKENDS:
+            raise UserError(f"{name}={value}: {_remedy(scheme)}")
+
+
+def _remedy(scheme: str) -> str:
+    known = _REMEDIES.get(scheme.lower(), f"{scheme}:// is not understood; give a path on a disk")
+    return f"{known}, of this machine or mounted"
+
+
+_REMEDIES = {
+    "file": "leave file:// out and give the path itself",
+    "gs": "gs:// cannot be used yet; mount the bucket (gcsfuse) or copy it, and give a path",
+    "s3": "s3:// cannot be used yet; mount the bucket (mount-s3) or copy it, and give a path",
+    "http": "http:// cannot be read; download it, and give a path",
+    "https": "https:// cannot be read; download it, and give a path",
+}
 
 
 def read_text(path: Path) -> str:

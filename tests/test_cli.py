@@ -141,6 +141,43 @@ def test_a_mistake_is_one_line_and_writes_nothing(capsys, tmp_path, words, code,
     assert not workdir.exists()
 
 
+BUCKET = "gs://bucket/x"
+OUT_OF_REACH = [  # (words, what the line begins with)
+    (["train", QUICKSTART, f"--workdir={BUCKET}"], "--workdir="),
+    (["train", f"--reproduce={BUCKET}"], "--reproduce="),
+    (["train", QUICKSTART, "--workdir=x", f"--config.data.dir={BUCKET}"], "--config.data.dir="),
+    (
+        ["train", QUICKSTART, "--workdir=x", f"--config.data.source=wds:{BUCKET}"],
+        "--config.data.source=wds:",
+    ),
+    (
+        ["train", QUICKSTART, "--workdir=x", f"--config.teacher.weights=a,{BUCKET}"],
+        "--config.teacher.weights=a,",
+    ),
+    (["eval", f"--workdir={BUCKET}"], "--workdir="),
+    (["report", f"--workdir=a,{BUCKET}"], "--workdir="),
+    (["predict", f"--weights={BUCKET}", "x.jpg"], "--weights="),
+    (["predict", "--weights=x", BUCKET], "argument="),
+    (["convert", BUCKET, "x.pth"], "argument="),
+    (["tape", "info", BUCKET], "argument="),
+    (["inspect", QUICKSTART, f"--out={BUCKET}"], "--out="),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "start"), OUT_OF_REACH, ids=[" ".join(w) for w, _ in OUT_OF_REACH]
+)
+def test_a_place_out_of_reach_is_one_line_and_writes_nothing(
+    capsys, tmp_path, monkeypatch, words, start
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = deit(capsys, *words)
+    line = f"deit {words[0]}: {start}{BUCKET}: gs:// cannot be used yet; mount the bucket"
+    assert err.startswith(line), err
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert os.listdir() == []
+
+
 def test_missing_flags_and_files(capsys, tmp_path):
     for words, code, part in (
         (["train", QUICKSTART], 2, "--workdir=… is missing"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import deit_jax
 from deit_jax import storage
 from deit_jax.errors import UserError
 from deit_jax.storage import BACKENDS, LockedError, append_line, backend, read_lines
@@ -78,8 +79,32 @@ def test_the_scheme_of_a_path_chooses_the_back_end(monkeypatch):
     other = storage.LocalDisk()
     monkeypatch.setitem(BACKENDS, "toy", other)
     assert backend(Path("toy://bucket/run")) is other
-    for local in ("run", "/run", "toy/run", "C:/run", "unknown://run"):
+    for local in ("run", "/run", "toy/run", "C:/run", "a:b/run"):
         assert backend(Path(local)) is BACKENDS[""]
+
+
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [
+        ("gs://bucket/run", "mount the bucket"),
+        ("s3://bucket/run", "mount the bucket"),
+        ("https://host/run", "download it"),
+        ("file://host/run", "leave file:// out"),
+        ("hdfs://host/run", "hdfs:// is not understood"),
+    ],
+)
+def test_a_scheme_that_nothing_keeps_is_refused(place, remedy, tmp_path, monkeypatch):
+    """And no folder named `gs:` is made for it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^{place}/history.jsonl: .*{remedy}"):
+        append_line(Path(place) / "history.jsonl", {})
+    with pytest.raises(UserError, match=rf"^--out={place}: .*{remedy}"):
+        storage.check_scheme("--out", place)
+    with pytest.raises(UserError, match=rf"^weights={place}: .*{remedy}"):
+        deit_jax.load(place)
+    with pytest.raises(UserError, match=remedy):
+        deit_jax.load("deit_tiny_patch16_224", weights=place)
+    assert os.listdir() == []
 
 
 def test_a_process_that_dies_while_it_writes_leaves_the_old_file(disk, tmp_path):

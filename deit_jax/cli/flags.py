@@ -8,9 +8,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from deit_jax.config import files
+from deit_jax.config.serialize import flatten
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
-from deit_jax.storage import write_text
+from deit_jax.storage import check_scheme, write_text
 from deit_jax.workdir.which import LATEST, parse_checkpoint
 
 _LIST = "configs/base.py lists them all"
@@ -139,7 +140,21 @@ class Command:
         for name in required:
             if getattr(self.flags, name) in (None, ""):
                 raise UsageError(self._missing(name))
+        self._check_places(rest)
         return rest
+
+    def _check_places(self, rest: list[str]) -> None:
+        """Raise UsageError if a flag, a field or a word names a place that is out of reach."""
+        texts = [(f"--{name}", self.flags[name].value) for name in self.flags if name != "config"]
+        texts += [("argument", word) for word in rest]
+        if "config" in self.flags and self.config is not None:
+            texts += [(f"--config.{key}", value) for key, value in flatten(self.config).items()]
+        try:
+            for name, value in texts:
+                for text in value if isinstance(value, list | tuple) else (value,):
+                    check_scheme(name, text if isinstance(text, str) else "")
+        except UserError as error:
+            raise UsageError(str(error)) from None
 
     @staticmethod
     def _config_path(argv: list[str]) -> str:

@@ -82,7 +82,8 @@ def listening() -> Iterator[StopRequest]:
     """Take over SIGTERM and SIGINT, in the main thread; give them back at the end."""
     stop = StopRequest()
     read, write = os.pipe()
-    os.set_blocking(write, False)
+    if hasattr(os, "set_blocking"):  # Windows has it from Python 3.12 on, and does not insist on it
+        os.set_blocking(write, False)
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     thread = threading.Thread(target=stop.watch, args=(read,), name="signals", daemon=True)

@@ -23,7 +23,7 @@ from deit_jax.models import build, family, registry
 from deit_jax.models.build import build_model, compute_dtype
 from deit_jax.models.conv import fold_batch_norm
 from deit_jax.shapes import Size, per_channel, simplest
-from deit_jax.storage import exists
+from deit_jax.storage import check_scheme, exists
 from deit_jax.weights import jax_trees, readers, torch_names
 from deit_jax.weights.fit import (
     HEAD_POLICIES,
@@ -81,6 +81,7 @@ def load(
         name, weights = None, name  # load("runs/mine")
     name = None if name is None else str(name)
     if weights is None and name not in registry.specs() and re.search(r"[/\\.]", name or ""):
+        check_scheme("weights", name or "")
         raise WeightsError(f"{name}: no such file or folder")
     if weights is not None:
         which: dict[str, Any] = {"checkpoint": checkpoint, "ema": ema, "in_channels": in_channels}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deit_jax.errors import UserError
+from deit_jax.storage import check_scheme
 from deit_jax.weights import readers
 
 HUB = "hf-hub:"
@@ -24,6 +25,7 @@ def split_key(source: str) -> tuple[str, str]:
 def locate(source: str) -> Path:
     """Return where the weights lie, downloaded if they are on the Hugging Face hub."""
     if not source.startswith(HUB):
+        check_scheme("weights", source)
         if Path(source).exists():
             return Path(source)
         raise WeightsError(f"{source}: no such file or folder")

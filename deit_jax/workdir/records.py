@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from deit_jax.errors import UserError
 from deit_jax.storage import exists, read_json, read_lines, read_text
 
 DATA_CARD = "data_card.json"
+WINDOWS = sys.platform == "win32"
 TABLE = re.compile(r"eval/((?:ema\.)?)(cls|dist|fused)\.(top[15]|mAP)")
 
 
@@ -111,7 +113,11 @@ def under_way(workdir: Path) -> bool:
     """
     try:
         text = read_text(workdir / "lock")
+    except PermissionError:
+        return WINDOWS  # where nobody may read what is locked
     except OSError:
+        return False
+    if WINDOWS:  # the lock's text outlives a process that was killed, and os.kill would end it
         return False
     found = re.match(r"process (\d+) on (\S+) since", text)
     if not found or found[2] != socket.gethostname() or int(found[1]) == os.getpid():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from deit_jax.data.classes import imagenet_list
 from deit_jax.data.prepare import readers
 from deit_jax.data.prepare.writer import Job, make_features, write_shard
+from deit_jax.data.sources.tfds import require_array_record
 from deit_jax.errors import UserError
 from deit_jax.storage import read_lines
 
@@ -44,6 +45,7 @@ def prepare(
     Any number of `workers` (processes; 0 = one a core) writes the same bytes. `columns` are those
     of a table's images and labels, "" = by their types. Raise UserError.
     """
+    require_array_record("deit prepare")
     plan = readers.make_plan(source, eval_fraction, columns)
     plan = dataclasses.replace(plan, name=name or plan.name)
     if plan.name == readers.IMAGENET:
@@ -173,6 +175,9 @@ def _no_interrupts() -> Iterator[None]:
 
     Processes that are started inherit what is blocked; the parent gets its own afterwards.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows a new process begins with its own
+        yield
+        return
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

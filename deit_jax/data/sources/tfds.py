@@ -1,6 +1,7 @@
 """TFDS data sets in ArrayRecord files: random access, without TensorFlow."""
 
 import contextlib
+import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -72,6 +73,7 @@ def open_tfds(name: str, data) -> Dataset:
             f"random access; convert them with `deit prepare {builder.data_path} DST`"
         )
     keys = image_and_label(builder.info, f"config.data.source=tfds:{name}")
+    require_array_record(f"config.data.source=tfds:{name}")
     splits = [_split(builder, f"tfds:{name}", field, data, keys) for field in FIELDS]
     allow_open_files(sum(info.num_shards for info in builder.info.splits.values()))
     train, held = splits
@@ -141,6 +143,15 @@ def _what_is_there(name: str, folder: str) -> str:
     found = [p.parent for p in own.glob("**/dataset_info.json")] if folder and own.name else []
     there = ", ".join(sorted(str(p.relative_to(root)) for p in found))
     return f", which has {there}" if there else ""
+
+
+def require_array_record(for_what: str) -> None:
+    """Raise UserError where the library that reads and writes such files is not installed."""
+    if importlib.util.find_spec("array_record") is None:
+        raise UserError(
+            f"{for_what}: needs the package array_record, which has no wheels for Windows; there, "
+            "train on folder:PATH or wds:PATH, or work in WSL2"
+        )
 
 
 def allow_open_files(count: int) -> None:
