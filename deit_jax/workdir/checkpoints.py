@@ -5,6 +5,7 @@ WORKDIR/checkpoints/N   the state after N steps; sha256.json in it holds checksu
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -156,8 +157,7 @@ class Checkpointer:
             ) from error
         self._manager.reload()  # Orbax has already forgotten the old ones, which are still there
         if jax.process_index() == 0:  # what was written of it takes room that is lacking
-            for part in self._unfinished(step):
-                backend(part).remove(part)
+            self._remove_unfinished(step)
         log.warning(
             "step %s could not be saved (%s); training goes on, the last good checkpoint is %s",
             step,
@@ -165,6 +165,15 @@ class Checkpointer:
             self.latest_step,
         )
         self._notify("save failed", step=step, error=text)
+
+    def _remove_unfinished(self, step: int | None) -> None:
+        """Remove what Orbax has begun; its other writers may still add to it for a moment."""
+        for _ in range(20):
+            if not (parts := self._unfinished(step)):
+                return
+            for part in parts:
+                backend(part).remove(part)
+            time.sleep(0.1)
 
     def _write_checksums(self) -> None:
         """Add checksums to the checkpoint that Orbax is about to put in its place."""
