@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,28 +171,35 @@ def backend(path: Path) -> LocalDisk:
     return BACKENDS[scheme[1] if scheme else ""]
 
 
-def check_scheme(name: str, value: str) -> None:
+def check_schemes(values: Iterable[tuple[str, Any]]) -> None:
+    """Apply check_scheme to (name, value) of flags or fields; what is no text names no place."""
+    for name, value in values:
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str):
+                check_scheme(name, text)
+
+
+def check_scheme(name: str, text: str) -> None:
     """Raise UserError if a text names a place by a scheme that nothing here keeps.
 
     `name` is the flag or field that it was given as. Without this, `gs://bucket/run` would be a
     folder named `gs:` on the local disk. The place may stand behind others, as in `folder:gs://…`.
     """
-    for scheme in re.findall(r"([A-Za-z][A-Za-z0-9+.-]+)://", value):
+    for scheme in re.findall(r"([A-Za-z][A-Za-z0-9+.-]+)://", text):
         if scheme not in BACKENDS:
-            raise UserError(f"{name}={value}: {_remedy(scheme)}")
+            raise UserError(f"{name}={text}: {_remedy(scheme)}")
 
 
 def _remedy(scheme: str) -> str:
-    known = _REMEDIES.get(scheme.lower(), f"{scheme}:// is not understood; give a path on a disk")
-    return f"{known}, of this machine or mounted"
+    return _REMEDIES.get(scheme.lower(), f"{scheme}:// is not understood; give the path of a disk")
 
 
 _REMEDIES = {
     "file": "leave file:// out and give the path itself",
-    "gs": "gs:// cannot be used yet; mount the bucket (gcsfuse) or copy it, and give a path",
-    "s3": "s3:// cannot be used yet; mount the bucket (mount-s3) or copy it, and give a path",
-    "http": "http:// cannot be read; download it, and give a path",
-    "https": "https:// cannot be read; download it, and give a path",
+    "gs": "gs:// cannot be used yet; mount the bucket (gcsfuse) or copy it, and give its path",
+    "s3": "s3:// cannot be used yet; mount the bucket (mount-s3) or copy it, and give its path",
+    "http": "http:// cannot be read; download it, and give its path",
+    "https": "https:// cannot be read; download it, and give its path",
 }
 
 

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 import deit_jax
 from deit_jax import storage
+from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.storage import BACKENDS, LockedError, append_line, backend, read_lines
 
@@ -104,6 +106,9 @@ def test_a_scheme_that_nothing_keeps_is_refused(place, remedy, tmp_path, monkeyp
         deit_jax.load(place)
     with pytest.raises(UserError, match=remedy):
         deit_jax.load("deit_tiny_patch16_224", weights=place)
+    data = ConfigDict({"source": f"folder:{place}"})
+    with pytest.raises(UserError, match=rf"^config.data.source=folder:{place}: .*{remedy}"):
+        open_dataset(data)
     assert os.listdir() == []
 
 

@@ -15,7 +15,7 @@ from deit_jax.workdir import records
 ROOT = Path(__file__).parent.parent
 UNIX_ONLY = ("fcntl", "grp", "pwd", "resource", "termios")
 # The loader says that a module is not there, as it does on Windows; the libraries that we use
-# have code of their own for that and are loaded before. msvcrt's lock is what portalocker takes.
+# have code of their own for that and are loaded before.
 HIDDEN = f"""
 import sys
 import portalocker, tqdm.contrib.logging, tensorflow_datasets, jax, orbax.checkpoint, grain
@@ -31,7 +31,9 @@ for name in {UNIX_ONLY}:
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, Hidden())
 import os, signal
-del os.sched_getaffinity, signal.pthread_sigmask
+for module, name in ((os, "sched_getaffinity"), (signal, "pthread_sigmask")):
+    if hasattr(module, name):
+        delattr(module, name)
 """
 
 
@@ -61,7 +63,7 @@ def test_every_module_is_imported_without_what_only_unix_has():
 
 @pytest.mark.slow
 def test_the_quickstart_begins_without_them(tmp_path):
-    """Teacher, student, checkpoints, evaluation and the picture; then the run goes on."""
+    """Teacher, student, checkpoints, evaluation and the picture; then the run is read back."""
     words = ["train", "--config=configs/quickstart.py", f"--workdir={tmp_path}/run"]
     words += ["--config.epochs=0.2", "--config.teacher.epochs=0.2"]
     code = "from deit_jax.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -89,6 +91,6 @@ def test_who_trains_is_asked_on_windows_without_a_signal(tmp_path, monkeypatch):
 
 def test_what_has_no_wheels_for_windows_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^deit prepare: needs the package array_record, .*WSL2"):
+    with pytest.raises(UserError, match=r"^deit prepare: needs `pip install array_record`; .*WSL2"):
         prepare(tmp_path, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -11,7 +11,7 @@ from deit_jax.config import files
 from deit_jax.config.serialize import flatten
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
-from deit_jax.storage import check_scheme, write_text
+from deit_jax.storage import check_schemes, write_text
 from deit_jax.workdir.which import LATEST, parse_checkpoint
 
 _LIST = "configs/base.py lists them all"
@@ -150,9 +150,7 @@ class Command:
         if "config" in self.flags and self.config is not None:
             texts += [(f"--config.{key}", value) for key, value in flatten(self.config).items()]
         try:
-            for name, value in texts:
-                for text in value if isinstance(value, list | tuple) else (value,):
-                    check_scheme(name, text if isinstance(text, str) else "")
+            check_schemes(texts)
         except UserError as error:
             raise UsageError(str(error)) from None
 

@@ -21,7 +21,7 @@ from deit_jax.step.distill.feature import FEATURE_LOSSES
 from deit_jax.step.losses import LABEL_LOSSES
 from deit_jax.step.objective import DISTILLATIONS, distillation
 from deit_jax.step.optimizer import OPTIMIZERS
-from deit_jax.storage import check_scheme
+from deit_jax.storage import check_schemes
 from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.train.validate_distill import check_distillation
 from deit_jax.workdir.which import LATEST, parse_checkpoint
@@ -58,7 +58,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             raise UserError(f"config.{key}: no such field here; configs/base.py lists them all")
 
     check = Check(flat)
-    _check_places(flat)
+    check_schemes((f"config.{key}", value) for key, value in flat.items())
     for key, choices in choices_of.items():
         check(flat[key] in choices, key, f"choose one of {', '.join(choices)}")
     for key, allowed in RANGES.items():
@@ -102,12 +102,6 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "distillation needs a teacher: give the workdir of one trained by `deit train`, or train "
         "one first with --config.teacher.epochs=N",
     )
-
-
-def _check_places(flat: dict[str, Any]) -> None:
-    for key, value in flat.items():
-        if isinstance(value, str):
-            check_scheme(f"config.{key}", value)
 
 
 def check_schedule(optim, lr: float, key: str = "optim.lr") -> None:

@@ -175,9 +175,6 @@ def _no_interrupts() -> Iterator[None]:
 
     Processes that are started inherit what is blocked; the parent gets its own afterwards.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows a new process begins with its own
-        yield
-        return
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

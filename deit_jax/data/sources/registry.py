@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from deit_jax.data.sources.base import Dataset
 from deit_jax.errors import UserError
+from deit_jax.storage import check_scheme
 
 
 class Entry(NamedTuple):
@@ -60,6 +61,7 @@ def has_labels(source: str) -> bool:
 
 def open_dataset(data) -> Dataset:
     """Open what a `config.data` names; raise UserError if it is not there."""
+    check_scheme("config.data.source", data.source)
     kind, colon, rest = data.source.partition(":")
     entry = SOURCES.get(kind)
     if entry:

@@ -149,8 +149,8 @@ def require_array_record(for_what: str) -> None:
     """Raise UserError where the library that reads and writes such files is not installed."""
     if importlib.util.find_spec("array_record") is None:
         raise UserError(
-            f"{for_what}: needs the package array_record, which has no wheels for Windows; there, "
-            "train on folder:PATH or wds:PATH, or work in WSL2"
+            f"{for_what}: needs `pip install array_record`; Windows has no wheels of it: train on "
+            "folder:PATH or wds:PATH there, or work in WSL2"
         )
 
 
