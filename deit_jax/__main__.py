@@ -73,6 +73,8 @@ def _run(name: str, argv: list[str]) -> int:
             raise
         if isinstance(error, UserError):
             message = str(error)
+        elif isinstance(error, OSError) and str(error.filename).startswith("gs://"):
+            message = f"{error.filename}: {error.strerror}"  # which says what to do
         else:
             first = next(iter(str(error).splitlines()), "")
             message = f"{type(error).__name__}: {first} (--debug shows where)"

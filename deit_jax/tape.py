@@ -29,6 +29,7 @@ from deit_jax.step.compile import compiler_options
 from deit_jax.step.distill.base import Outputs
 from deit_jax.step.objective import distillation
 from deit_jax.step.train_step import model_inputs
+from deit_jax.storage import to_path
 from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.record_tape import FLUSH_S
 from deit_jax.train.tape.check import LEAST, check, compare
@@ -153,7 +154,7 @@ class Writer:
     ):
         if not isinstance(teacher, str) or not teacher.strip() or not teacher.isprintable():
             raise UserError(f"teacher={teacher!r}: give a name that people know it by, on one line")
-        self.path = Path(path).expanduser()
+        self.path = to_path(path)
         prepared = _taught_outside(files.config_of(config), self.path)
         self._experiment, self._dataset = prepare(prepared)
         self.steps = self._experiment.total_steps

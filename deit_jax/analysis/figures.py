@@ -21,7 +21,7 @@ from deit_jax.data.channels import as_colours
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.registry import has_labels, open_dataset
 from deit_jax.errors import UserError
-from deit_jax.storage import exists, steps_in
+from deit_jax.storage import exists, steps_in, to_path
 from deit_jax.train.experiment import length_of
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.teacher_spec import teacher_spec
@@ -80,7 +80,7 @@ def analyze(
     What cannot be computed, as without a checkpoint, is None, and the run's `notes` say why. Raise
     UserError if there is no run in one of the directories.
     """
-    paths = [Path(w) for w in workdirs]
+    paths = [to_path(w) for w in workdirs]
     names = records.names(paths)
     for path in paths:
         records.config_of(path)

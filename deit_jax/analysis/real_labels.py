@@ -8,7 +8,6 @@ ILSVRC2012_val_00000001.JPEG, …, of lists of class numbers; a dict by file nam
 import json
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from deit_jax.data.classes import PLACEHOLDER, imagenet_list
 from deit_jax.data.sources.base import Dataset, Source, key_of
 from deit_jax.data.sources.ground_truth import NAME
 from deit_jax.errors import UserError
-from deit_jax.storage import read_text
+from deit_jax.storage import read_text, to_path
 
 
 class RealLabels:
@@ -62,7 +61,7 @@ class RealLabels:
 
 def _read(path: str) -> list[list[int]] | dict[str, list[int]]:
     try:
-        labels = json.loads(read_text(Path(path)))
+        labels = json.loads(read_text(to_path(path)))
     except OSError as error:
         raise UserError(f"--real_labels={path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
 from deit_jax.errors import UserError
-from deit_jax.storage import backend, exists
+from deit_jax.storage import backend, exists, to_path
 from deit_jax.teachers.folder import check_free, write_teacher
 from deit_jax.teachers.open import KINDS, PYTHON, convert_torch, open_python
 from deit_jax.weights.convert import EXPORTERS, convert
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         raise UsageError("give SRC and DST; see `deit convert --help`")
     values = command.flags
     if words[0].startswith(KINDS) or values.to == TEACHER:
-        _make_teacher(words[0], Path(words[1]), values)
+        _make_teacher(words[0], to_path(words[1]), values)
         return
     shape = (values.model, values.num_classes, values.image_size, values.head)
     opened = load_variables(words[0], *shape, ema=values.ema, checkpoint=values.checkpoint)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         print(note)
     what = f"{opened.name}, {len(opened.classes)} classes"
     print(f"{words[0]} ({opened.format}: {what}) -> {words[1]} ({to})")
-    if call := EXPORTERS[to].call(opened, Path(words[1])):
+    if call := EXPORTERS[to].call(opened, to_path(words[1])):
         print(f"in Python: {call}")
 
 
@@ -123,7 +123,7 @@ def _check_flags(source: str, path: Path, values) -> None:
     for flag, given in asked.items():
         if given:
             raise UserError(f"--{flag} says nothing of the teacher in {source}; leave it out")
-    if not source.startswith(KINDS) and not exists(Path(source) / "config.json"):
+    if not source.startswith(KINDS) and not exists(to_path(source) / "config.json"):
         raise UserError(
             f"{source}: --to=teacher is for {', '.join(KINDS)} and folders of transformers; "
             "config.teacher.weights takes weights of our own models as they are"

@@ -13,6 +13,7 @@ from deit_jax.cli import rows
 from deit_jax.cli.flags import ALL, Command, UsageError, add_checkpoint_flags, no_words
 from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
+from deit_jax.storage import to_path
 from deit_jax.train.evaluator import NAMES, table
 from deit_jax.weights.pretrained import PRETRAINED
 from deit_jax.workdir import records
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     if config is None:
         if not values.workdir:
             raise UsageError("--weights=W needs the data: --config=FILE")
-        config = from_json(records.config_of(Path(values.workdir)))
+        config = from_json(records.config_of(to_path(values.workdir)))
     said = []
     for step in _steps(values.workdir) if every else [values.checkpoint]:
         which = (command.given(), step, values.ema)

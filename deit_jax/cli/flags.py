@@ -11,7 +11,7 @@ from deit_jax.config import files
 from deit_jax.config.serialize import flatten
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
-from deit_jax.storage import check_schemes, write_text
+from deit_jax.storage import check_schemes, to_path, write_text
 from deit_jax.workdir.which import LATEST, parse_checkpoint
 
 _LIST = "configs/base.py lists them all"
@@ -208,7 +208,7 @@ def add_checkpoint_flags(command: Command, every: bool = False) -> None:
 def write_output(path: str | Path, text: str) -> None:
     """Write what --out names; characters that UTF-8 cannot hold, as in odd file names, are `?`."""
     try:
-        write_text(Path(path), text)
+        write_text(to_path(path), text)
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written ({error.strerror})") from error
 

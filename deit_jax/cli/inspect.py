@@ -14,7 +14,7 @@ from deit_jax.data import card
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
-from deit_jax.storage import write_json
+from deit_jax.storage import to_path, write_json
 from deit_jax.train.experiment import resolve
 from deit_jax.train.validate import validate
 from deit_jax.workdir import records
@@ -47,13 +47,13 @@ def main(argv: list[str]) -> None:
     if (config is None) == (not values.workdir):
         raise UsageError("give either --config=FILE or --workdir=DIR")
     if config is None:
-        config = from_json(records.config_of(Path(values.workdir)))
+        config = from_json(records.config_of(to_path(values.workdir)))
     validate(config, num_devices=1)
     dataset = open_dataset(config.data)
     found = card.make(dataset, config.data.source, values.check, reading_of(config.data))
-    path = values.card or (values.workdir and Path(values.workdir) / records.DATA_CARD)
+    path = values.card or (values.workdir and to_path(values.workdir) / records.DATA_CARD)
     if path:
-        _write(found, Path(path))
+        _write(found, to_path(path))
     if values.out:
         size = (len(dataset.classes), len(dataset.train))
         experiment = resolve(config, *size, devices=jax.devices()[:1], whole=True)

@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-from pathlib import Path
 
 from deit_jax.analysis.figures import IMAGES, analyze
 from deit_jax.analysis.report.page import page
@@ -14,6 +13,7 @@ from deit_jax.cli.flags import (
     no_words,
     write_output,
 )
+from deit_jax.storage import to_path
 
 log = logging.getLogger("deit_jax")
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     values = command.flags
     found = analyze(values.workdir, values.images, values.checkpoint, values.ema)
     name = "report.html" if len(values.workdir) == 1 else "comparison.html"
-    out = Path(values.out or Path(values.workdir[0]) / name)
+    out = to_path(values.out or to_path(values.workdir[0]) / name)
     write_output(out, page(found))
     for run in found.figures["runs"]:
         for note in run["notes"].values():

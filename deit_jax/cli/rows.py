@@ -13,7 +13,7 @@ import numpy as np
 from deit_jax.analysis.predictions import softmax
 from deit_jax.data.sources.base import Dataset
 from deit_jax.errors import UserError
-from deit_jax.storage import backend
+from deit_jax.storage import backend, to_path
 
 FORMATS = {
     "text": "lines to read",
@@ -40,7 +40,7 @@ class Out:
         self._name, self._end = out, None
         if out:
             with self._explained():
-                self._end = backend(Path(out)).create(Path(out))
+                self._end = backend(to_path(out)).create(to_path(out))
 
     def write(self, text: str) -> None:
         """Write a text; raise UserError where that cannot be."""

@@ -2,14 +2,13 @@
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 
 from deit_jax.cli import compile_cache
 from deit_jax.cli.flags import Command, UsageError, add_process_flags, no_words
 from deit_jax.parallel import processes, signals
-from deit_jax.storage import exists
+from deit_jax.storage import exists, to_path
 from deit_jax.train import run
 from deit_jax.train.evaluator import table
 from deit_jax.train.experiment import prepare
@@ -43,10 +42,10 @@ def _train(options, command: Command, again: bool) -> None:
     if again:
         if options["config"].value is not None:
             raise UsageError("--reproduce takes the config from the run: leave out --config")
-        config = directory.recorded_config(Path(options.reproduce))
-        workdir = Path(options.workdir or f"{options.reproduce.rstrip('/')}-reproduced")
+        config = directory.recorded_config(to_path(options.reproduce))
+        workdir = to_path(options.workdir or f"{options.reproduce.rstrip('/')}-reproduced")
     else:
-        config, workdir = command.required_config(), Path(options.workdir)
+        config, workdir = command.required_config(), to_path(options.workdir)
     if options.replay_step is not None:
         dumped = dump_step(*prepare(config, workdir), workdir, options.replay_step)
         print(f"step {options.replay_step}: {dumped}")

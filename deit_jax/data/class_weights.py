@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from deit_jax.data.sources.base import Dataset, Labelled, label_counts
 from deit_jax.data.sources.splits import listed
 from deit_jax.errors import UserError
+from deit_jax.storage import local
 
 BALANCED = "balanced"
 
@@ -69,7 +69,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _of_file(where: str, file: str, classes: list[str]) -> list[float]:
-    path = Path(file).expanduser()
+    path = local(file)
     try:
         text = path.read_text(encoding="utf-8-sig")
         pairs = _json_pairs(text) if path.suffix == ".json" else _csv_pairs(text)

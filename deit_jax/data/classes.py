@@ -5,13 +5,13 @@ import io
 import json
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from deit_jax.data.sources.splits import listed
 from deit_jax.errors import UserError
+from deit_jax.storage import local
 
 # What programs call classes whose names they do not know.
 PLACEHOLDER = re.compile(r"(?:class |LABEL_|class_)?(\d+)")
@@ -116,7 +116,7 @@ def read_classes(file: str) -> list[str]:
     """
     if file == "imagenet":
         return imagenet_list("labels")
-    path = Path(file).expanduser()
+    path = local(file)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":

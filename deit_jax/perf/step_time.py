@@ -21,7 +21,7 @@ from deit_jax.perf import hlo_cost
 from deit_jax.perf.chips import CHIPS, device_of
 from deit_jax.perf.flops import flops_per_image
 from deit_jax.shapes import input_shape
-from deit_jax.storage import backend
+from deit_jax.storage import backend, to_path
 from deit_jax.train.experiment import Experiment
 from deit_jax.train.loop import Trainer
 from deit_jax.train.tape.session import stand_in
@@ -130,7 +130,7 @@ def measure(
 def _trained(experiment: Experiment, dataset: Dataset, teacher) -> Iterator[Trainer]:
     """Open a run in a folder that goes again, its "out of memory" explained."""
     with experiment.explained(), tempfile.TemporaryDirectory() as workdir:
-        trainer = Trainer(experiment, Path(workdir), dataset, teacher)
+        trainer = Trainer(experiment, to_path(workdir), dataset, teacher)
         with contextlib.closing(trainer.checkpointer):
             yield trainer
 

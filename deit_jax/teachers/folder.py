@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_tensors
 import deit_jax
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
-from deit_jax.storage import backend, exists, write_json
+from deit_jax.storage import backend, exists, local, to_path, write_json
 from deit_jax.teachers.programs import DTYPES, Programs, check_says, programs_of
 from deit_jax.teachers.teacher import Teacher
 
@@ -60,7 +60,7 @@ def program_file(dtype: str) -> str:
 
 def is_folder(path: str | Path) -> bool:
     """Return whether a path is a teacher folder, whole or not."""
-    return any(exists(Path(path) / name) for name in (DESCRIPTION, *map(program_file, DTYPES)))
+    return any(exists(to_path(path) / name) for name in (DESCRIPTION, *map(program_file, DTYPES)))
 
 
 def write_teacher(
@@ -80,7 +80,7 @@ def write_teacher(
     in order. Raise UserError where `apply` does not keep the
     contract of Teacher, or something is in the way.
     """
-    path = Path(path)
+    path = to_path(path)
     check_free(path, force)
     made = programs_of(teacher)
     if not checked:
@@ -162,7 +162,7 @@ def _write(path: Path, contents: dict[str, bytes], described: dict[str, Any]) ->
 
 def read_description(path: str | Path) -> dict[str, Any]:
     """Return what teacher.json says; raise UserError if that is no teacher of this format."""
-    file = Path(path) / DESCRIPTION
+    file = to_path(path) / DESCRIPTION
     if not exists(file):
         raise UserError(f"{path}: no teacher folder, it holds no {DESCRIPTION}; `deit convert`")
     try:
@@ -242,7 +242,7 @@ def open_folder(path: str | Path, dtype: str, abstract: bool = False) -> Teacher
     With `abstract` its params are shapes, and the file of weights may be anything that begins with
     the right header. Raise UserError, a line, for what is missing, damaged or too new.
     """
-    path = Path(path)
+    path = local(path)
     said = read_description(path)
     assert dtype in DTYPES, dtype
     file = path / program_file(dtype)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging
-from pathlib import Path
 
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size
-from deit_jax.storage import exists, read_json
+from deit_jax.storage import exists, read_json, to_path
 from deit_jax.teachers.folder import is_folder, open_folder
 from deit_jax.teachers.functions import call_function
 from deit_jax.teachers.programs import check_answer, check_fields, check_says
@@ -91,7 +90,7 @@ def convert_torch(
         raise UserError(f"{text}: --num_classes, --image_size and --ema are for timm:NAME alone")
     if text.startswith(TORCH):
         return torch_convert.convert_module(torch_sources.open_function(text))
-    file = Path(text) / "config.json"
+    file = to_path(text) / "config.json"
     described = read_json(file) if exists(file) else {}
     if "architecture" in described and "model_type" not in described:
         name = described["architecture"]

@@ -9,7 +9,7 @@ from deit_jax.config.serialize import BEFORE, from_json
 from deit_jax.data.decoders import choose
 from deit_jax.data.sources.assemble import NEWEST_RULES
 from deit_jax.errors import UserError
-from deit_jax.storage import exists, read_json
+from deit_jax.storage import exists, read_json, to_path
 
 
 def resolved_decoder(name: str, workdir: Path | None) -> str:
@@ -29,7 +29,7 @@ def resolved_rules(given: int | None, workdir: Path | None, teacher: ConfigDict)
         if workdir and exists(workdir / "config.json"):
             return from_json(read_json(workdir / "config.json")).data.rules
         if teacher.tape == "replay":
-            recorded = read_json(Path(teacher.tape_path) / "tape.json")["fingerprint"]
+            recorded = read_json(to_path(teacher.tape_path) / "tape.json")["fingerprint"]
             return recorded.get("data.rules", BEFORE["data.rules"])
     return NEWEST_RULES
 

@@ -132,6 +132,7 @@ class Trainer:
         if start:
             log.info("continuing at step %d of %d", start, self.total_steps)
         writer = MetricWriter(self.workdir, start, self.total_steps, active=first)
+        self.checkpointer.flush_with(writer.flush)
         try:
             self._loop(start, writer)
             return True

@@ -11,7 +11,7 @@ import numpy as np
 
 from deit_jax.errors import Interrupted, UserError
 from deit_jax.parallel.signals import StopRequest
-from deit_jax.storage import backend
+from deit_jax.storage import backend, to_path
 from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.run import train
@@ -35,7 +35,7 @@ def info(path: str | Path) -> dict[str, Any]:
     {"path", "kind", "top_k", "steps", "recorded", "missing": [[first, stop], …], "written_by",
     "bytes", "fingerprint"}; "written_by" is "deit_jax" or "another program".
     """
-    tape = Tape.open(Path(path).expanduser())
+    tape = Tape.open(to_path(path))
     missing = runs_of(np.flatnonzero(tape.recorded < 0))
     return {
         "path": str(path),
@@ -60,7 +60,7 @@ def record(
     Interrupted, all so far saved, if `stop` asks for it, UserError if the tape is another run's or
     cannot be written.
     """
-    workdir, stop = Path(workdir) if workdir else None, stop or StopRequest()
+    workdir, stop = to_path(workdir) if workdir else None, stop or StopRequest()
     if part is not None:
         _check_part(config.teacher)
     experiment, dataset = prepare(config, workdir)

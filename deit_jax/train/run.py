@@ -21,7 +21,7 @@ from deit_jax.errors import UserError
 from deit_jax.parallel.signals import StopRequest
 from deit_jax.shapes import per_channel
 from deit_jax.step.optimizer import make_schedule
-from deit_jax.storage import exists, read_json, steps_in, write_json
+from deit_jax.storage import exists, read_json, steps_in, to_path, write_json
 from deit_jax.train import memory
 from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.load_teacher import load_teacher
@@ -48,7 +48,7 @@ def train(
     was understood of the data, which a teacher has in common with its student. Raise UserError
     before anything is written if the config cannot be trained, Interrupted if `stop` asks for it.
     """
-    workdir = Path(workdir)
+    workdir = to_path(workdir)
     experiment, dataset = prepare(config, workdir)
     config, spec, teacher = experiment.config, experiment.teacher, None
     weights = spec.weights_path(workdir) if spec else ""

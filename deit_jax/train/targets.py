@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from deit_jax.shapes import Size, input_shape
 from deit_jax.step.distill.base import Outputs
 from deit_jax.step.teacher import apply_with_features
 from deit_jax.step.train_step import StepConfig
+from deit_jax.storage import to_path
 from deit_jax.train import memory
 from deit_jax.train.load_teacher import Loaded
 from deit_jax.train.tape.tape import features_width
@@ -85,4 +85,4 @@ def tape_width(spec: TeacherSpec | None) -> int:
     """Return how wide the features on a tape are that answers for the teacher; 0 without any."""
     if spec is None or spec.answers or not spec.features:
         return 0
-    return features_width(Path(spec.tape_path).expanduser())
+    return features_width(to_path(spec.tape_path))

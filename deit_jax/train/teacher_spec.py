@@ -12,7 +12,7 @@ from deit_jax.models.build import build_model, image_size
 from deit_jax.shapes import Size, per_channel, simplest
 from deit_jax.step.objective import chosen, distillation
 from deit_jax.step.teacher import FrozenTeacher
-from deit_jax.storage import exists
+from deit_jax.storage import exists, to_path
 from deit_jax.workdir.which import LATEST
 
 # Fields of config.distill that say nothing to some kinds, and what they are where nobody asks.
@@ -80,12 +80,12 @@ class TeacherSpec:
         """
         if not self.answers:
             return self.weights
-        return self.weights or str(Path(workdir) / "teacher")
+        return self.weights or str(to_path(workdir) / "teacher")
 
 
 def sources_of(weights: str) -> tuple[str, ...]:
     """Return the teachers that `teacher.weights` names; one whose own name has a comma is one."""
-    if "," not in weights or exists(Path(weights).expanduser()):
+    if "," not in weights or exists(to_path(weights)):
         return (weights,)
     return tuple(part.strip() for part in weights.split(","))
 

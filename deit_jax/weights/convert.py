@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deit_jax.data.decode import PLAIN
 from deit_jax.errors import UserError
-from deit_jax.storage import backend, exists
+from deit_jax.storage import backend, exists, to_path
 from deit_jax.weights.exporters import deit, huggingface, run, timm
 from deit_jax.weights.fit import LoadedWeights
 
@@ -62,7 +62,7 @@ def convert(
 
     Other formats than ours have no words for the way in which a run read its images: a warning.
     """
-    path = Path(destination)
+    path = to_path(destination)
     to = format_of(path, to)
     # A checkpoint is never replaced: a workdir may hold a run that took days.
     if exists(path) and (not force or to == "deit_jax" or exists(path / "checkpoints")):

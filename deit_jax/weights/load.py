@@ -23,7 +23,7 @@ from deit_jax.models import build, family, registry
 from deit_jax.models.build import build_model, compute_dtype
 from deit_jax.models.conv import fold_batch_norm
 from deit_jax.shapes import Size, per_channel, simplest
-from deit_jax.storage import check_scheme, exists
+from deit_jax.storage import check_scheme, exists, to_path
 from deit_jax.weights import jax_trees, readers, torch_names
 from deit_jax.weights.fit import (
     HEAD_POLICIES,
@@ -37,7 +37,7 @@ from deit_jax.weights.fit import (
     num_classes_of,
     target_model,
 )
-from deit_jax.weights.locate import HUB, WeightsError, locate, split_key
+from deit_jax.weights.locate import HUB, WeightsError, is_run, locate, split_key
 from deit_jax.weights.metadata import DISBELIEF, Metadata, in_one_line, read_metadata
 from deit_jax.weights.places import Wanted
 from deit_jax.weights.pretrained import PRETRAINED, hub_id
@@ -77,7 +77,11 @@ def load(
         raise WeightsError(f"pretrained=True and weights={weights}: give one of them")
     if pretrained:
         weights = PRETRAINED
-    if weights is None and name not in registry.specs() and Path(split_key(str(name))[0]).exists():
+    if (
+        weights is None
+        and name not in registry.specs()
+        and exists(to_path(split_key(str(name))[0]))
+    ):
         name, weights = None, name  # load("runs/mine")
     name = None if name is None else str(name)
     if weights is None and name not in registry.specs() and re.search(r"[/\\.]", name or ""):
@@ -207,8 +211,7 @@ def _open(
     """Return the weights in their own model; `anew` says that nobody needs their head."""
     place, key = split_key(source)
     path = locate(place)
-    files = [name for name in readers.IN_FOLDER if exists(path / name)]
-    if path.is_dir() and exists(path / "classes.json") and not files:
+    if is_run(path):
         if key:
             raise ValueError(f"::{key:.60}: the run of a `deit train` has no parts; leave it out")
         run = _open_run(source, path, model, dtype, checkpoint)

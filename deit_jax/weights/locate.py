@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deit_jax.errors import UserError
-from deit_jax.storage import check_scheme
+from deit_jax.storage import backend, check_scheme, exists, is_remote, local, to_path
 from deit_jax.weights import readers
 
 HUB = "hf-hub:"
@@ -16,18 +16,31 @@ class WeightsError(UserError, ValueError):
 
 def split_key(source: str) -> tuple[str, str]:
     """Return the file or folder in FILE::KEY and which weights in it are meant, "" for any."""
-    if Path(source).exists() or "::" not in source:
+    if "::" not in source or exists(to_path(source)):
         return source, ""
     place, _, key = source.rpartition("::")
     return place, key
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a path is the workdir of a `deit train`."""
+    place = backend(path)
+    names = set(place.names(path))
+    return "classes.json" in names and not names & set(readers.IN_FOLDER)
+
+
 def locate(source: str) -> Path:
-    """Return where the weights lie, downloaded if they are on the Hugging Face hub."""
+    """Return where the weights lie, downloaded if they are on the Hugging Face hub.
+
+    What lies in a bucket is copied, but for a run, whose checkpoints Orbax reads there.
+    """
     if not source.startswith(HUB):
         check_scheme("weights", source)
-        if Path(source).exists():
-            return Path(source)
+        path = to_path(source)
+        if is_remote(source) and not is_run(path):
+            path = local(source)
+        if exists(path):
+            return path
         raise WeightsError(f"{source}: no such file or folder")
     try:
         import huggingface_hub

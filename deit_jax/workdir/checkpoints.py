@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from deit_jax.errors import UserError
 from deit_jax.step.state import new_health
-from deit_jax.storage import backend, exists
+from deit_jax.storage import absolute, backend, exists, is_remote
 from deit_jax.workdir import checksums
 
 log = logging.getLogger("deit_jax")
@@ -71,15 +71,17 @@ class Checkpointer:
         self._best = best
         self._read_only = read_only
         self._notify = lambda event, **facts: None
+        self._flush = lambda: None
         options = {"read_only": True, "create": False} if read_only else {}
         if not read_only:
             options["cleanup_tmp_directories"] = True
             options["async_options"] = ocp.AsyncOptions(
                 post_finalization_callback=self._write_checksums,
-                # In the background, a directory that cannot be made is waited for in vain.
-                create_directories_asynchronously=False,
+                # In the background, a directory that cannot be made is waited for in vain; in a
+                # bucket none is made, and each request would hold up the step.
+                create_directories_asynchronously=is_remote(workdir),
             )
-        self._directory = (workdir / "checkpoints").absolute()
+        self._directory = absolute(workdir / "checkpoints")
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -95,6 +97,10 @@ class Checkpointer:
     def notify_with(self, notify) -> None:
         """Call `notify(event, **facts)` for what befalls the checkpoints."""
         self._notify = notify
+
+    def flush_with(self, flush) -> None:
+        """Call `flush()` before a checkpoint is whole: what it goes on from is safe before it."""
+        self._flush = flush
 
     @property
     def latest_step(self) -> int | None:
@@ -149,7 +155,7 @@ class Checkpointer:
         step, self._saving = self._saving, None
         text = next(iter(str(error).splitlines()), type(error).__name__)
         try:
-            backend(self._directory).must_be_writable(self._directory)
+            backend(self._directory).must_take_files(self._directory)
         except OSError:
             raise UserError(
                 f"{self._directory}: the state after step {step} cannot be saved ({text}); make "
@@ -178,13 +184,18 @@ class Checkpointer:
     def _write_checksums(self) -> None:
         """Add checksums to the checkpoint that Orbax is about to put in its place."""
         if jax.process_index() == 0:
+            self._flush()
             unfinished = self._unfinished(self._saving)
             checksums.write(unfinished[-1] if unfinished else self._directory / str(self._saving))
 
     def _unfinished(self, step: int | None) -> list[Path]:
         """Return the folders that Orbax has begun to write a step in, the newest last."""
-        names = backend(self._directory).names(self._directory)
+        place = backend(self._directory)
+        names = place.names(self._directory)
         found = [name for name in names if name.startswith(f"{step}.") and "tmp" in name]
+        # In a bucket it is written where it is to be, and marked as whole at the end.
+        here = self._directory / str(step)
+        found += [here.name] if here.name in names and not place.is_complete(here) else []
         return [self._directory / name for name in found]
 
     def restore(self, abstract_state, at_most: int | None = None, planned: bool = False):

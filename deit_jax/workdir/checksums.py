@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from deit_jax.storage import backend, exists, write_json
+from deit_jax.storage import backend, exists, is_remote, to_path, write_json
 
 NAME = "sha256.json"
 TIMES = "_CHECKPOINT_METADATA"  # Orbax adds the time to it last of all: it must only be JSON
@@ -37,9 +37,11 @@ def problem(directory: Path) -> str | None:
             if disk.sha256(directory / name) != recorded:
                 return f"{name} has changed since it was written"
     except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(directory)} is missing"
+        return f"{to_path(error.filename).relative_to(directory)} is missing"
     except (ValueError, AttributeError):
         return f"{NAME} or {TIMES} is not valid JSON"
     except OSError as error:
+        if is_remote(directory):  # a line that is down says nothing of what is behind it
+            raise
         return f"{Path(error.filename).relative_to(directory)}: {error.strerror}"
     return None

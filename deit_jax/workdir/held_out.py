@@ -14,7 +14,7 @@ import numpy as np
 
 from deit_jax.data.sources.base import Dataset, Labelled, Source, key_of
 from deit_jax.data.sources.splits import listed
-from deit_jax.storage import backend, exists, read_json, read_text, write_json
+from deit_jax.storage import backend, exists, read_json, read_text, to_path, write_json
 
 DATA, NAMES = "data.json", "held_out.txt"
 
@@ -61,7 +61,7 @@ def note(workdir: Path, dataset: Dataset, weights: Sequence[float] | None = None
 
 def changes(workdir: str | Path, dataset: Dataset) -> list[str]:
     """Return a line for each part of the data that is not what the run of a workdir had."""
-    workdir = Path(workdir)
+    workdir = to_path(workdir)
     if not exists(workdir / DATA):  # a run of before
         return []
     then, lines = read_json(workdir / DATA), []

@@ -40,6 +40,10 @@ class Lines:
         if not full:
             log.warning("%s: the disk is full; lines are held back until it is not", self._path)
 
+    def flush(self) -> None:
+        """Return once all lines are where they are to be, in a bucket."""
+        self._end.flush()
+
     def close(self) -> None:
         """Close the file; say so if lines could not be written."""
         self._end.close()
@@ -100,6 +104,12 @@ class MetricWriter:
         """Print a line above the bar."""
         if self._active:
             tqdm.write(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        """Return once all that was written is safe: what is put into a bucket takes a moment."""
+        if self._active:
+            for file in self._files.values():
+                file.flush()
 
     def close(self) -> None:
         """Flush and close everything."""

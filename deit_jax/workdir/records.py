@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deit_jax.errors import UserError
-from deit_jax.storage import exists, read_json, read_lines, read_text
+from deit_jax.storage import backend, exists, is_remote, read_json, read_lines, read_text
 
 DATA_CARD = "data_card.json"
 WINDOWS = sys.platform == "win32"
@@ -21,7 +21,7 @@ def names(workdirs: Sequence[Path]) -> list[str]:
 
     `runs/a/small` and `runs/b/small` are `a/small` and `b/small`.
     """
-    paths = [path.resolve().parts for path in workdirs]
+    paths = [path.parts if is_remote(path) else path.resolve().parts for path in workdirs]
     found = []
     for path, parts in zip(workdirs, paths, strict=True):
         others = [p for p in paths if p is not parts]
@@ -111,6 +111,8 @@ def under_way(workdir: Path) -> bool:
     The lock's text tells who holds it. To try the lock would hold it, and a training that begins
     at that moment would be refused.
     """
+    if is_remote(workdir):
+        return backend(workdir).is_locked(workdir / "lock")
     try:
         text = read_text(workdir / "lock")
     except PermissionError:

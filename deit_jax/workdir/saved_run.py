@@ -14,7 +14,7 @@ from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
 from deit_jax.step.state import EXTRAS, averaged
-from deit_jax.storage import exists, read_json
+from deit_jax.storage import absolute, exists, read_json, to_path
 from deit_jax.workdir import checksums
 from deit_jax.workdir.checkpoints import best_of
 from deit_jax.workdir.which import BEST, LATEST, parse_checkpoint
@@ -42,7 +42,7 @@ def load_run(workdir: str | Path, dtype: str = "float32", checkpoint: str | int 
     `checkpoint` is latest, the newest good one; best, the one of the best figure among those that
     are kept (checkpoints.best_of); or the number of steps taken.
     """
-    workdir, checkpoint = Path(workdir), parse_checkpoint(checkpoint)
+    workdir, checkpoint = to_path(workdir), parse_checkpoint(checkpoint)
     if not exists(workdir / "config.json"):
         raise UserError(f"{workdir}: not the workdir of a `deit train` run (no config.json there)")
     config = from_json(read_json(workdir / "config.json"))
@@ -76,7 +76,7 @@ def _restore_on_host(
     options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     # Naming the handler lets the manager read the tree's metadata before it restores anything.
     with ocp.CheckpointManager(
-        directory.absolute(), options=options, item_handlers=ocp.PyTreeCheckpointHandler()
+        absolute(directory), options=options, item_handlers=ocp.PyTreeCheckpointHandler()
     ) as manager:
         if not manager.all_steps():
             raise UserError(

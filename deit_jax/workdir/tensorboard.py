@@ -4,11 +4,43 @@ import contextlib
 import time
 from pathlib import Path
 
+from tensorboardX import record_writer
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from deit_jax.storage import backend
+from deit_jax.storage import backend, to_path
+
+
+class _InBucket:
+    """How tensorboardX opens files in a bucket: its own writer would hold up every step."""
+
+    @staticmethod
+    def open(path: str) -> "_End":
+        return _End(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """Make nothing: a bucket has no folders."""
+
+
+class _End:
+    """A file for tensorboardX, whose bytes are put into a bucket in the background."""
+
+    def __init__(self, path: str):
+        self._end = backend(to_path(path)).create(to_path(path))
+
+    def write(self, data: bytes) -> None:
+        self._end.append(bytes(data))
+
+    def flush(self) -> None:
+        """Do nothing: it is called after every event, and close puts what is left."""
+
+    def close(self) -> None:
+        self._end.close()
+
+
+record_writer.register_writer_factory("gs", _InBucket)
 
 
 class Board:

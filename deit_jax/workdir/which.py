@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deit_jax.errors import UserError
-from deit_jax.storage import steps_in
+from deit_jax.storage import steps_in, to_path
 
 LATEST, BEST = "latest", "best"
 
@@ -23,4 +23,4 @@ def parse_checkpoint(text: str | int) -> str | int:
 
 def kept_steps(workdir: str | Path) -> list[int]:
     """Return the steps of a run whose checkpoints are there, the first one first."""
-    return steps_in(Path(workdir) / "checkpoints")
+    return steps_in(to_path(workdir) / "checkpoints")

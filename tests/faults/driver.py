@@ -68,22 +68,32 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def start(workdir: Path, cache: Path, steps: int, *more: str) -> subprocess.Popen:
-    """Start `deit train` in the background; its output goes to WORKDIR.log."""
-    words = [*WORDS, f"--config.epochs={steps / STEPS_PER_EPOCH}", f"--workdir={workdir}", *more]
-    with workdir.with_suffix(".log").open("ab") as log:
+    """Start `deit train` in the background; its output goes to the file log_of says."""
+    place = PLACES.get(workdir, (workdir, {}))
+    words = [*WORDS, f"--config.epochs={steps / STEPS_PER_EPOCH}", f"--workdir={place[0]}", *more]
+    with log_of(workdir).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "deit_jax", "train", *words],
             cwd=ROOT,
-            env=environment(cache),
+            env={**environment(cache), **place[1]},
             stdout=log,
             stderr=log,
         )
 
 
+# Of a workdir that is a folder of an emulator's: what it is called, and the environment to ask it.
+PLACES: dict[Path, tuple[str, dict[str, str]]] = {}
+
+
+def log_of(workdir: Path) -> Path:
+    """Return the file of a run's output: beside it, or beside the emulator's folder."""
+    return (workdir.parent if workdir in PLACES else workdir).with_suffix(".log")
+
+
 def finish(process: subprocess.Popen, workdir: Path, timeout: float = 300) -> None:
     """Wait for a run to end well."""
     if process.wait(timeout):
-        raise RuntimeError(workdir.with_suffix(".log").read_text()[-3000:])
+        raise RuntimeError(log_of(workdir).read_text()[-3000:])
 
 
 def records(workdir: Path) -> list[dict]:
@@ -94,8 +104,12 @@ def records(workdir: Path) -> list[dict]:
 
 
 def saving(workdir: Path) -> bool:
-    """Return whether a checkpoint is being written."""
-    return any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
+    """Return whether a checkpoint is being written; in a bucket it has its name before its sums."""
+    there = list((workdir / "checkpoints").glob("*"))
+    begun = [p for p in there if p.name.isdigit() and not (p / "sha256.json").exists()]
+    return any("tmp" in p.name for p in there) or any(
+        file.is_file() for p in begun for file in p.rglob("*")
+    )
 
 
 def evaluating(workdir: Path) -> bool:
@@ -166,7 +180,8 @@ def torment(workdir: Path, cache: Path, steps: int, kills: int, seed: int) -> li
 
 def state(workdir: Path):
     """Return all arrays of the newest checkpoint by path: parameters, optimizer, average, …"""
-    newest = max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit())
+    whole = (workdir / "checkpoints").glob("[0-9]*/sha256.json")
+    newest = max(int(p.parent.name) for p in whole)
     directory = (workdir / "checkpoints" / str(newest) / "default").absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
         as_numpy = jax.tree.map(

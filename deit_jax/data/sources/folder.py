@@ -14,11 +14,12 @@ from deit_jax.data.sources.files import FolderSource
 from deit_jax.data.sources.scan import Folder, Scan, has_images, subfolders
 from deit_jax.data.sources.splits import choose_split, kind_of, kinds_in, listed
 from deit_jax.errors import UserError
+from deit_jax.storage import local
 
 
 def open_source(rest: str, data) -> Dataset:
     """Open the folder that `rest` names."""
-    root = Path(rest).expanduser()
+    root = local(rest)
     if not root.is_dir():
         raise UserError(f"config.data.source=folder:{rest}: no such folder")
     if rules_of(data) == 1 and data.labels:

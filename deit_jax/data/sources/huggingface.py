@@ -28,6 +28,7 @@ from deit_jax.data.sources.columns import (
 )
 from deit_jax.data.sources.splits import choose_split
 from deit_jax.errors import UserError
+from deit_jax.storage import local
 
 log = logging.getLogger("deit_jax")
 
@@ -158,11 +159,11 @@ def _load(rest: str, name: str) -> tuple[dict[str, Any], Path | None]:
 
 def _folder(rest: str) -> tuple[Path | None, str | None]:
     """Return the folder that is meant, and the config after a colon; None if there is none."""
-    path = Path(rest).expanduser()
+    path = local(rest)
     if path.is_dir():
         return path, None
     head, colon, config = rest.rpartition(":")
-    path = Path(head).expanduser()
+    path = local(head)
     return (path, config) if colon and config and path.is_dir() else (None, None)
 
 

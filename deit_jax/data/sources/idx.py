@@ -10,6 +10,7 @@ import numpy as np
 from deit_jax.data.sources.base import ArraySource, Dataset, SourceReading
 from deit_jax.data.sources.splits import choose_split
 from deit_jax.errors import UserError
+from deit_jax.storage import local
 
 CLASSES = {
     "mnist": [str(i) for i in range(10)],
@@ -41,7 +42,7 @@ def open_source(rest: str, data) -> Dataset:
 
 def open_idx(name: str, data) -> Dataset:
     """Open {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz] in a folder; raise UserError."""
-    root = Path(data.dir or DEFAULT_DIRS[name]).expanduser()
+    root = local(data.dir or DEFAULT_DIRS[name])
     parts, chosen = [], [_split(name, data, field) for field in ("train_split", "eval_split")]
     for part in chosen:
         images = read_idx(_find(name, root, f"{part}-images-idx3-ubyte"), dimensions=3)

@@ -1,7 +1,6 @@
 """Images without labels, wherever below a folder: for what needs none."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -9,6 +8,7 @@ from deit_jax.data.sources.base import Dataset, SourceReading
 from deit_jax.data.sources.files import FolderSource
 from deit_jax.data.sources.scan import Scan
 from deit_jax.errors import UserError
+from deit_jax.storage import local
 
 
 def open_source(rest: str, data) -> Dataset:
@@ -16,7 +16,7 @@ def open_source(rest: str, data) -> Dataset:
 
     Raise UserError if there are none.
     """
-    root = Path(rest).expanduser()
+    root = local(rest)
     if not root.is_dir():
         raise UserError(f"config.data.source={data.source}: no such folder")
     for key, usual in (("train_split", ("train", ".")), ("eval_split", ("validation",))):

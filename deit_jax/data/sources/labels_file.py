@@ -20,6 +20,7 @@ from deit_jax.data.sources.label_sets import Row
 from deit_jax.data.sources.scan import Scan
 from deit_jax.data.sources.splits import choose_split, kind_of, kinds_in, listed
 from deit_jax.errors import UserError
+from deit_jax.storage import local
 
 # What people call the columns of a table, without capitals.
 PATHS = (
@@ -91,7 +92,7 @@ def _counted(what: str, count: int) -> dict[str, int]:
 
 def _read(file: str, data) -> Iterator[Row]:
     """Iterate over the rows of one file; its name may say which split it is of."""
-    path = Path(file).expanduser()
+    path = local(file)
     kinds = kinds_in(path.stem)
     split = next(iter(kinds)) if len(kinds) == 1 else ""
     try:

@@ -4,13 +4,13 @@ import contextlib
 import importlib.util
 import logging
 import re
-from pathlib import Path
 
 from absl import logging as absl_logging
 
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.splits import choose_split
 from deit_jax.errors import UserError
+from deit_jax.storage import is_remote, local, to_path
 
 log = logging.getLogger("deit_jax")
 
@@ -54,7 +54,8 @@ def open_tfds(name: str, data) -> Dataset:
 
     try:
         with _errors_only():
-            builder = tfds.builder(name, data_dir=data.dir or None, try_gcs=False)
+            folder = _at_hand(name, data.dir)
+            builder = tfds.builder(name, data_dir=folder or None, try_gcs=False)
             prepared = builder.is_prepared()
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UserError(
@@ -78,6 +79,13 @@ def open_tfds(name: str, data) -> Dataset:
     allow_open_files(sum(info.num_shards for info in builder.info.splits.values()))
     train, held = splits
     return Dataset(train, held, list(builder.info.features[keys[1]].names))
+
+
+def _at_hand(name: str, folder: str) -> str:
+    """Return a data_dir of this machine; of one in a bucket, what the data set has is copied."""
+    if not is_remote(folder):
+        return folder
+    return str(local(f"{folder.rstrip('/')}/{re.split('[/:]', name)[0]}").parent)
 
 
 def image_and_label(info, where: str) -> tuple[str, str]:
@@ -138,7 +146,7 @@ def _reason(error: Exception) -> str:
 
 def _what_is_there(name: str, folder: str) -> str:
     """Return the configs and versions of a data set that are prepared, to be added to an error."""
-    root = Path(folder).expanduser()
+    root = to_path(folder)
     own = root / re.split("[/:]", name)[0]
     found = [p.parent for p in own.glob("**/dataset_info.json")] if folder and own.name else []
     there = ", ".join(sorted(str(p.relative_to(root)) for p in found))

@@ -19,6 +19,8 @@ from deit_jax.data.sources.assemble import assemble, rules_of
 from deit_jax.data.sources.base import Dataset, PackedStrings, SourceReading, Subset
 from deit_jax.data.sources.splits import choose_split, kinds_in, listed
 from deit_jax.errors import UserError
+from deit_jax.storage import local
+from deit_jax.storage.fetch import cache_folder
 
 INDEX_NAME = ".deit_index.npz"
 CLASSES = "classes.txt"
@@ -57,7 +59,7 @@ class WdsSource:
 
 def open_source(rest: str, data) -> Dataset:
     """Open the tars in the folder that `rest` names."""
-    return open_wds(Path(rest).expanduser(), data)
+    return open_wds(local(rest), data)
 
 
 def open_wds(root: Path, data) -> Dataset:
@@ -159,8 +161,7 @@ def load_index(root: Path, paths: list[Path], channels: int = 3) -> Index:
     facts = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     facts += [] if channels == 3 else [(".npy", 0, 0)]  # which are images then
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    places = [root / INDEX_NAME, Path(cache, "deit_jax", f"wds-{key[:16]}.npz")]
+    places = [root / INDEX_NAME, cache_folder() / f"wds-{key[:16]}.npz"]
     for place in places:
         try:
             with place.open("rb") as file, np.load(file) as saved:

@@ -12,6 +12,7 @@ from deit_jax.config import files
 from deit_jax.config.serialize import BEFORE
 from deit_jax.errors import UserError
 from deit_jax.step.distill.soft import LOWEST
+from deit_jax.storage import to_path
 from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.tape.fingerprint import (
@@ -53,7 +54,7 @@ def check(
     """
     if samples < 1:
         raise UserError(f"samples={samples}: at least one step must be compared")
-    path = Path(path).expanduser()
+    path = to_path(path)
     tape = Tape.open(path)
     there = np.flatnonzero(tape.recorded >= 0)
     if not len(there):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from deit_jax.errors import UserError
-from deit_jax.storage import exists
+from deit_jax.storage import exists, is_remote, to_path
 from deit_jax.train.tape.fingerprint import aged, differences, listed
 from deit_jax.train.tape.labeller import progress
 from deit_jax.train.tape.session import alone, writable
@@ -20,7 +20,7 @@ def join(destination: str | Path, sources: Sequence[str | Path]) -> Path:
     UserError, with nothing written, unless the tapes are of one run and of one teacher, keep as
     much of each answer, and agree on the steps that several have.
     """
-    path, *paths = (Path(place).expanduser() for place in (destination, *sources))
+    path, *paths = (to_path(place) for place in (destination, *sources))
     _check_places(path, paths)
     tapes = [Tape.open(source) for source in paths]
     there = [Tape.open(path)] if exists(path / NAME) else []
@@ -42,11 +42,15 @@ def join(destination: str | Path, sources: Sequence[str | Path]) -> Path:
 def _check_places(path: Path, sources: list[Path]) -> None:
     if not sources:
         raise UserError(f"{path}: give the tapes that are joined there")
-    seen = {path.resolve()}
+    seen = {_place(path)}
     for source in sources:
-        if source.resolve() in seen:
+        if _place(source) in seen:
             raise UserError(f"{source}: this label tape is named twice; name each one once")
-        seen.add(source.resolve())
+        seen.add(_place(source))
+
+
+def _place(path: Path) -> Path:
+    return path if is_remote(path) else path.resolve()
 
 
 def _check_same(one: Tape, other: Tape) -> None:

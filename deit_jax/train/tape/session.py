@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from deit_jax.errors import UserError
 from deit_jax.step.distill.base import Layout
-from deit_jax.storage import exists, steps_in
+from deit_jax.storage import exists, steps_in, to_path
 from deit_jax.train.experiment import Experiment
 from deit_jax.train.tape.fingerprint import check_fingerprint, fingerprint, outsider
 from deit_jax.train.tape.layout import checksum, packing
@@ -172,7 +172,7 @@ class TapeReader(NoTape):
 
 def tape_path(experiment: Experiment, workdir: Path) -> Path:
     """Return where a run's tape is, by default in its workdir."""
-    return Path(experiment.config.teacher.tape_path or workdir / "tape").expanduser()
+    return to_path(experiment.config.teacher.tape_path or workdir / "tape")
 
 
 def layout_of(experiment: Experiment) -> Layout:

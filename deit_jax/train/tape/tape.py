@@ -22,7 +22,7 @@ import tensorstore as ts
 
 from deit_jax.errors import UserError
 from deit_jax.step.objective import distillation
-from deit_jax.storage import backend, exists, read_json, write_json
+from deit_jax.storage import absolute, backend, exists, is_remote, read_json, write_json
 from deit_jax.train.tape.layout import Layout, arrays_of, checksum, unpack
 from deit_jax.workdir.directory import LOCK
 
@@ -240,7 +240,11 @@ def runs_of(steps: Sequence[int] | np.ndarray) -> list[np.ndarray]:
 
 
 def _spec(path: Path) -> dict[str, Any]:
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
+    kvstore = {"driver": "file", "path": f"{absolute(path)}/"}
+    if is_remote(path):
+        bucket, _, inside = str(path).removeprefix("gs://").partition("/")
+        kvstore = {"driver": "gcs", "bucket": bucket, "path": f"{inside}/"}
+    return {"driver": "zarr", "kvstore": kvstore}
 
 
 def _make(path: Path, dtype: np.dtype, shape: tuple[int, ...], chunk: int, fill) -> None:

@@ -1,23 +1,13 @@
-"""The files of runs, by a small set of operations: any place that has them can hold a run.
-
-The local disk is the only such place so far; another one is a class with the methods of LocalDisk
-and a line in BACKENDS. Checkpoints and the arrays of tapes go through Orbax and TensorStore, which
-have drivers of their own. All raise OSError, but for what says otherwise.
-"""
+"""Files on a disk of this machine, or one that is mounted."""
 
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from deit_jax.errors import UserError
 
 log = logging.getLogger("deit_jax")
 
@@ -86,6 +76,10 @@ class LocalDisk:
         """Return whether there is a folder."""
         return path.is_dir()
 
+    def is_complete(self, folder: Path) -> bool:
+        """Return whether a checkpoint's folder is whole: on a disk it has no name before."""
+        return True
+
     def make_folder(self, path: Path) -> None:
         """Make a folder, and those around it, unless it is there."""
         path.mkdir(parents=True, exist_ok=True)
@@ -101,11 +95,19 @@ class LocalDisk:
         else:
             path.unlink(missing_ok=True)
 
+    def local(self, path: Path) -> Path:
+        """Return where a file or folder lies on this machine's disk: where it is."""
+        return path
+
     def must_be_writable(self, path: Path) -> None:
         """Raise OSError unless a file or folder is there and can be written."""
         code = errno.EROFS if path.exists() else errno.ENOENT
         if not os.access(path, os.W_OK):
             raise OSError(code, os.strerror(code), str(path))
+
+    def must_take_files(self, path: Path) -> None:
+        """Raise OSError unless files can be written in a folder, by whatever that takes to know."""
+        self.must_be_writable(path)
 
     @contextlib.contextmanager
     def lock(self, path: Path, holder: str) -> Iterator[None]:
@@ -155,107 +157,9 @@ class LocalAppender:
             self._file.truncate(end)  # of a line cut short, the rest would never join it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def flush(self) -> None:
+        """Return once all that was added is in the file, which it is."""
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-BACKENDS = {"": LocalDisk()}  # by the scheme of a path
-
-
-def backend(path: Path) -> LocalDisk:
-    """Return what keeps the files of a path; raise UserError for a scheme that nothing keeps."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))  # a Path makes one slash of two
-    if scheme and scheme[1] not in BACKENDS:
-        raise UserError(f"{scheme[1]}://{str(path)[scheme.end() :]}: {_remedy(scheme[1])}")
-    return BACKENDS[scheme[1] if scheme else ""]
-
-
-def check_schemes(values: Iterable[tuple[str, Any]]) -> None:
-    """Apply check_scheme to (name, value) of flags or fields; what is no text names no place."""
-    for name, value in values:
-        for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str):
-                check_scheme(name, text)
-
-
-def check_scheme(name: str, text: str) -> None:
-    """Raise UserError if a text names a place by a scheme that nothing here keeps.
-
-    `name` is the flag or field that it was given as. Without this, `gs://bucket/run` would be a
-    folder named `gs:` on the local disk. The place may stand behind others, as in `folder:gs://…`.
-    """
-    for scheme in re.findall(r"([A-Za-z][A-Za-z0-9+.-]+)://", text):
-        if scheme not in BACKENDS:
-            raise UserError(f"{name}={text}: {_remedy(scheme)}")
-
-
-def _remedy(scheme: str) -> str:
-    return _REMEDIES.get(scheme.lower(), f"{scheme}:// is not understood; give the path of a disk")
-
-
-_REMEDIES = {
-    "file": "leave file:// out and give the path itself",
-    "gs": "gs:// cannot be used yet; mount the bucket (gcsfuse) or copy it, and give its path",
-    "s3": "s3:// cannot be used yet; mount the bucket (mount-s3) or copy it, and give its path",
-    "http": "http:// cannot be read; download it, and give its path",
-    "https": "https:// cannot be read; download it, and give its path",
-}
-
-
-def read_text(path: Path) -> str:
-    """Return the text in a file; what is no UTF-8 is replaced."""
-    return backend(path).read(path).decode("utf-8", "replace")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text whole or not at all; what UTF-8 cannot hold, as in odd file names, is `?`."""
-    backend(path).write(path, text.encode("utf-8", "replace"))
-
-
-def write_json(path: Path, value: Any, indent: int = 2) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """Return a JSON file's content, a dict or a list; raise UserError if it is damaged."""
-    try:
-        value = json.loads(backend(path).read(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); restore it from a copy") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: holds no {kind.__name__}; restore it from a copy")
-    return value
-
-
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write a JSON-lines file whole or not at all."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Add a record to a JSON-lines file, which need not be there."""
-    with contextlib.closing(backend(path).append(path)) as end:
-        end.append(json.dumps(record).encode() + b"\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file; a last line cut short by a crash is left out."""
-    records = []
-    for line in read_text(path).splitlines() if exists(path) else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def exists(path: Path) -> bool:
-    """Return whether there is a file or a folder."""
-    return backend(path).exists(path)
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Return, ascending, the numbers that are names in a folder, as of checkpoints."""
-    return sorted(int(name) for name in backend(folder).names(folder) if name.isdecimal())

@@ -1,0 +1,263 @@
+"""Objects of Google Cloud Storage, by Google's own client: read, put, list, copy, delete.
+
+All raise OSError that names the object. What fails for a moment (429, 500, 502, 503, 504, lines
+that break or hang) is tried again for ten minutes. STORAGE_EMULATOR_HOST names another server,
+DEIT_GCS_TIMEOUT the seconds of silence after which a request counts as hanging.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SILENCE = float(os.environ.get("DEIT_GCS_TIMEOUT") or 30)  # seconds without a byte: tried again
+TIMEOUT = (10.0, SILENCE)  # the first: seconds to connect
+LIMITS = {  # of TensorStore, which waits for ever by itself
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": f"{max(SILENCE, 1):.0f}",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+PATIENCE = 600.0  # seconds in which a request is tried again
+NO_PACKAGE = "gs:// needs more packages; pip install 'deit_jax[gcs]'"
+
+# Asked for credentials, this says that there are none on this machine, which we say ourselves.
+logging.getLogger("google.auth").setLevel(logging.ERROR)
+
+
+@functools.lru_cache(maxsize=1)
+def prepare_libraries() -> None:
+    """Let Orbax, by TensorStore and gcsfs, see what others write and end requests that hang."""
+    for name, value in LIMITS.items():
+        os.environ.setdefault(name, value)
+    try:
+        from fsspec import config
+    except ImportError:
+        return  # told of where something is read
+    ours = config.conf.setdefault("gcs", {})
+    ours.setdefault("use_listings_cache", False)
+    ours.setdefault("requests_timeout", SILENCE)
+
+
+class Conflict(OSError):
+    """An object that is not of the generation that was asked for: another process changed it."""
+
+
+def name_of(path: Any) -> str:
+    """Return `bucket/a/b` of gs://bucket/a/b."""
+    return str(path).removeprefix("gs://").rstrip("/")
+
+
+class Found(NamedTuple):
+    """An object of a list: `bucket/a/b`, its size in bytes, and which of its contents it is."""
+
+    name: str
+    size: int
+    generation: int
+
+
+class Objects:
+    """The objects of all buckets that the machine's credentials reach; names are `bucket/a/b`."""
+
+    def read(self, name: str, end: int | None = None) -> tuple[bytes, int]:
+        """Return an object's content, or its first `end` bytes, and its generation."""
+        with _explained(name):
+            blob = self._blob(name)
+            options = {"timeout": TIMEOUT, "retry": _retry()}
+            try:
+                data = blob.download_as_bytes(end=end and end - 1, raw_download=True, **options)
+            except _errors().RequestRangeNotSatisfiable:  # of an empty object no range is there
+                return b"", int(blob.generation or 0)
+            return data, int(blob.generation or 0)
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy an object to a file of this machine, whole or not at all; its checksum must fit."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{threading.get_ident()}.tmp")
+        try:
+            with _explained(name):
+                blob = self._blob(name)
+                blob.download_to_filename(
+                    str(temporary), raw_download=True, timeout=TIMEOUT, retry=_retry()
+                )
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def sha256(self, name: str) -> str:
+        """Return the checksum of an object's content, which is read in pieces."""
+        digest = hashlib.sha256()
+        with _explained(name):
+            blob = self._blob(name)
+            blob.download_to_file(_Digest(digest), raw_download=True, timeout=TIMEOUT)
+        return digest.hexdigest()
+
+    def put(self, name: str, data: bytes, generation: int | None = None) -> int:
+        """Write an object and return its generation.
+
+        With a `generation` (0: none yet) it must be of that one, or Conflict is raised.
+        """
+        with _explained(name):
+            blob = self._blob(name)
+            blob.upload_from_string(
+                data,
+                content_type="application/octet-stream",
+                if_generation_match=generation,
+                timeout=TIMEOUT,
+                retry=_retry(),
+                checksum="crc32c",
+            )
+            return int(blob.generation)
+
+    def state(self, name: str) -> tuple[int, float] | None:
+        """Return an object's generation and the Unix time of its last change; None without it."""
+        with _explained(name):
+            bucket, _, path = name.partition("/")
+            blob = self._client().bucket(bucket).get_blob(path, timeout=TIMEOUT, retry=_retry())
+            return blob and (int(blob.generation), blob.updated.timestamp())
+
+    def found(self, prefix: str, limit: int | None = None) -> Iterator[Found]:
+        """Yield the objects whose names begin so, in the order of their names."""
+        bucket, _, path = prefix.partition("/")
+        with _explained(prefix):
+            for blob in self._client().list_blobs(
+                bucket, prefix=path, max_results=limit, timeout=TIMEOUT, retry=_retry()
+            ):
+                yield Found(f"{bucket}/{blob.name}", int(blob.size or 0), int(blob.generation or 0))
+
+    def names(self, prefix: str) -> tuple[list[str], list[str]]:
+        """Return the last parts of the names of objects and of folders right below `prefix`/."""
+        bucket, _, path = prefix.partition("/")
+        path = f"{path.rstrip('/')}/" if path else ""
+        with _explained(prefix):
+            found = self._client().list_blobs(
+                bucket, prefix=path, delimiter="/", timeout=TIMEOUT, retry=_retry()
+            )
+            objects = [blob.name[len(path) :] for blob in found]  # the folders come with it
+            folders = [name[len(path) : -1] for name in found.prefixes]
+        return sorted(filter(None, objects)), sorted(folders)
+
+    def copy(self, old: str, new: str) -> None:
+        """Make a copy of an object, which is not read here."""
+        (bucket, _, path), (to, _, target) = old.partition("/"), new.partition("/")
+        with _explained(old):
+            source = self._client().bucket(bucket)
+            source.copy_blob(
+                source.blob(path),
+                self._client().bucket(to),
+                target,
+                timeout=TIMEOUT,
+                retry=_retry(),
+            )
+
+    def delete(self, name: str) -> None:
+        """Delete an object, if it is there."""
+        with _explained(name), contextlib.suppress(FileNotFoundError), _explained(name):
+            self._blob(name).delete(timeout=TIMEOUT, retry=_retry())
+
+    def _blob(self, name: str):
+        bucket, _, path = name.partition("/")
+        return self._client().bucket(bucket).blob(path)
+
+    @staticmethod
+    def _client():
+        with _MAKING:
+            return _client(os.getpid())  # a process that was forked must not share connections
+
+
+class _Digest:
+    """A file that only counts what is written to it."""
+
+    def __init__(self, digest):
+        self._digest, self._size = digest, 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._size
+
+
+_MAKING = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def _client(process: int):
+    try:
+        import requests
+        from google.cloud import storage
+    except ImportError:
+        raise OSError(errno.ENOPKG, NO_PACKAGE) from None
+    client = storage.Client()
+    # Several threads of a loader read at once: as many lines are kept open.
+    adapter = requests.adapters.HTTPAdapter(pool_connections=4, pool_maxsize=64)
+    for scheme in ("https://", "http://"):
+        client._http.mount(scheme, adapter)
+    return client
+
+
+def _errors():
+    from google.api_core import exceptions
+
+    return exceptions
+
+
+@functools.lru_cache(maxsize=1)
+def _retry():
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(PATIENCE).with_delay(initial=0.5, maximum=20.0)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Make an OSError, which names the object, of what the client raises."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno == errno.ENOPKG:
+            raise
+        raise OSError(errno.EIO, _line(error), f"gs://{name}") from error
+    except Exception as error:
+        module = type(error).__module__.partition(".")[0]
+        if module not in ("google", "requests", "urllib3"):
+            raise
+        code, text = _told(error, name)
+        if code is None:
+            raise Conflict(errno.ESTALE, "another process has changed it", f"gs://{name}") from None
+        raise OSError(code, text, f"gs://{name}") from error
+
+
+_SIGN_IN = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS=FILE"
+
+
+def _told(error: Exception, name: str) -> tuple[int | None, str]:
+    """Return the errno and a text for what the client raised; no errno for a wrong generation."""
+    code = getattr(error, "code", None)
+    code = getattr(code, "value", code)  # of an HTTPStatus
+    bucket = name.partition("/")[0]
+    if code == 412:
+        return None, ""
+    if code == 404:
+        if "bucket" in str(error).lower():
+            return errno.ENOENT, f"there is no bucket gs://{bucket}, or it is not yours to see"
+        return errno.ENOENT, os.strerror(errno.ENOENT)
+    if code == 401 or type(error).__name__ == "DefaultCredentialsError":
+        return errno.EACCES, f"no credentials for Google Cloud on this machine; {_SIGN_IN}"
+    if code == 403:
+        return errno.EACCES, f"not allowed ({_line(error)}); ask for roles/storage.objectUser"
+    if type(error).__name__ == "RefreshError":
+        return errno.EACCES, f"the credentials have expired ({_line(error)}); {_SIGN_IN}"
+    return errno.EIO, _line(error)
+
+
+def _line(error: Exception) -> str:
+    text = getattr(error, "message", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:200]

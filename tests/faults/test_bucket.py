@@ -1,0 +1,156 @@
+"""A workdir in a bucket keeps what one on a disk keeps: killed, contested, on a bad line."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deit_jax.errors import EXIT_CODE
+from tests.emulator import BadLine, Emulator, environment
+from tests.faults import driver
+from tests.faults.test_stopping import steps, until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    server = Emulator(tmp_path_factory.mktemp("gcs"))
+    yield server
+    server.kill()
+
+
+def run_in(server, name, url=None, **more):
+    """Return the folder of the emulator that is gs://bucket/NAME, known to the driver."""
+    workdir = server.folder / name
+    driver.PLACES[workdir] = (f"gs://bucket/{name}", {**environment(url or server.url), **more})
+    return workdir
+
+
+def log(workdir):
+    return driver.log_of(workdir).read_text()
+
+
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(folder, emulator):
+    workdir = run_in(emulator, "killed")
+    hits = driver.torment(workdir, folder / "cache", 40, kills=10, seed=3)
+    assert any("saving" in hit["hit"] for hit in hits), hits
+    assert driver.differences(folder / "whole", workdir) == []
+    starts = [r["step"] for r in driver.history(workdir) if r["event"] == "start"]
+    assert starts[-1] > 0  # it went on, rather than anew
+    assert not driver.saving(workdir)  # nothing is left of checkpoints that were begun
+
+
+def test_one_request_in_twenty_fails(folder, emulator):
+    """With 429 or 503, a third of these after what was asked was done; and some hang."""
+    line = BadLine(emulator.url, failing=0.05, hanging=0.005, seed=1)
+    workdir = run_in(emulator, "bad-line", line.url, DEIT_GCS_TIMEOUT="3")
+    driver.finish(driver.start(workdir, folder / "cache", 40), workdir, 400)
+    line.close()
+    assert line.counts["failed"] > 10, line.counts
+    assert line.counts["hung"] > 0, line.counts
+    assert driver.differences(folder / "whole", workdir) == []
+
+
+def test_the_server_ends_and_comes_back(folder, tmp_path):
+    server = Emulator(tmp_path / "gcs")
+    workdir = run_in(server, "outage")
+    process = driver.start(workdir, folder / "cache", 40)
+    until(lambda: steps(workdir) >= 10, process)
+    server.kill()
+    time.sleep(8)
+    server.start()
+    driver.finish(process, workdir, 400)
+    server.kill()
+    assert driver.differences(folder / "whole", workdir) == []
+
+
+def test_told_to_stop_it_saves_and_goes_on(folder, emulator):
+    workdir = run_in(emulator, "stopped")
+    process = driver.start(workdir, folder / "cache", 40)
+    until(lambda: steps(workdir) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == EXIT_CODE
+    said = log(workdir).splitlines()[-1]
+    step = int(re.search(r"after step (\d+) of 40", said)[1])
+    assert f"saved in gs://bucket/stopped/checkpoints/{step}" in said
+    assert (workdir / "checkpoints" / str(step) / "commit_success.txt").exists()
+    driver.finish(driver.start(workdir, folder / "cache", 40), workdir)
+    assert driver.differences(folder / "whole", workdir) == []
+
+
+def test_of_two_runs_in_one_workdir_the_second_is_refused(folder, emulator):
+    """The first is killed after that; the next start need not wait, as it sees it is gone."""
+    workdir = run_in(emulator, "contested")
+    first = driver.start(workdir, folder / "cache", 4000)
+    until(lambda: steps(workdir) >= 2, first)
+    where, env = driver.PLACES[workdir]
+    words = [*driver.WORDS, "--config.epochs=800", f"--workdir={where}"]
+    second = subprocess.run(
+        [sys.executable, "-m", "deit_jax", "train", *words],
+        cwd=driver.ROOT,
+        env={**driver.environment(folder / "cache"), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert second.returncode == 1
+    last = second.stderr.splitlines()[-1]
+    assert f"--workdir={where}: another run is in it (process {first.pid} on" in last
+    first.kill()
+    first.wait()
+    third = driver.start(workdir, folder / "cache", 4000)
+    until(lambda: len(driver.history(workdir)) > 1, third)
+    third.kill()
+    third.wait()
+    assert "taken over if" not in log(workdir)
+    assert [r["event"] for r in driver.history(workdir)] == ["start", "start"]
+
+
+def test_a_damaged_checkpoint_is_set_aside(folder, emulator):
+    workdir = run_in(emulator, "damaged")
+    driver.finish(driver.start(workdir, folder / "cache", 20), workdir)
+    newest = workdir / "checkpoints" / "20"
+    victim = max((newest / "default").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    driver.finish(driver.start(workdir, folder / "cache", 40), workdir)
+    assert "checkpoint 20 is damaged" in log(workdir)
+    assert (workdir / "checkpoints" / "damaged-20" / "sha256.json").exists()
+    assert driver.differences(folder / "whole", workdir) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "env", "says"),
+    [
+        ("gs://no-such-bucket/run", {}, "there is no bucket gs://no-such-bucket"),
+        (
+            "gs://bucket/run",
+            {"STORAGE_EMULATOR_HOST": "", "GOOGLE_APPLICATION_CREDENTIALS": "", "HOME": "/none"},
+            "no credentials for Google Cloud on this machine; gcloud auth",
+        ),
+    ],
+    ids=["no bucket", "no credentials"],
+)
+def test_what_is_wrong_with_the_place_is_one_line(place, env, says, emulator, folder):
+    words = [*driver.WORDS, f"--workdir={place}"]
+    env = {**driver.environment(folder / "cache"), **environment(emulator.url), **env}
+    env = {key: value for key, value in env.items() if value}
+    done = subprocess.run(
+        [sys.executable, "-m", "deit_jax", "train", *words],
+        cwd=driver.ROOT,
+        env={k: v for k, v in env.items() if k in env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode in (1, 2)
+    (line,) = done.stderr.splitlines()
+    assert says in line
+    assert place in line
+    assert not os.path.exists(driver.ROOT / "gs:")
