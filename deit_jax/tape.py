@@ -9,7 +9,7 @@ import logging
 import operator
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, SupportsIndex
 
 import jax
@@ -63,7 +63,7 @@ class View:
 
 
 def views(
-    config: ConfigDict | str | Path, start: int = 0, stop: int | None = None
+    config: ConfigDict | str | PurePath, start: int = 0, stop: int | None = None
 ) -> Iterator[View]:
     """Iterate over the steps start … stop - 1 of a run, to its end without a stop.
 
@@ -146,8 +146,8 @@ class Writer:
 
     def __init__(
         self,
-        config: ConfigDict | str | Path,
-        path: str | Path,
+        config: ConfigDict | str | PurePath,
+        path: str | PurePath,
         teacher: str,
         classes: Sequence[str] | None = None,
         features: int = 0,
@@ -310,7 +310,7 @@ class Writer:
             )
 
 
-def _taught_outside(given: ConfigDict, path: Path) -> ConfigDict:
+def _taught_outside(given: ConfigDict, path: PurePath) -> ConfigDict:
     """Return the config of students that replay the tape; raise UserError if none of it can."""
     config = given.copy_and_resolve_references()
     kind, several = config.distill.kind, config.data.multi_label

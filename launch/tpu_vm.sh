@@ -2,13 +2,13 @@
 # Train on a Cloud TPU slice: create it or reuse it, install, train on all its workers, show the
 # first one's log; after a preemption create it anew and go on from the last checkpoint.
 #
-#   NAME=deit ZONE=us-west4-a TYPE=v5litepod-64 BUCKET=my-bucket \
-#       launch/tpu_vm.sh --config=configs/deit.py --config.data.dir=bucket/tfds --workdir=bucket/runs/b
+#   NAME=deit ZONE=us-west4-a TYPE=v5litepod-64 launch/tpu_vm.sh --config=configs/deit.py \
+#       --config.data.dir=gs://my-bucket/tfds --workdir=gs://my-bucket/runs/b
 #   NAME=deit ZONE=us-west4-a launch/tpu_vm.sh delete
 #
 # SPOT=1      a slice that may be preempted, and costs less
 # VERSION=…   the TPU software; by default the one for TYPE
-# BUCKET=…    mounted as `bucket` beside the code, for data and workdir
+# CACHE=…     a folder of the workers, on a disk that has room for a copy of the data
 # DELETE=1    delete the slice when the training has ended well
 # Started again while the training runs, it shows its log again. Needs gcloud, logged in.
 set -euo pipefail
@@ -62,11 +62,12 @@ install() {
     local package
     package="$(mktemp -d)"
     git archive --format=tar.gz --prefix=deit_jax/ --output="$package/deit_jax.tar.gz" HEAD
-    printf '%q ' .venv/bin/deit train --multihost "$@" >"$package/train.sh"
+    printf '%q ' ${CACHE:+env "XDG_CACHE_HOME=$CACHE"} .venv/bin/deit train --multihost "$@" \
+        >"$package/train.sh"
     say "installing on all workers"
     tpu tpu-vm scp "$package/deit_jax.tar.gz" "$package/train.sh" "$NAME:" --worker=all
     rm -r "$package"
-    on_workers all "tar xzf deit_jax.tar.gz && bash deit_jax/launch/tpu_worker.sh install ${BUCKET:-}"
+    on_workers all "tar xzf deit_jax.tar.gz && bash deit_jax/launch/tpu_worker.sh install"
 }
 
 # Return the exit status of `deit train` on the first worker.

@@ -1,27 +1,14 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh has each worker of a slice do: install [BUCKET], start, running, follow.
+# What tpu_vm.sh has each worker of a slice do: install, start, running, follow.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-mount_bucket() {
-    if ! command -v gcsfuse >/dev/null; then
-        local list="deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt"
-        curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg |
-            sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
-        echo "$list gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
-        sudo apt-get update -qq && sudo apt-get install -qq gcsfuse
-    fi
-    mkdir -p bucket
-    mountpoint -q bucket || gcsfuse --implicit-dirs "$1" bucket
-}
 
 case "$1" in
     install)
         # The images come with Python 3.10; uv brings a newer one.
         command -v ~/.local/bin/uv >/dev/null || curl -fsSL https://astral.sh/uv/install.sh | sh
         [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12
-        ~/.local/bin/uv pip install --quiet --editable '.[tpu,fast,viz]'
-        if [ -n "${2:-}" ]; then mount_bucket "$2"; fi
+        ~/.local/bin/uv pip install --quiet --editable '.[tpu,fast,viz,gcs]'
         ;;
     start)
         rm -f train.code

@@ -43,6 +43,28 @@ def tiny_config():
     return make_tiny_config()
 
 
+@pytest.fixture(scope="session")
+def _gcs_server(tmp_path_factory):
+    from tests.emulator import Emulator
+
+    server = Emulator(tmp_path_factory.mktemp("gcs"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def gcs_server(_gcs_server, monkeypatch):
+    """Return a server that this process asks for gs://, instead of Google's."""
+    from deit_jax.storage import gcs
+    from tests.emulator import environment
+
+    for name, value in environment(_gcs_server.url).items():
+        monkeypatch.setenv(name, value)
+    gcs._client.cache_clear()
+    yield _gcs_server
+    gcs._client.cache_clear()
+
+
 @pytest.fixture
 def torch():
     """Return PyTorch; `make test` installs it, TEST_TORCH=0 does without."""

@@ -189,7 +189,7 @@ TRAIN = [
     "tpu-vm ssh --worker=0: bash deit_jax/launch/tpu_worker.sh running",
     "tpu-vm scp",
     "tpu-vm ssh --worker=all: tar xzf deit_jax.tar.gz && "
-    "bash deit_jax/launch/tpu_worker.sh install ",
+    "bash deit_jax/launch/tpu_worker.sh install",
     "tpu-vm ssh --worker=all: bash deit_jax/launch/tpu_worker.sh start",
     "tpu-vm ssh --worker=0: bash deit_jax/launch/tpu_worker.sh follow",
 ]
@@ -204,7 +204,7 @@ def test_tpu_creates_installs_trains_and_deletes(cloud, tmp_path):
     assert "training\n" in done.stdout
     started = (tmp_path / "worker" / "deit_jax" / "calls").read_text()
     assert started == "train --multihost --config=a b.py --workdir=w | -\n"
-    assert "--editable .[tpu,fast,viz]" in (tmp_path / "worker" / "uv").read_text()
+    assert "--editable .[tpu,fast,viz,gcs]" in (tmp_path / "worker" / "uv").read_text()
     words = [json.loads(line) for line in (tmp_path / "gcloud").read_text().splitlines()]
     (create,) = (w for w in words if w[3] == "create")
     assert create[4:] == [
@@ -226,6 +226,13 @@ def test_tpu_goes_on_after_a_preemption(cloud, tmp_path):
     assert "the slice is PREEMPTED; creating it anew" in done.stderr
     words = [json.loads(line) for line in (tmp_path / "gcloud").read_text().splitlines()]
     assert "--spot" in next(w for w in words if w[3] == "create")
+
+
+def test_tpu_workers_copy_data_where_they_are_told(cloud, tmp_path):
+    done, _ = cloud({"queued-resources": ["ACTIVE"], "tpu-vm": []}, "--config=c", CACHE="/mnt/a b")
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "worker" / "train.sh").read_text()
+    assert words == "env XDG_CACHE_HOME=/mnt/a\\ b .venv/bin/deit train --multihost --config=c "
 
 
 def test_tpu_asks_again_for_a_suspended_slice(cloud):
@@ -276,7 +283,7 @@ def test_jobset_is_valid():
 
 
 def check_command(words):
-    """Parse a `deit train` command line as the command does, but for the mounts."""
+    """Parse a `deit train` command line as the command does."""
     assert words[:2] == ["deit", "train"]
     command = Command("train", "")
     command.add_config(words[2:])
@@ -291,9 +298,7 @@ def check_command(words):
 def test_skypilot_runs_a_command_that_deit_understands(nodes, extra, tmp_path):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     # https://docs.skypilot.co/en/latest/reference/yaml-spec.html
-    assert set(task) == {
-        *("name", "num_nodes", "resources", "workdir", "envs", "file_mounts", "setup", "run")
-    }
+    assert set(task) == {*("name", "num_nodes", "resources", "workdir", "envs", "setup", "run")}
     program(tmp_path / ".venv" / "bin" / "deit", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
     told = {"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": "1"}
     told["SKYPILOT_NODE_IPS"] = "10.0.0.1\n10.0.0.2"
@@ -302,7 +307,8 @@ def test_skypilot_runs_a_command_that_deit_understands(nodes, extra, tmp_path):
         ["bash", "-c", task["run"]], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     command = check_command(["deit", *done.stdout.splitlines()])
-    assert command.flags.workdir == "/bucket/runs/deit_base_distilled"
+    assert command.flags.workdir == "gs://my-bucket/runs/deit_base_distilled"
+    assert command.config.data.dir == "gs://my-bucket/tfds"
     assert command.flags.multihost == (nodes > 1 or extra == "tpu")
     if nodes > 1:
         assert command.flags.coordinator == "10.0.0.1:12345"

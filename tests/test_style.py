@@ -30,7 +30,7 @@ NARROW = {
 }
 REACH = 18  # files that a reader of train_step may come to
 WHOLE_CONFIG = 18  # functions that take a whole config
-# The only places that touch files by themselves; all others ask storage.py.
+# The only places that touch files by themselves; all others ask storage/.
 FILE_CALLS = {
     *("open", "read_text", "write_text", "read_bytes", "write_bytes", "mkdir", "touch", "unlink"),
     *("rmdir", "rename", "rglob", "iterdir", "is_file", "is_dir", "rmtree", "copytree", "exists"),
@@ -38,7 +38,7 @@ FILE_CALLS = {
     *("TemporaryDirectory", "NamedTemporaryFile", "mkdtemp", "savefig", "savez"),
 }
 TOUCH_FILES = {
-    "storage.py": "the one place for what runs keep",
+    "storage": "the one place for what runs keep",
     "data": "images, and the data sets made of them",
     "weights/readers.py": "other people's weights",
     "weights/pickles.py": "those of PyTorch",

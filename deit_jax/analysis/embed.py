@@ -1,7 +1,7 @@
 """Features of any number of images, in a file."""
 
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from deit_jax.weights.torch_names import leaves
 def embed(
     opened: LoadedWeights,
     images: NamedImages,
-    out: str | Path,
+    out: str | PurePath,
     kind: str = "pooled",
     layer: int = -1,
     norm: bool = True,

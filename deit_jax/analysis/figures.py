@@ -8,7 +8,7 @@ import datetime
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ class _Seen:
 
 
 def analyze(
-    workdirs: Sequence[str | Path],
+    workdirs: Sequence[str | PurePath],
     images: int = IMAGES,
     checkpoint: str | int = LATEST,
     ema: bool = False,
@@ -98,7 +98,7 @@ def analyze(
     return Analysis(_finite(figures), [s.pictures for s in seen])
 
 
-def _leave_accelerator(workdirs: Sequence[Path]) -> None:
+def _leave_accelerator(workdirs: Sequence[PurePath]) -> None:
     """Compute on the CPU while one of the runs trains here: it needs its accelerator for itself."""
     busy = [w for w in workdirs if records.under_way(w)]
     if busy:
@@ -106,7 +106,7 @@ def _leave_accelerator(workdirs: Sequence[Path]) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def _run(workdir: Path, name: str, images: int, which: tuple[str | int, bool]) -> _Seen:
+def _run(workdir: PurePath, name: str, images: int, which: tuple[str | int, bool]) -> _Seen:
     figures = {"name": name, **records.read(workdir), **dict.fromkeys(_COMPUTED), "notes": {}}
     seen, notes = _Seen(figures), figures["notes"]
     figures["data_card"] = records.data_card(workdir)
@@ -137,7 +137,7 @@ def _run(workdir: Path, name: str, images: int, which: tuple[str | int, bool]) -
     return seen
 
 
-def _open(workdir: Path, checkpoint: str | int = LATEST, ema: bool = False) -> LoadedWeights:
+def _open(workdir: PurePath, checkpoint: str | int = LATEST, ema: bool = False) -> LoadedWeights:
     """Return a checkpoint's weights; a training may delete one while it is being read."""
     dtype = records.config_of(workdir)["dtype"]
     for _ in range(TRIES):
@@ -151,7 +151,7 @@ def _open(workdir: Path, checkpoint: str | int = LATEST, ema: bool = False) -> L
     raise failure
 
 
-def _checkpoints(workdir: Path) -> set[int]:
+def _checkpoints(workdir: PurePath) -> set[int]:
     return set(steps_in(workdir / "checkpoints"))
 
 
@@ -161,7 +161,7 @@ def _add_length(figures: dict[str, Any], dataset: Dataset) -> None:
     figures["total_steps"] = total_steps
 
 
-def _look(seen: _Seen, opened, dataset: Dataset, workdir: Path, images: int) -> None:
+def _look(seen: _Seen, opened, dataset: Dataset, workdir: PurePath, images: int) -> None:
     """Add to a run's figures what needs its weights and its images."""
     source, figures = dataset.eval, seen.figures
     where = opened.run.config.data.source
@@ -205,7 +205,7 @@ def _look(seen: _Seen, opened, dataset: Dataset, workdir: Path, images: int) -> 
     seen.classes, seen.said = opened.classes, said
 
 
-def _teacher(opened, workdir: Path, notes: dict[str, str]):
+def _teacher(opened, workdir: PurePath, notes: dict[str, str]):
     """Return the run's (teacher, params), None without one or where its weights are not found."""
     try:
         spec = teacher_spec(opened.run.config)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
@@ -60,7 +60,7 @@ def label_text(target: np.ndarray, classes: list[str]) -> str:
     return " + ".join(f"{name} {share:.2f}" for share, name in shares)
 
 
-def draw(images: np.ndarray, titles: list[str], heading: str, path: Path) -> None:
+def draw(images: np.ndarray, titles: list[str], heading: str, path: PurePath) -> None:
     """Write a sheet of images under their titles as a PNG; raise UserError if it cannot be."""
     try:
         import matplotlib

@@ -3,13 +3,13 @@
 import functools
 import json
 import sys
-from pathlib import Path
 
 import jax
 
 from deit_jax.cli.flags import Command, UsageError, no_words
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.perf import input_rate, step_time
+from deit_jax.storage import on_disk
 from deit_jax.train.experiment import sketch
 
 BENCH_DOC = """usage: deit bench --config=FILE[:ARGS] [--profile=DIR] [--compare] [--seconds=10]
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         data = functools.cache(lambda: step_time.data_or_random(config.data, config.batch_size))
         experiment = sketch(config, lambda: _size(data()[0]))
         dataset, missing = data()
-        profile = Path(values.profile) if values.profile else None
+        profile = on_disk("--profile", values.profile) if values.profile else None
         result = step_time.measure(
             experiment, dataset, missing, values.seconds, profile, values.compare
         )

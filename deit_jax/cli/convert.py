@@ -1,6 +1,6 @@
 """`deit convert`: weights from one format into another."""
 
-from pathlib import Path
+from pathlib import PurePath
 
 from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
 from deit_jax.errors import UserError
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         print(f"in Python: {call}")
 
 
-def _make_teacher(source: str, path: Path, values) -> None:
+def _make_teacher(source: str, path: PurePath, values) -> None:
     """Write a teacher folder of somebody else's model, and say what it is."""
     _check_flags(source, path, values)
     check_free(path, values.force)
@@ -105,7 +105,7 @@ def _make_teacher(source: str, path: Path, values) -> None:
     print(f"to teach: --config.teacher.weights={path}")
 
 
-def _check_flags(source: str, path: Path, values) -> None:
+def _check_flags(source: str, path: PurePath, values) -> None:
     """Raise UserError for flags that are not a teacher's, and for sources that make none."""
     if values.to not in (None, TEACHER):
         raise UserError(f"{source}: becomes a teacher folder alone; leave --to={values.to} out")

@@ -6,6 +6,7 @@ from deit_jax.analysis.features import KINDS
 from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
 from deit_jax.data.sources.named import named_images
 from deit_jax.errors import UserError
+from deit_jax.storage import on_disk
 from deit_jax.weights.load import load_variables
 from deit_jax.weights.pretrained import PRETRAINED
 
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> None:
     source = values.weights or PRETRAINED
     which = {"checkpoint": values.checkpoint, "ema": values.ema}
     # With a head or without, the features are the same.
+    on_disk("--out", values.out)
     opened = load_variables(source, values.model, num_classes=0, **which)
     opened.check_convention()
     opened.tell()

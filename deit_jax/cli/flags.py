@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import PurePath
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -205,7 +205,7 @@ def add_checkpoint_flags(command: Command, every: bool = False) -> None:
     command.boolean("ema", False, "take the moving average of the weights, of a run or in a file")
 
 
-def write_output(path: str | Path, text: str) -> None:
+def write_output(path: str | PurePath, text: str) -> None:
     """Write what --out names; characters that UTF-8 cannot hold, as in odd file names, are `?`."""
     try:
         write_text(to_path(path), text)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         print(f"{len(found['labels'])} training images of step {values.step}: {values.out}")
 
 
-def _write(found, path: Path) -> None:
+def _write(found, path: PurePath) -> None:
     try:
         write_json(path, found)
     except OSError as error:
@@ -82,5 +82,7 @@ def _draw(experiment, dataset, step: int, out: str) -> list[str]:
     if experiment.settings.several:  # the labels of both images of a mixture, all of them wholly
         targets = np.sign(targets)
     titles = [label_text(target, dataset.classes) for target in targets]
-    draw(images, titles, f"{experiment.data.source}: the model's input at step {step}", Path(out))
+    draw(
+        images, titles, f"{experiment.data.source}: the model's input at step {step}", to_path(out)
+    )
     return titles

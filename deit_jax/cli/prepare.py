@@ -7,6 +7,7 @@ from typing import Any
 
 from deit_jax.cli.flags import Command, UsageError
 from deit_jax.data.prepare.build import CHECKSUMS, prepare
+from deit_jax.storage import local, on_disk
 
 PREPARE_DOC = """usage: deit prepare SRC DST [--max-side=N] [--workers=N] [--name=NAME] [--json]
                     [--image-column=NAME] [--label-column=NAME]
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     if len(words) != 2:
         raise UsageError("give SRC and DST; see `deit prepare --help`")
     v = command.flags
-    source, destination = (Path(word).expanduser() for word in words)
+    source, destination = local(words[0]), on_disk("DST", words[1])
     result = prepare(
         source,
         destination,

@@ -1,15 +1,14 @@
-"""The files of runs, by a small set of operations: any place that has them can hold a run.
+"""The files of runs: any place with a few operations can hold a run, a disk or a bucket."""
 
-There are the local disk and buckets of Google Cloud Storage; another place is a class with the
-methods of LocalDisk and a line in BACKENDS. Checkpoints and the arrays of tapes go through Orbax
-and TensorStore, which have drivers of their own. All raise OSError, but for what says otherwise.
-"""
+# Another place is a class with the methods of LocalDisk and a line in BACKENDS. Checkpoints and the
+# arrays of tapes go through Orbax and TensorStore, which have drivers of their own. All functions
+# raise OSError, but for what says otherwise.
 
 import contextlib
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from deit_jax.errors import UserError
@@ -22,7 +21,7 @@ __all__ = ["LockedError"]
 BACKENDS: dict[str, Any] = {"": LocalDisk(), "gs": Bucket()}  # by the scheme of a path
 
 
-def to_path(text: str | Path) -> Path:
+def to_path(text: str | PurePath) -> PurePath:
     """Return the path that a text is: one of etils.epath for gs://bucket/a, else one of a disk."""
     if not is_remote(text):
         return Path(text).expanduser() if str(text).startswith("~") else Path(text)
@@ -34,17 +33,17 @@ def to_path(text: str | Path) -> Path:
     return epath.Path(text)
 
 
-def is_remote(path: str | Path) -> bool:
+def is_remote(path: str | PurePath) -> bool:
     """Return whether a path or its text is of a bucket."""
     return str(path).startswith("gs://")
 
 
-def absolute(path: Path) -> Path:
+def absolute(path: PurePath) -> PurePath:
     """Return a path that does not depend on the folder that the process is in."""
-    return path if is_remote(path) else path.absolute()
+    return path.absolute() if isinstance(path, Path) else path
 
 
-def local(text: str | Path) -> Path:
+def local(text: str | PurePath) -> Path:
     """Return where a file or folder lies on this machine; what is in a bucket is copied first.
 
     For what is read at random: data and weights. Raise UserError where it cannot be copied.
@@ -53,9 +52,19 @@ def local(text: str | Path) -> Path:
     return backend(path).local(path)
 
 
-def backend(path: Path) -> Any:
+def on_disk(name: str, text: str) -> Path:
+    """Return the path of a disk that a flag names; raise UserError for a bucket.
+
+    For what is written bit by bit, or changed where it is.
+    """
+    if is_remote(text):
+        raise UserError(f"{name}={text}: is not written to a bucket; name a disk, and copy it then")
+    return Path(text).expanduser()
+
+
+def backend(path: PurePath) -> Any:
     """Return what keeps the files of a path; raise UserError for a scheme that nothing keeps."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))  # a Path makes one slash of two
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))  # a Path makes one of two slashes
     if scheme and scheme[1] not in BACKENDS:
         raise UserError(f"{scheme[1]}://{str(path)[scheme.end() :]}: {_remedy(scheme[1])}")
     return BACKENDS[scheme[1] if scheme else ""]
@@ -92,22 +101,22 @@ _REMEDIES = {
 }
 
 
-def read_text(path: Path) -> str:
+def read_text(path: PurePath) -> str:
     """Return the text in a file; what is no UTF-8 is replaced."""
     return backend(path).read(path).decode("utf-8", "replace")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: PurePath, text: str) -> None:
     """Write a text whole or not at all; what UTF-8 cannot hold, as in odd file names, is `?`."""
     backend(path).write(path, text.encode("utf-8", "replace"))
 
 
-def write_json(path: Path, value: Any, indent: int = 2) -> None:
+def write_json(path: PurePath, value: Any, indent: int = 2) -> None:
     """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_json(path: PurePath, kind: type = dict) -> Any:
     """Return a JSON file's content, a dict or a list; raise UserError if it is damaged."""
     try:
         value = json.loads(backend(path).read(path))
@@ -118,18 +127,18 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+def write_lines(path: PurePath, records: list[dict[str, Any]]) -> None:
     """Write a JSON-lines file whole or not at all."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
+def append_line(path: PurePath, record: dict[str, Any]) -> None:
     """Add a record to a JSON-lines file, which need not be there."""
     with contextlib.closing(backend(path).append(path)) as end:
         end.append(json.dumps(record).encode() + b"\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: PurePath) -> list[dict[str, Any]]:
     """Return the records of a JSON-lines file; a last line cut short by a crash is left out."""
     records = []
     for line in read_text(path).splitlines() if exists(path) else []:
@@ -140,12 +149,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def exists(path: Path) -> bool:
+def exists(path: PurePath) -> bool:
     """Return whether there is a file or a folder."""
     return backend(path).exists(path)
 
 
-def steps_in(folder: Path) -> list[int]:
+def steps_in(folder: PurePath) -> list[int]:
     """Return, ascending, the numbers that are names of checkpoints in a folder: of whole ones."""
     place = backend(folder)
     names = [name for name in place.names(folder) if name.isdecimal()]

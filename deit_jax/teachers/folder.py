@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -58,14 +58,14 @@ def program_file(dtype: str) -> str:
     return f"program_{dtype}.bin"
 
 
-def is_folder(path: str | Path) -> bool:
+def is_folder(path: str | PurePath) -> bool:
     """Return whether a path is a teacher folder, whole or not."""
     return any(exists(to_path(path) / name) for name in (DESCRIPTION, *map(program_file, DTYPES)))
 
 
 def write_teacher(
     teacher: Teacher,
-    path: str | Path,
+    path: str | PurePath,
     *,
     source: str = "",
     crop_ratio: float | None = None,
@@ -118,7 +118,7 @@ def _checksum(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def check_free(path: Path, force: bool) -> None:
+def check_free(path: PurePath, force: bool) -> None:
     """Raise UserError where a folder cannot be written, because of what is there."""
     if not exists(path):
         return
@@ -141,7 +141,7 @@ def _described(teacher: Teacher, said: Description, contents: dict[str, bytes]) 
     }
 
 
-def _write(path: Path, contents: dict[str, bytes], described: dict[str, Any]) -> None:
+def _write(path: PurePath, contents: dict[str, bytes], described: dict[str, Any]) -> None:
     """Write the files beside the folder, which then takes its name at once."""
     disk = backend(path)
     new, old = (path.with_name(f"{path.name}.{end}") for end in ("new.tmp", "old.tmp"))
@@ -160,7 +160,7 @@ def _write(path: Path, contents: dict[str, bytes], described: dict[str, Any]) ->
         disk.remove(old)
 
 
-def read_description(path: str | Path) -> dict[str, Any]:
+def read_description(path: str | PurePath) -> dict[str, Any]:
     """Return what teacher.json says; raise UserError if that is no teacher of this format."""
     file = to_path(path) / DESCRIPTION
     if not exists(file):
@@ -236,7 +236,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def open_folder(path: str | Path, dtype: str, abstract: bool = False) -> Teacher:
+def open_folder(path: str | PurePath, dtype: str, abstract: bool = False) -> Teacher:
     """Return the teacher in a folder, its weights in `dtype`; nothing but JAX is needed.
 
     With `abstract` its params are shapes, and the file of weights may be anything that begins with
@@ -267,7 +267,7 @@ def open_folder(path: str | Path, dtype: str, abstract: bool = False) -> Teacher
     )
 
 
-def _checked(file: Path, said: dict[str, Any]) -> bytes:
+def _checked(file: PurePath, said: dict[str, Any]) -> bytes:
     """Return a file's content, which teacher.json has the checksum of."""
     try:
         data = backend(file).read(file)
@@ -279,7 +279,7 @@ def _checked(file: Path, said: dict[str, Any]) -> bytes:
     return data
 
 
-def _weights(path: Path, said: dict[str, Any], dtype: str) -> dict[str, np.ndarray]:
+def _weights(path: PurePath, said: dict[str, Any], dtype: str) -> dict[str, np.ndarray]:
     file = path / WEIGHTS
     try:
         tensors = load_tensors(_checked(file, said))
@@ -300,7 +300,7 @@ _SAFE_DTYPES = {"F32": "float32", "I32": "int32", "I16": "int16", "I8": "int8", 
 }
 
 
-def _shapes(path: Path, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(path: PurePath, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the weights' shapes by the header of their file, whose numbers are not read."""
     file = path / WEIGHTS
     try:

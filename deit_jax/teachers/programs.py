@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -271,7 +271,7 @@ class Programs:
     exported: export.Exported
 
     @classmethod
-    def read(cls, blob: bytes, file: Path, version: str) -> "Programs":
+    def read(cls, blob: bytes, file: PurePath, version: str) -> "Programs":
         """Return the program in a file's content; raise UserError if this JAX cannot read it."""
         try:
             exported = export.deserialize(bytearray(blob))
@@ -290,7 +290,7 @@ class Programs:
         # Whoever computes in bfloat16 casts them, and XLA takes both casts for none.
         return self.exported.call(params, images.astype(jnp.float32))
 
-    def check_takes(self, params: dict[str, Any], path: Path) -> None:
+    def check_takes(self, params: dict[str, Any], path: PurePath) -> None:
         """Raise UserError unless the weights are those that the program was made with."""
         (wanted, _), _ = jax.tree_util.tree_unflatten(self.exported.in_tree, self.exported.in_avals)
         have, want = ({k: (x.shape, x.dtype) for k, x in t.items()} for t in (params, wanted))

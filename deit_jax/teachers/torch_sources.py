@@ -11,7 +11,7 @@ import torch
 
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest, text
-from deit_jax.storage import backend, exists
+from deit_jax.storage import backend, exists, local
 from deit_jax.teachers.functions import call_function
 from deit_jax.teachers.programs import first_line
 from deit_jax.teachers.torch_convert import Source
@@ -109,6 +109,7 @@ def _create(timm, asked: str, name: str, image_size: Size | None, options: dict[
 
 def _from_file(timm, asked, name, file, image_size, ema: bool, notes: list[str]):
     """Return a model with the weights in a file, and as many classes as its classifier has."""
+    file = str(local(file))
     if not exists(Path(file)):
         raise UserError(f"{asked}: {file}: no such file")
     helpers = import_package("timm.models._helpers", asked)
@@ -279,7 +280,7 @@ class _Answer(torch.nn.Module):
 def open_hugging_face(asked: str) -> Source:
     """Return the network of a folder that transformers wrote, of any class that it knows."""
     transformers = import_package("transformers", asked)
-    folder = Path(asked)
+    folder = local(asked)
     file = folder / "preprocessor_config.json"
     if not exists(file):
         raise UserError(
@@ -292,7 +293,7 @@ def open_hugging_face(asked: str) -> Source:
         size, crop_ratio = _hf_size(inputs)
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{file}: cannot be understood ({first_line(error)})") from error
-    model, config, pooler = _hf_model(transformers, asked)
+    model, config, pooler = _hf_model(transformers, str(folder))
     channels = getattr(config, "num_channels", 3)
     if inputs.get("do_normalize") is False:
         mean, std = [0.0] * channels, [1.0] * channels

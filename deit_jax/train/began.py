@@ -1,7 +1,7 @@
 """What a run keeps from its beginning, where a config leaves it open."""
 
 import contextlib
-from pathlib import Path
+from pathlib import PurePath
 
 from ml_collections import ConfigDict
 
@@ -12,7 +12,7 @@ from deit_jax.errors import UserError
 from deit_jax.storage import exists, read_json, to_path
 
 
-def resolved_decoder(name: str, workdir: Path | None) -> str:
+def resolved_decoder(name: str, workdir: PurePath | None) -> str:
     """Return what `data.decoder` means: auto is the run's own if it began, else the fastest."""
     began = workdir and workdir / "config.json"
     if name == "auto" and began and exists(began):
@@ -21,7 +21,7 @@ def resolved_decoder(name: str, workdir: Path | None) -> str:
     return choose(name).name
 
 
-def resolved_rules(given: int | None, workdir: Path | None, teacher: ConfigDict) -> int:
+def resolved_rules(given: int | None, workdir: PurePath | None, teacher: ConfigDict) -> int:
     """Return what `data.rules` means: None are the run's own, its tape's, or else the newest."""
     if given is not None:
         return given
@@ -34,7 +34,7 @@ def resolved_rules(given: int | None, workdir: Path | None, teacher: ConfigDict)
     return NEWEST_RULES
 
 
-def began_rising(workdir: Path | None) -> bool:
+def began_rising(workdir: PurePath | None) -> bool:
     """Return what `optim.may_rise` is unless it is given: what the run in `workdir` began with."""
     with contextlib.suppress(UserError, KeyError, TypeError):  # which are told of later
         if workdir and exists(workdir / "config.json"):

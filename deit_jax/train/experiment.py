@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -259,7 +259,7 @@ def _in_parts(load: Load, accum_steps: int, micro_batch: int | None) -> StepConf
 
 
 def prepare(
-    config: ConfigDict, workdir: Path | None = None, devices: Sequence | None = None
+    config: ConfigDict, workdir: PurePath | None = None, devices: Sequence | None = None
 ) -> tuple[Experiment, Dataset]:
     """Check a config, open its data and return what it means with them.
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import time
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ class Trainer:
     def __init__(
         self,
         experiment: Experiment,
-        workdir: Path,
+        workdir: PurePath,
         dataset: Dataset,
         teacher=None,
         start=None,

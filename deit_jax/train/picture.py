@@ -3,7 +3,7 @@
 import functools
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ COLOURS = {"teacher": "#7f7f7f", "cls": "#1f77b4", "dist": "#d62728", "fused": "
 ROWS, COLUMNS = 4, 8
 
 
-def draw(trainer, results: dict[str, Any], path: Path) -> None:
+def draw(trainer, results: dict[str, Any], path: PurePath) -> None:
     """Write the picture of a finished Trainer's run as a PNG.
 
     Every process of the run must call this, since all of them compute the answers; one writes.

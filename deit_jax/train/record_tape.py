@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ FLUSH_S = 60
 Part = tuple[int, int | None]  # the steps first … stop - 1, to the run's end without a stop
 
 
-def info(path: str | Path) -> dict[str, Any]:
+def info(path: str | PurePath) -> dict[str, Any]:
     """Return what is on a tape.
 
     {"path", "kind", "top_k", "steps", "recorded", "missing": [[first, stop], …], "written_by",
@@ -51,8 +51,11 @@ def info(path: str | Path) -> dict[str, Any]:
 
 
 def record(
-    config, workdir: str | Path | None, stop: StopRequest | None = None, part: Part | None = None
-) -> Path:
+    config,
+    workdir: str | PurePath | None,
+    stop: StopRequest | None = None,
+    part: Part | None = None,
+) -> PurePath:
     """Write the teacher's answers to every step of a run, or to a `part`; return where they are.
 
     Steps that the tape has are left alone. A part is of a teacher that has weights, on a tape that

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ log = logging.getLogger("deit_jax")
 
 def train(
     config: ConfigDict,
-    workdir: str | Path,
+    workdir: str | PurePath,
     stop: StopRequest | None = None,
     allowed: Sequence[str] = (),
     announce: bool = True,
@@ -88,13 +88,13 @@ def train(
         return _run_to_the_end(trainer)
 
 
-def _epochs_before(workdir: Path) -> float | None:
+def _epochs_before(workdir: PurePath) -> float | None:
     """Return the epochs that the run in a workdir was to train so far, None without one."""
     path = workdir / "config.json"
     return float(read_json(path)["epochs"]) if exists(path) else None
 
 
-def _check_length(experiment: Experiment, workdir: Path) -> None:
+def _check_length(experiment: Experiment, workdir: PurePath) -> None:
     """Raise UserError for a number of epochs that the run in a workdir has passed."""
     config, total = experiment.config, experiment.total_steps
     if (step := max(steps_in(workdir / "checkpoints"), default=0)) > total:
@@ -119,7 +119,7 @@ def _tell_length(experiment: Experiment, step: int, before: float | None) -> Non
     )
 
 
-def _announce(dataset: Dataset, source: str, workdir: Path, reading: Reading) -> None:
+def _announce(dataset: Dataset, source: str, workdir: PurePath, reading: Reading) -> None:
     """Say what was understood of the data; keep it, for the report, where nothing better is."""
     if jax.process_index() != 0:
         return
@@ -131,14 +131,14 @@ def _announce(dataset: Dataset, source: str, workdir: Path, reading: Reading) ->
         write_json(workdir / records.DATA_CARD, made)
 
 
-def starting_weights(experiment: Experiment, workdir: Path, classes: list[str]):
+def starting_weights(experiment: Experiment, workdir: PurePath, classes: list[str]):
     """Return the variables of fitted_weights, None for a run that goes on."""
     start = fitted_weights(experiment, workdir, classes)
     return start and start.variables
 
 
 def fitted_weights(
-    experiment: Experiment, workdir: Path, classes: list[str]
+    experiment: Experiment, workdir: PurePath, classes: list[str]
 ) -> LoadedWeights | None:
     """Load what `config.init` names and say how it was fitted; None for a run that goes on.
 

@@ -1,7 +1,7 @@
 """One step of a run, computed again by itself and written down: for steps that went wrong."""
 
 import io
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from deit_jax.train.tape.session import open_tape
 from deit_jax.workdir.directory import check_unchanged
 
 
-def dump_step(experiment: Experiment, dataset, workdir: Path, number: int) -> Path:
+def dump_step(experiment: Experiment, dataset, workdir: PurePath, number: int) -> PurePath:
     """Compute one step of a run again, from the checkpoint before it; return where it is dumped.
 
     The run may be under way: nothing of it is touched.
@@ -41,7 +41,7 @@ def dump_step(experiment: Experiment, dataset, workdir: Path, number: int) -> Pa
     return dump(trainer, number)
 
 
-def dump(trainer: Trainer, number: int) -> Path:
+def dump(trainer: Trainer, number: int) -> PurePath:
     """Write step `number` of a Trainer's run to WORKDIR/replay/step_N and return that directory.
 
     batch.npz holds the images as read (uint8), as the model was given them, the targets and each

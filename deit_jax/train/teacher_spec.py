@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -73,7 +73,7 @@ class TeacherSpec:
         """Whether the teacher itself is asked, and not its tape."""
         return self.tape != "replay"
 
-    def weights_path(self, workdir: str | Path) -> str:
+    def weights_path(self, workdir: str | PurePath) -> str:
         """Return where a run's teacher is: as configured, or trained by the run.
 
         "" for one that a tape answers for: a run that replays trains no teacher.

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePath
 
 from deit_jax.data.decode import PLAIN
 from deit_jax.errors import UserError
@@ -23,9 +23,9 @@ class Exporter:
     returns how others load it, Python for people to copy, or None.
     """
 
-    write: Callable[[LoadedWeights, Path], None]
+    write: Callable[[LoadedWeights, PurePath], None]
     suffixes: tuple[str, ...] = ()
-    call: Callable[[LoadedWeights, Path], str | None] = lambda opened, path: None
+    call: Callable[[LoadedWeights, PurePath], str | None] = lambda opened, path: None
 
 
 EXPORTERS = {
@@ -40,7 +40,7 @@ EXPORTERS = {
 _PLAIN = {key: getattr(PLAIN, key) for key in ("resize", "exif", "bits")}
 
 
-def format_of(path: Path, to: str | None) -> str:
+def format_of(path: PurePath, to: str | None) -> str:
     """Return the format that a name or `to` asks for; raise UserError where they contradict."""
     by_suffix = {suffix: name for name, e in EXPORTERS.items() for suffix in e.suffixes}
     asked, to = to, to or by_suffix.get(path.suffix, "huggingface")
@@ -56,7 +56,7 @@ def format_of(path: Path, to: str | None) -> str:
 
 
 def convert(
-    opened: LoadedWeights, destination: str | Path, to: str | None = None, force: bool = False
+    opened: LoadedWeights, destination: str | PurePath, to: str | None = None, force: bool = False
 ) -> str:
     """Write opened weights and return the format; raise UserError where something is in the way.
 

@@ -8,7 +8,7 @@ torch_names.py knows the names in the files, places.py where they are, readers.p
 import dataclasses
 import functools
 import re
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from deit_jax.models import build, family, registry
 from deit_jax.models.build import build_model, compute_dtype
 from deit_jax.models.conv import fold_batch_norm
 from deit_jax.shapes import Size, per_channel, simplest
-from deit_jax.storage import check_scheme, exists, to_path
+from deit_jax.storage import check_scheme, exists, local, to_path
 from deit_jax.weights import jax_trees, readers, torch_names
 from deit_jax.weights.fit import (
     HEAD_POLICIES,
@@ -49,8 +49,8 @@ _IN_METADATA = ("format", "classes", "image_size", "mean", "std", "crop_ratio", 
 
 
 def load(
-    name: str | Path | None,
-    weights: str | Path | None = None,
+    name: str | PurePath | None,
+    weights: str | PurePath | None = None,
     num_classes: int | None = None,
     image_size: Size | None = None,
     head: str = "error",
@@ -124,7 +124,7 @@ def folded(model, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def open_model(
-    source: str | Path,
+    source: str | PurePath,
     model: str | None = None,
     *,
     default=None,
@@ -144,7 +144,7 @@ def open_model(
 
 
 def load_variables(
-    source: str | Path,
+    source: str | PurePath,
     model=None,
     num_classes: int | None = None,
     image_size: Size | None = None,
@@ -218,8 +218,9 @@ def _open(
         return _averaged(run) if ema else run
     if checkpoint != LATEST:
         raise ValueError(f"checkpoint={checkpoint} is of a run, and this is none; leave it out")
-    part = readers.read_part(path, Wanted(ema, key))
-    metadata, flat, notes = _told_of(part, read_metadata(path)), part.tensors, part.notes
+    here = local(path)  # Orbax reads a run where it is; what is in a bucket is copied else
+    part = readers.read_part(here, Wanted(ema, key))
+    metadata, flat, notes = _told_of(part, read_metadata(here)), part.tensors, part.notes
     asked = _described(model)[0]
     name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
     flat, left_out = torch_names.without_hidden_head(flat, anew)
@@ -281,7 +282,9 @@ def _convention(values: tuple[float, ...], channels: int, key: str) -> tuple[flo
     return ()
 
 
-def _open_run(source: str, path: Path, model, dtype: str, checkpoint: str | int) -> LoadedWeights:
+def _open_run(
+    source: str, path: PurePath, model, dtype: str, checkpoint: str | int
+) -> LoadedWeights:
     try:
         run = load_run(path, dtype, checkpoint)
     except UserError as error:  # of its own config, which is not the one at hand

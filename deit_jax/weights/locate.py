@@ -1,9 +1,9 @@
 """Where weights lie: a path, perhaps with the place in a file, or the Hugging Face hub."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from deit_jax.errors import UserError
-from deit_jax.storage import backend, check_scheme, exists, is_remote, local, to_path
+from deit_jax.storage import backend, check_scheme, exists, to_path
 from deit_jax.weights import readers
 
 HUB = "hf-hub:"
@@ -22,24 +22,18 @@ def split_key(source: str) -> tuple[str, str]:
     return place, key
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: PurePath) -> bool:
     """Return whether a path is the workdir of a `deit train`."""
     place = backend(path)
     names = set(place.names(path))
     return "classes.json" in names and not names & set(readers.IN_FOLDER)
 
 
-def locate(source: str) -> Path:
-    """Return where the weights lie, downloaded if they are on the Hugging Face hub.
-
-    What lies in a bucket is copied, but for a run, whose checkpoints Orbax reads there.
-    """
+def locate(source: str) -> PurePath:
+    """Return where the weights lie, downloaded if they are on the Hugging Face hub."""
     if not source.startswith(HUB):
         check_scheme("weights", source)
-        path = to_path(source)
-        if is_remote(source) and not is_run(path):
-            path = local(source)
-        if exists(path):
+        if exists(path := to_path(source)):
             return path
         raise WeightsError(f"{source}: no such file or folder")
     try:

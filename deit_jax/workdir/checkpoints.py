@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
 
@@ -66,7 +66,7 @@ class Checkpointer:
     directory that is gone or read-only raises UserError.
     """
 
-    def __init__(self, workdir: Path, keep: int, read_only: bool = False, best: str = "top1"):
+    def __init__(self, workdir: PurePath, keep: int, read_only: bool = False, best: str = "top1"):
         self._saving: int | None = None
         self._best = best
         self._read_only = read_only
@@ -188,7 +188,7 @@ class Checkpointer:
             unfinished = self._unfinished(self._saving)
             checksums.write(unfinished[-1] if unfinished else self._directory / str(self._saving))
 
-    def _unfinished(self, step: int | None) -> list[Path]:
+    def _unfinished(self, step: int | None) -> list[PurePath]:
         """Return the folders that Orbax has begun to write a step in, the newest last."""
         place = backend(self._directory)
         names = place.names(self._directory)
@@ -287,7 +287,7 @@ class Checkpointer:
         self._manager.close()
 
 
-def _agreed_problem(directory: Path) -> str | None:
+def _agreed_problem(directory: PurePath) -> str | None:
     """Return what is wrong with a checkpoint's files; process 0 reads them for all."""
     problem = checksums.problem(directory) if jax.process_index() == 0 else None
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(problem)):

@@ -1,7 +1,7 @@
 """Checksums of a directory's files, kept in it: a flipped bit in an array goes unnoticed else."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from deit_jax.storage import backend, exists, is_remote, to_path, write_json
 
@@ -9,7 +9,7 @@ NAME = "sha256.json"
 TIMES = "_CHECKPOINT_METADATA"  # Orbax adds the time to it last of all: it must only be JSON
 
 
-def write(directory: Path) -> None:
+def write(directory: PurePath) -> None:
     """Record the checksum of every file below `directory`."""
     disk = backend(directory)
     names = [name for name, _ in disk.files(directory) if name not in (NAME, TIMES)]
@@ -17,12 +17,12 @@ def write(directory: Path) -> None:
     write_json(directory / NAME, sums, indent=1)
 
 
-def has(directory: Path) -> bool:
+def has(directory: PurePath) -> bool:
     """Return whether checksums were recorded."""
     return exists(directory / NAME)
 
 
-def problem(directory: Path) -> str | None:
+def problem(directory: PurePath) -> str | None:
     """Return what is wrong with the files that `write` recorded, None if nothing is.
 
     Nothing is known to be wrong where nothing was recorded.

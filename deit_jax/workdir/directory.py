@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ LOCK = "lock"
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: PurePath) -> Iterator[None]:
     """Make the directory and keep other runs out of it; raise UserError if one is in it."""
     where = f"--workdir={workdir}"
     with held(
@@ -69,7 +69,9 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(folder: Path, taken: Callable[[str], str], failed: Callable[[str], str]) -> Iterator[None]:
+def held(
+    folder: PurePath, taken: Callable[[str], str], failed: Callable[[str], str]
+) -> Iterator[None]:
     """Make a folder and keep others out of it; raise UserError where that cannot be.
 
     Its text is what `taken` makes of who holds it, or `failed` of what the system says. The lock
@@ -95,7 +97,7 @@ def _now() -> str:
 
 
 def bind_config(
-    workdir: Path, config: ConfigDict, classes: list[str], allowed: Iterable[str] = ()
+    workdir: PurePath, config: ConfigDict, classes: list[str], allowed: Iterable[str] = ()
 ) -> None:
     """Make the workdir this config's own, or check that it is.
 
@@ -118,7 +120,7 @@ def bind_config(
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
 
 
-def _check_classes(workdir: Path, classes: list[str], source: str) -> None:
+def _check_classes(workdir: PurePath, classes: list[str], source: str) -> None:
     """Raise UserError where the data has other classes, or another order, than the run."""
     path = workdir / "classes.json"
     if not exists(path):
@@ -132,7 +134,9 @@ def _check_classes(workdir: Path, classes: list[str], source: str) -> None:
         )
 
 
-def check_unchanged(values: dict[str, Any], path: Path, allowed: Iterable[str] = ()) -> list[str]:
+def check_unchanged(
+    values: dict[str, Any], path: PurePath, allowed: Iterable[str] = ()
+) -> list[str]:
     """Raise UserError with the difference if the config saved at `path` is another run's.
 
     `values` are those of the config at hand, as to_json has them. Return the differences in fields
@@ -182,7 +186,7 @@ def _same_bits(before: str, after: str, new: dict[str, Any]) -> bool:
     return (form is not None and form.exact) or "replay" not in (before, after)
 
 
-def log_event(workdir: Path, event: str, **facts: Any) -> None:
+def log_event(workdir: PurePath, event: str, **facts: Any) -> None:
     """Add a line to the run's history; a disk that is full has no history."""
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
@@ -223,7 +227,7 @@ def _git() -> str | None:
     return done.stdout.strip() or None
 
 
-def recorded_config(workdir: Path) -> ConfigDict:
+def recorded_config(workdir: PurePath) -> ConfigDict:
     """Return the config of the run in `workdir`, to train it anew; warn where versions differ."""
     path = workdir / "config.json"
     if not exists(path):
@@ -240,7 +244,7 @@ def recorded_config(workdir: Path) -> ConfigDict:
     return config.lock()
 
 
-def finished(workdir: Path, total_steps: int, patience: float = 0.0) -> dict[str, Any] | None:
+def finished(workdir: PurePath, total_steps: int, patience: float = 0.0) -> dict[str, Any] | None:
     """Return the results of a run that took its last step, or stopped early by this `patience`."""
     path = workdir / "results.json"
     results: dict[str, Any] = read_json(path) if exists(path) else {"step": None}

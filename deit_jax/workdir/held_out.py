@@ -6,7 +6,7 @@ Where a part of the data was held out, its names are in WORKDIR/held_out.txt.
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ def _names(source: Source) -> list[str]:
     return [key_of(source, i) for i in range(len(source))]
 
 
-def note(workdir: Path, dataset: Dataset, weights: Sequence[float] | None = None) -> list[str]:
+def note(workdir: PurePath, dataset: Dataset, weights: Sequence[float] | None = None) -> list[str]:
     """Note a new run's data; return what has changed since then in that of one that goes on.
 
     `weights` are those of the classes in the loss, None without any.
@@ -59,7 +59,7 @@ def note(workdir: Path, dataset: Dataset, weights: Sequence[float] | None = None
     return []
 
 
-def changes(workdir: str | Path, dataset: Dataset) -> list[str]:
+def changes(workdir: str | PurePath, dataset: Dataset) -> list[str]:
     """Return a line for each part of the data that is not what the run of a workdir had."""
     workdir = to_path(workdir)
     if not exists(workdir / DATA):  # a run of before
@@ -75,7 +75,7 @@ def changes(workdir: str | Path, dataset: Dataset) -> list[str]:
     return lines
 
 
-def _other_weights(workdir: Path, classes: list[str], weights: Sequence[float] | None):
+def _other_weights(workdir: PurePath, classes: list[str], weights: Sequence[float] | None):
     """Return a line where the weights of classes, of a file or of the data, have changed."""
     then = read_json(workdir / DATA).get("class_weights")
     if not then or not weights or len(then) != len(weights):  # which is another config
@@ -90,7 +90,7 @@ def _other_weights(workdir: Path, classes: list[str], weights: Sequence[float] |
     return [f"other weights of classes than this run began with: {listed(changed, 3)}"]
 
 
-def _moved(workdir: Path, source: Source) -> str:
+def _moved(workdir: PurePath, source: Source) -> str:
     """Return how many images of an evaluation the run did not hold out."""
     if not exists(workdir / NAMES):
         return ""

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +22,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Lines:
     """Append records to a JSON-lines file; while the disk is full, hold them back."""
 
-    def __init__(self, path: Path, kept: list[dict[str, Any]]):
+    def __init__(self, path: PurePath, kept: list[dict[str, Any]]):
         write_lines(path, kept)
         self._path, self._end, self._waiting = path, backend(path).append(path), b""
 
@@ -60,7 +60,7 @@ class MetricWriter:
     of a run should have an active writer.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int, active: bool):
+    def __init__(self, workdir: PurePath, start_step: int, total_steps: int, active: bool):
         self._active = active
         if not active:
             return

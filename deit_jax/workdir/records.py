@@ -5,7 +5,7 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from deit_jax.errors import UserError
@@ -16,12 +16,12 @@ WINDOWS = sys.platform == "win32"
 TABLE = re.compile(r"eval/((?:ema\.)?)(cls|dist|fused)\.(top[15]|mAP)")
 
 
-def names(workdirs: Sequence[Path]) -> list[str]:
+def names(workdirs: Sequence[PurePath]) -> list[str]:
     """Return the shortest ends of the paths that tell them apart; raise UserError on a repetition.
 
     `runs/a/small` and `runs/b/small` are `a/small` and `b/small`.
     """
-    paths = [path.parts if is_remote(path) else path.resolve().parts for path in workdirs]
+    paths = [(p.resolve() if isinstance(p, Path) else p).parts for p in workdirs]
     found = []
     for path, parts in zip(workdirs, paths, strict=True):
         others = [p for p in paths if p is not parts]
@@ -33,7 +33,7 @@ def names(workdirs: Sequence[Path]) -> list[str]:
     return found
 
 
-def config_of(workdir: Path) -> dict[str, Any]:
+def config_of(workdir: PurePath) -> dict[str, Any]:
     """Return the resolved config; raise UserError if no run is there."""
     if not exists(workdir / "config.json"):
         raise UserError(
@@ -43,13 +43,13 @@ def config_of(workdir: Path) -> dict[str, Any]:
     return read_json(workdir / "config.json")
 
 
-def data_card(workdir: Path) -> dict[str, Any] | None:
+def data_card(workdir: PurePath) -> dict[str, Any] | None:
     """Return what is known of a run's data (data/card.py); None for a run of before."""
     path = workdir / DATA_CARD
     return read_json(path) if exists(path) else None
 
 
-def read(workdir: Path) -> dict[str, Any]:
+def read(workdir: PurePath) -> dict[str, Any]:
     """Return config, history, curves and accuracies of a run; what it has not yet is None."""
     config = config_of(workdir)
     records = read_lines(workdir / "metrics.jsonl")
@@ -105,7 +105,7 @@ def last_evaluation(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def under_way(workdir: Path) -> bool:
+def under_way(workdir: PurePath) -> bool:
     """Return whether a process of this machine is training in the workdir.
 
     The lock's text tells who holds it. To try the lock would hold it, and a training that begins

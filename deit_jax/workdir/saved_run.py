@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -36,7 +36,9 @@ class Run:
     step: int
 
 
-def load_run(workdir: str | Path, dtype: str = "float32", checkpoint: str | int = LATEST) -> Run:
+def load_run(
+    workdir: str | PurePath, dtype: str = "float32", checkpoint: str | int = LATEST
+) -> Run:
     """Load a checkpoint of a workdir; raise UserError where it is not there.
 
     `checkpoint` is latest, the newest good one; best, the one of the best figure among those that
@@ -68,7 +70,7 @@ def _models_own(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _restore_on_host(
-    directory: Path, checkpoint: str | int = LATEST, figure: str = "top1"
+    directory: PurePath, checkpoint: str | int = LATEST, figure: str = "top1"
 ) -> dict[str, Any]:
     """Read what inference needs as numpy arrays, whatever devices the state was saved from."""
     if not exists(directory):
@@ -90,7 +92,7 @@ def _restore_on_host(
         return manager.restore(step, args=args)
 
 
-def _chosen(directory: Path, steps, checkpoint: str | int, figure: str) -> int:
+def _chosen(directory: PurePath, steps, checkpoint: str | int, figure: str) -> int:
     if checkpoint == LATEST:
         return _newest_good(directory, steps)
     workdir, there = directory.parent, ", ".join(map(str, sorted(steps)))
@@ -114,13 +116,13 @@ def _chosen(directory: Path, steps, checkpoint: str | int, figure: str) -> int:
     return step
 
 
-def _facts(place: Path) -> dict[str, Any]:
+def _facts(place: PurePath) -> dict[str, Any]:
     """Return what was saved beside a state; {} where nothing was."""
     path = place / "metrics" / "metrics"
     return read_json(path) if exists(path) else {}
 
 
-def _newest_good(directory: Path, steps) -> int:
+def _newest_good(directory: PurePath, steps) -> int:
     for step in sorted(steps, reverse=True):
         problem = checksums.problem(directory / str(step))
         if problem is None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from pathlib import Path
+from pathlib import PurePath
 
 from tensorboardX import record_writer
 from tensorboardX.event_file_writer import EventsWriter
@@ -46,7 +46,7 @@ record_writer.register_writer_factory("gs", _InBucket)
 class Board:
     """Write TensorBoard's files, without the threads of its own writer, and never stop for them."""
 
-    def __init__(self, directory: Path, purge_step: int):
+    def __init__(self, directory: PurePath, purge_step: int):
         self._directory = directory
         self._writer: EventsWriter | None = None
         self._add(Event(step=purge_step, file_version="brain.Event:2", wall_time=time.time()))

@@ -1,6 +1,6 @@
 """Words for which checkpoint of a run is meant; without JAX, as every command knows them."""
 
-from pathlib import Path
+from pathlib import PurePath
 
 from deit_jax.errors import UserError
 from deit_jax.storage import steps_in, to_path
@@ -21,6 +21,6 @@ def parse_checkpoint(text: str | int) -> str | int:
     return int(text)
 
 
-def kept_steps(workdir: str | Path) -> list[int]:
+def kept_steps(workdir: str | PurePath) -> list[int]:
     """Return the steps of a run whose checkpoints are there, the first one first."""
     return steps_in(to_path(workdir) / "checkpoints")

@@ -4,8 +4,9 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from deit_jax.data.sources.base import PackedStrings
 from deit_jax.data.sources.files import FolderSource
 from deit_jax.data.sources.scan import Scan
 from deit_jax.errors import UserError
+from deit_jax.storage import is_remote, local
 
 log = logging.getLogger("deit_jax")
 
@@ -20,11 +22,22 @@ PIPED = "-"  # stands for the paths on stdin, one a line
 
 
 class NamedImages(FolderSource):
-    """Image files by their paths, as they were given; they have no labels."""
+    """Image files by their paths, as they were given; they have no labels.
 
-    def __init__(self, paths: Iterable[str]):
+    `copies` says of what lies in a bucket where its copy is: {copy: gs://…}.
+    """
+
+    def __init__(self, paths: Iterable[str], copies: Mapping[str, str] = MappingProxyType({})):
         packed = PackedStrings(paths)
         super().__init__(Path(), packed, np.zeros(len(packed), np.int32))
+        self._copies = copies
+
+    def describe(self, index: int) -> str:
+        path = super().describe(index)
+        for copy, there in self._copies.items():
+            if path.startswith(copy):
+                return f"{there}{path[len(copy) :]}"
+        return path
 
 
 def named_images(words: Iterable[str], channels: int = 3, listed: str = "") -> NamedImages:
@@ -34,11 +47,17 @@ def named_images(words: Iterable[str], channels: int = 3, listed: str = "") -> N
     `listed` is a file of paths, one a line. A file is opened when its turn comes: whether it is
     there shows then. Raise UserError for a folder or a pattern without images.
     """
-    return NamedImages(_paths(words, channels, listed))
+    copies: dict[str, str] = {}
+    return NamedImages(_paths(words, channels, listed, copies), copies)
 
 
-def _paths(words: Iterable[str], channels: int, listed: str) -> Iterator[str]:
+def _paths(
+    words: Iterable[str], channels: int, listed: str, copies: dict[str, str]
+) -> Iterator[str]:
     for word in words:
+        if is_remote(word):
+            word, there = str(local(word)), word.rstrip("/")
+            copies[word] = there
         if word == PIPED:
             yield from _lines(sys.stdin, "stdin")
         elif os.path.isdir(word):

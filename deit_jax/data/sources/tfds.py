@@ -4,13 +4,14 @@ import contextlib
 import importlib.util
 import logging
 import re
+from pathlib import Path
 
 from absl import logging as absl_logging
 
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.sources.splits import choose_split
 from deit_jax.errors import UserError
-from deit_jax.storage import is_remote, local, to_path
+from deit_jax.storage import is_remote, local
 
 log = logging.getLogger("deit_jax")
 
@@ -146,7 +147,9 @@ def _reason(error: Exception) -> str:
 
 def _what_is_there(name: str, folder: str) -> str:
     """Return the configs and versions of a data set that are prepared, to be added to an error."""
-    root = to_path(folder)
+    if is_remote(folder):
+        return ""
+    root = Path(folder).expanduser()
     own = root / re.split("[/:]", name)[0]
     found = [p.parent for p in own.glob("**/dataset_info.json")] if folder and own.name else []
     there = ", ".join(sorted(str(p.relative_to(root)) for p in found))

@@ -1,6 +1,6 @@
 """Whether a label tape says what a live teacher says: a few of its steps, compared."""
 
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -33,8 +33,8 @@ TINY = 1e-30
 
 
 def check(
-    path: str | Path,
-    config: ConfigDict | str | Path,
+    path: str | PurePath,
+    config: ConfigDict | str | PurePath,
     samples: int = SAMPLES,
     least: float = LEAST,
 ) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Fingerprint of a label tape: all that decides the views and the teacher's answers."""
 
 import hashlib
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -128,7 +128,7 @@ def listed(different: dict[str, str]) -> str:
     return "; ".join(f"{field}: {values}" for field, values in different.items())
 
 
-def check_fingerprint(path: Path, tapes: dict[str, Any], own: dict[str, Any]) -> None:
+def check_fingerprint(path: PurePath, tapes: dict[str, Any], own: dict[str, Any]) -> None:
     """Raise UserError with every field that differs; a teacher that is not known differs not.
 
     Nor does the compute dtype from that of a teacher in another program, which is not known.

@@ -1,19 +1,19 @@
 """One label tape of several, which were recorded in parts."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from deit_jax.errors import UserError
-from deit_jax.storage import exists, is_remote, to_path
+from deit_jax.storage import exists, to_path
 from deit_jax.train.tape.fingerprint import aged, differences, listed
 from deit_jax.train.tape.labeller import progress
 from deit_jax.train.tape.session import alone, writable
 from deit_jax.train.tape.tape import CHUNK_STEPS, ELSEWHERE, NAME, Tape, first_line
 
 
-def join(destination: str | Path, sources: Sequence[str | Path]) -> Path:
+def join(destination: str | PurePath, sources: Sequence[str | PurePath]) -> PurePath:
     """Write all that some tapes hold to one, new or begun; return where it is.
 
     Steps that it has are left alone, so that a join that was cut off can be run again. Raise
@@ -39,7 +39,7 @@ def join(destination: str | Path, sources: Sequence[str | Path]) -> Path:
     return path
 
 
-def _check_places(path: Path, sources: list[Path]) -> None:
+def _check_places(path: PurePath, sources: list[PurePath]) -> None:
     if not sources:
         raise UserError(f"{path}: give the tapes that are joined there")
     seen = {_place(path)}
@@ -49,8 +49,8 @@ def _check_places(path: Path, sources: list[Path]) -> None:
         seen.add(_place(source))
 
 
-def _place(path: Path) -> Path:
-    return path if is_remote(path) else path.resolve()
+def _place(path: PurePath) -> PurePath:
+    return path.resolve() if isinstance(path, Path) else path
 
 
 def _check_same(one: Tape, other: Tape) -> None:

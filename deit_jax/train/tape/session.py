@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -170,7 +170,7 @@ class TapeReader(NoTape):
         return self._tape.target(number, rows)
 
 
-def tape_path(experiment: Experiment, workdir: Path) -> Path:
+def tape_path(experiment: Experiment, workdir: PurePath) -> PurePath:
     """Return where a run's tape is, by default in its workdir."""
     return to_path(experiment.config.teacher.tape_path or workdir / "tape")
 
@@ -211,7 +211,7 @@ def _likely(shape, labels: np.ndarray, classes: int, features: bool) -> np.ndarr
     return np.eye(classes, dtype=shape.dtype)[labels]
 
 
-def open_tape(experiment: Experiment, workdir: Path, dataset, teacher) -> NoTape:
+def open_tape(experiment: Experiment, workdir: PurePath, dataset, teacher) -> NoTape:
     """Return what a config wants of a tape; raise UserError if it does not fit this run.
 
     `teacher` is what load_teacher returns, None without one.
@@ -237,7 +237,7 @@ def open_tape(experiment: Experiment, workdir: Path, dataset, teacher) -> NoTape
     return reader
 
 
-def recorder(experiment: Experiment, workdir: Path, dataset, teacher) -> TapeRecorder:
+def recorder(experiment: Experiment, workdir: PurePath, dataset, teacher) -> TapeRecorder:
     """Return what writes a tape, a new one or one that was begun; process 0 has it on disk."""
     layout = layout_of(experiment)
     if jax.process_index() != 0:
@@ -246,7 +246,7 @@ def recorder(experiment: Experiment, workdir: Path, dataset, teacher) -> TapeRec
     return TapeRecorder(writable(path, layout, ours, experiment.total_steps), layout)
 
 
-def alone(path: Path) -> contextlib.AbstractContextManager:
+def alone(path: PurePath) -> contextlib.AbstractContextManager:
     """Keep other writers out of a tape, also one to come; raise UserError if one is in it."""
     return held(
         path,
@@ -258,14 +258,14 @@ def alone(path: Path) -> contextlib.AbstractContextManager:
     )
 
 
-def writing(experiment: Experiment, workdir: Path) -> contextlib.AbstractContextManager:
+def writing(experiment: Experiment, workdir: PurePath) -> contextlib.AbstractContextManager:
     """Return what a run holds while it trains: its label tape, if it records one."""
     if experiment.teacher is None or experiment.teacher.tape != "record":
         return contextlib.nullcontext()
     return alone(tape_path(experiment, workdir))
 
 
-def writable(path: Path, layout: Layout, ours: dict[str, Any], steps: int) -> Tape:
+def writable(path: PurePath, layout: Layout, ours: dict[str, Any], steps: int) -> Tape:
     """Open a tape, or make one of so many steps; raise UserError if it has another fingerprint."""
     if not exists(path / NAME):
         return Tape.create(path, layout, ours, steps)

@@ -14,7 +14,7 @@ The arrays are zarr, chunked over steps. Steps count from 0, as batches do. What
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ ELSEWHERE = "choose another config.teacher.tape_path"
 class Tape:
     """A tape on disk. Raise UserError, naming file and remedy, where it is damaged."""
 
-    def __init__(self, path: Path, layout: Layout, tapes_fingerprint: dict[str, Any]):
+    def __init__(self, path: PurePath, layout: Layout, tapes_fingerprint: dict[str, Any]):
         self.path, self.layout, self.fingerprint = path, layout, tapes_fingerprint
         self._arrays = {name: self._open(name) for name in arrays_of(layout)}
         self._claims = self._open("recorded")
@@ -51,7 +51,7 @@ class Tape:
         self._check_shapes()
 
     @classmethod
-    def open(cls, path: Path) -> "Tape":
+    def open(cls, path: PurePath) -> "Tape":
         """Open a tape that is there."""
         file = path / NAME
         try:
@@ -76,7 +76,7 @@ class Tape:
         return cls(path, Layout(given["distill.kind"], *size, several, width), given)
 
     @classmethod
-    def create(cls, path: Path, layout: Layout, given: dict[str, Any], steps: int) -> "Tape":
+    def create(cls, path: PurePath, layout: Layout, given: dict[str, Any], steps: int) -> "Tape":
         """Make an empty tape; raise UserError if it cannot be written."""
         try:
             backend(path).make_folder(path)
@@ -227,7 +227,7 @@ class Tape:
                 )
 
 
-def features_width(path: Path) -> int:
+def features_width(path: PurePath) -> int:
     """Return the width of the features on a tape, 0 where there are none, or no tape yet."""
     return Tape.open(path).layout.width if exists(path / NAME) else 0
 
@@ -239,7 +239,7 @@ def runs_of(steps: Sequence[int] | np.ndarray) -> list[np.ndarray]:
     return [run for run in cut if len(run)]
 
 
-def _spec(path: Path) -> dict[str, Any]:
+def _spec(path: PurePath) -> dict[str, Any]:
     kvstore = {"driver": "file", "path": f"{absolute(path)}/"}
     if is_remote(path):
         bucket, _, inside = str(path).removeprefix("gs://").partition("/")
@@ -247,7 +247,7 @@ def _spec(path: Path) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": kvstore}
 
 
-def _make(path: Path, dtype: np.dtype, shape: tuple[int, ...], chunk: int, fill) -> None:
+def _make(path: PurePath, dtype: np.dtype, shape: tuple[int, ...], chunk: int, fill) -> None:
     metadata = {
         "shape": shape,
         "chunks": (chunk, *shape[1:]),

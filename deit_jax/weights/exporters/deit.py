@@ -3,7 +3,7 @@
 import io
 import pickle
 import zipfile
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from deit_jax.weights.torch_names import to_torch
 _STORAGES = {"float32": "FloatStorage", "int64": "LongStorage"}
 
 
-def write_deit(opened: LoadedWeights, path: Path) -> None:
+def write_deit(opened: LoadedWeights, path: PurePath) -> None:
     """Write {"model": tensors} in PyTorch's zip format, with facebookresearch/deit's names.
 
     The file does not say which model it is of.

@@ -1,6 +1,6 @@
 """A workdir that holds weights: for `deit eval`, `deit predict`, and as a teacher."""
 
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from deit_jax.weights.fit import LoadedWeights, architecture
 from deit_jax.workdir.checkpoints import Checkpointer
 
 
-def write_run(opened: LoadedWeights, workdir: Path) -> None:
+def write_run(opened: LoadedWeights, workdir: PurePath) -> None:
     """Write a workdir whose only checkpoint, of step 0, holds the weights and no optimizer."""
     opened.check_convention()
     config = _run_config(opened)

@@ -1,7 +1,7 @@
 """Safetensors files with timm's names, whose metadata describes the model to us."""
 
 import json
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from deit_jax.weights.metadata import METADATA
 from deit_jax.weights.torch_names import to_torch
 
 
-def write_timm(opened: LoadedWeights, path: Path) -> None:
+def write_timm(opened: LoadedWeights, path: PurePath) -> None:
     """Write a safetensors file with timm's names; its metadata describes the model to us."""
     described: dict[str, Any] = {
         "name": opened.name,
@@ -32,7 +32,9 @@ def write_timm(opened: LoadedWeights, path: Path) -> None:
     write_safetensors(to_torch(opened.variables), path, metadata)
 
 
-def write_safetensors(flat: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+def write_safetensors(
+    flat: dict[str, np.ndarray], path: PurePath, metadata: dict[str, str]
+) -> None:
     # Not safetensors' save_file: what it writes nobody but the owner may read, whatever the umask.
     backend(path).write(path, save(flat, metadata=metadata))
 
@@ -44,7 +46,7 @@ _TIMM = {
 }
 
 
-def timm_call(opened: LoadedWeights, path: Path) -> str | None:
+def timm_call(opened: LoadedWeights, path: PurePath) -> str | None:
     """Return the Python call that gives timm's model with the file's weights.
 
     None where create_model has no such arguments: a convnet of other shapes than its name's.
