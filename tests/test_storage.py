@@ -1,6 +1,8 @@
-"""What every back end of storage.py promises; the local disk is the only one so far."""
+"""What every back end of storage/ promises: the local disk, and a bucket on a server here."""
 
+import contextlib
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,7 +19,7 @@ import deit_jax
 from deit_jax import storage
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
-from deit_jax.storage import BACKENDS, LockedError, append_line, backend, read_lines
+from deit_jax.storage import BACKENDS, LockedError, append_line, backend, read_lines, to_path
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,22 +29,60 @@ def disk(request):
     return BACKENDS[request.param]
 
 
-def test_a_file_is_written_whole_in_the_place_of_the_old_one(disk, tmp_path):
-    path = tmp_path / "deep" / "er" / "file"
+@pytest.fixture
+def place(request, disk, tmp_path):
+    """Return a folder that `disk` keeps."""
+    if disk is BACKENDS[""]:
+        return tmp_path
+    request.getfixturevalue("gcs_server")
+    return to_path(f"gs://bucket/{tmp_path.name}")
+
+
+def test_a_file_is_written_whole_in_the_place_of_the_old_one(disk, place):
+    path = place / "deep" / "er" / "file"
     disk.make_folder(path.parent)
     disk.make_folder(path.parent)  # which is there
     disk.write(path, b"old")
     disk.write(path, b"new")
-    assert disk.read(path) == path.read_bytes() == b"new"
+    assert disk.read(path) == b"new"
+    assert disk.read_start(path, 2) == b"ne"
     assert disk.names(path.parent) == ["file"]  # nothing is left of the writing
+    disk.write(path, b"")
+    assert disk.read(path) == disk.read_start(path, 2) == b""
+    nowhere = path / "below a file" if disk is BACKENDS[""] else to_path("gs://no-such/x")
     with pytest.raises(OSError, match=r"."):
-        disk.write(tmp_path / "nowhere" / "file", b"")
+        disk.write(nowhere, b"")
+    with pytest.raises(OSError, match=r"."):
+        disk.make_folder(nowhere)
     with pytest.raises(FileNotFoundError):
-        disk.read(tmp_path / "none")
+        disk.read(place / "none")
 
 
-def test_a_write_that_fails_takes_no_room(disk, tmp_path, monkeypatch):
+def test_checksums_are_of_the_content(disk, place):
+    data = bytes(range(256)) * 5000
+    disk.make_folder(place)
+    disk.write(place / "file", data)
+    assert disk.sha256(place / "file") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(FileNotFoundError):
+        disk.sha256(place / "none")
+
+
+def test_what_is_appended_is_at_the_end(disk, place):
+    disk.make_folder(place)
+    for data in (b"one\n", b"two\n"):
+        with contextlib.closing(disk.append(place / "lines")) as end:
+            end.append(data)
+            end.flush()
+            assert disk.read(place / "lines").endswith(data)
+    assert disk.read(place / "lines") == b"one\ntwo\n"
+    with contextlib.closing(disk.create(place / "lines")) as end:
+        end.append(b"anew\n")
+    assert disk.read(place / "lines") == b"anew\n"
+
+
+def test_a_write_that_fails_takes_no_room(tmp_path, monkeypatch):
     """The disk is full when half of the file is written."""
+    disk = BACKENDS[""]
     path = tmp_path / "file"
     disk.write(path, b"old")
     write = Path.write_bytes
@@ -88,7 +128,6 @@ def test_the_scheme_of_a_path_chooses_the_back_end(monkeypatch):
 @pytest.mark.parametrize(
     ("place", "remedy"),
     [
-        ("gs://bucket/run", "mount the bucket"),
         ("s3://bucket/run", "mount the bucket"),
         ("https://host/run", "download it"),
         ("file://host/run", "leave file:// out"),
@@ -112,13 +151,13 @@ def test_a_scheme_that_nothing_keeps_is_refused(place, remedy, tmp_path, monkeyp
     assert os.listdir() == []
 
 
-def test_a_process_that_dies_while_it_writes_leaves_the_old_file(disk, tmp_path):
+def test_a_process_that_dies_while_it_writes_leaves_the_old_file(disk, place):
     """Killed at some moment of a loop of writes, again and again: the file is one of the whole."""
-    path = tmp_path / "file"
+    path = place / "file"
     code = (
-        "import sys, pathlib\n"
-        "from deit_jax.storage import backend\n"
-        "path = pathlib.Path(sys.argv[1])\n"
+        "import sys\n"
+        "from deit_jax.storage import backend, to_path\n"
+        "path = to_path(sys.argv[1])\n"
         "while True:\n"
         "    for letter in b'ab':\n"
         "        backend(path).write(path, bytes([letter]) * 3_000_000)\n"
@@ -126,7 +165,7 @@ def test_a_process_that_dies_while_it_writes_leaves_the_old_file(disk, tmp_path)
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
         deadline = time.monotonic() + 60
-        while not path.exists() and time.monotonic() < deadline:
+        while not disk.exists(path) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -135,7 +174,8 @@ def test_a_process_that_dies_while_it_writes_leaves_the_old_file(disk, tmp_path)
         assert content in (b"a" * 3_000_000, b"b" * 3_000_000)
 
 
-def test_what_is_appended_is_there_whole_or_not_at_all(disk, tmp_path, monkeypatch):
+def test_what_is_appended_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    disk = BACKENDS[""]
     path = tmp_path / "lines"
     end = disk.append(path)
     end.append(b"one\n")
@@ -171,40 +211,52 @@ def test_lines_of_json(tmp_path):
     assert read_lines(path) == [{"number": n} for n in range(3)]
 
 
-def test_folders_are_listed_renamed_and_removed(disk, tmp_path):
-    assert disk.names(tmp_path / "none") == []
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "file").write_bytes(b"12345")
-    (tmp_path / "a" / "z").write_bytes(b"")
-    assert disk.names(tmp_path / "a") == ["b", "z"]
-    assert disk.files(tmp_path / "a") == [("b/file", 5), ("z", 0)]
-    disk.rename(tmp_path / "a", tmp_path / "c")
-    assert disk.names(tmp_path) == ["c"]
-    assert disk.exists(tmp_path / "c")
-    assert disk.is_folder(tmp_path / "c")
-    assert not disk.is_folder(tmp_path / "c" / "z")
-    disk.remove(tmp_path / "c" / "z")
-    disk.remove(tmp_path / "c")
-    disk.remove(tmp_path / "c")  # which is gone
-    assert disk.names(tmp_path) == []
+def test_folders_are_listed_renamed_and_removed(disk, place):
+    assert disk.names(place / "none") == []
+    disk.make_folder(place / "a" / "b")
+    disk.write(place / "a" / "b" / "file", b"12345")
+    disk.write(place / "a" / "z", b"")
+    assert disk.names(place / "a") == ["b", "z"]
+    assert disk.files(place / "a") == [("b/file", 5), ("z", 0)]
+    assert (disk.exists(place / "a"), disk.exists(place / "none")) == (True, False)
+    disk.rename(place / "a", place / "c")
+    assert disk.names(place) == ["c"]
+    assert disk.exists(place / "c")
+    assert disk.is_folder(place / "c")
+    assert not disk.is_folder(place / "c" / "z")
+    disk.remove(place / "c" / "z")
+    disk.remove(place / "c")
+    disk.remove(place / "c")  # which is gone
+    assert disk.names(place) == []
     for name in ("7", "12", "12.tmp", "damaged-3"):
-        (tmp_path / name).mkdir()
-    assert storage.steps_in(tmp_path) == [7, 12]
-    assert storage.steps_in(tmp_path / "none") == []
+        disk.make_folder(place / name)
+        disk.write(place / name / "commit_success.txt", b"")  # as Orbax writes in a bucket
+    assert storage.steps_in(place) == [7, 12]
+    assert storage.steps_in(place / "none") == []
 
 
-def _hold(path, held, free):
+def test_a_checkpoint_that_was_begun_in_a_bucket_is_none(gcs_server):
+    place, disk = to_path("gs://bucket/begun"), BACKENDS["gs"]
+    disk.write(place / "5" / "default" / "d", b"")
+    disk.write(place / "3" / "default" / "d", b"")
+    disk.write(place / "3" / "commit_success.txt", b"")
+    assert storage.steps_in(place) == [3]
+
+
+def _hold(text, held, free):
+    path = to_path(text)
     with backend(path).lock(path, "the other one"):
         held.set()
         free.wait(60)
         os._exit(9)  # without a word: the lock ends with the process
 
 
-def test_a_lock_is_held_by_one_process_and_ends_with_it(disk, tmp_path):
-    path = tmp_path / "lock"
+def test_a_lock_is_held_by_one_process_and_ends_with_it(disk, place, monkeypatch):
+    disk.make_folder(place)
+    path = place / "lock"
     context = multiprocessing.get_context("spawn")
     held, free = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(path, held, free))
+    other = context.Process(target=_hold, args=(str(path), held, free))
     other.start()
     assert held.wait(60)
     with pytest.raises(LockedError, match="the other one"), disk.lock(path, "this one"):
@@ -212,8 +264,8 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(disk, tmp_path):
     free.set()
     other.join(60)
     with disk.lock(path, "this one"):
-        assert path.read_text() == "this one\n"
-    assert path.read_text() == ""
+        assert b"this one" in disk.read(path)
+    assert disk.read(path) == (b"" if disk is BACKENDS[""] else b"{}")
 
 
 @pytest.mark.parametrize(("text", "part"), [("{", "not valid JSON"), ("[]", "holds no dict")])

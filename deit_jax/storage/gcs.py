@@ -124,7 +124,7 @@ class Objects:
     def found(self, prefix: str, limit: int | None = None) -> Iterator[Found]:
         """Yield the objects whose names begin so, in the order of their names."""
         bucket, _, path = prefix.partition("/")
-        with _explained(prefix):
+        with _explained(prefix, listing=True):
             for blob in self._client().list_blobs(
                 bucket, prefix=path, max_results=limit, timeout=TIMEOUT, retry=_retry()
             ):
@@ -134,7 +134,7 @@ class Objects:
         """Return the last parts of the names of objects and of folders right below `prefix`/."""
         bucket, _, path = prefix.partition("/")
         path = f"{path.rstrip('/')}/" if path else ""
-        with _explained(prefix):
+        with _explained(prefix, listing=True):
             found = self._client().list_blobs(
                 bucket, prefix=path, delimiter="/", timeout=TIMEOUT, retry=_retry()
             )
@@ -217,7 +217,7 @@ def _retry():
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, listing: bool = False) -> Iterator[None]:
     """Make an OSError, which names the object, of what the client raises."""
     try:
         yield
@@ -229,7 +229,7 @@ def _explained(name: str) -> Iterator[None]:
         module = type(error).__module__.partition(".")[0]
         if module not in ("google", "requests", "urllib3"):
             raise
-        code, text = _told(error, name)
+        code, text = _told(error, name, listing)
         if code is None:
             raise Conflict(errno.ESTALE, "another process has changed it", f"gs://{name}") from None
         raise OSError(code, text, f"gs://{name}") from error
@@ -238,7 +238,7 @@ def _explained(name: str) -> Iterator[None]:
 _SIGN_IN = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS=FILE"
 
 
-def _told(error: Exception, name: str) -> tuple[int | None, str]:
+def _told(error: Exception, name: str, listing: bool) -> tuple[int | None, str]:
     """Return the errno and a text for what the client raised; no errno for a wrong generation."""
     code = getattr(error, "code", None)
     code = getattr(code, "value", code)  # of an HTTPStatus
@@ -246,7 +246,7 @@ def _told(error: Exception, name: str) -> tuple[int | None, str]:
     if code == 412:
         return None, ""
     if code == 404:
-        if "bucket" in str(error).lower():
+        if listing or "bucket" in str(error).lower():
             return errno.ENOENT, f"there is no bucket gs://{bucket}, or it is not yours to see"
         return errno.ENOENT, os.strerror(errno.ENOENT)
     if code == 401 or type(error).__name__ == "DefaultCredentialsError":

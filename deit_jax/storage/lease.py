@@ -26,6 +26,7 @@ RENEWED = 15.0  # seconds between two renewals
 EXPIRES = 90.0  # without a renewal for so many seconds, another process may take it
 TRUSTED = 60.0  # seconds after a renewal in which the holder need not ask whether it still has it
 OLD = 900.0  # not renewed for so long, by the bucket's clock and ours, it is taken at once
+FREE = b"{}"  # what the object holds when nobody has the lock
 WATCHED = 2.0  # seconds between two looks at another process's
 
 
@@ -59,10 +60,10 @@ class Lease:
             return 0, {}, 0.0
         try:
             data, generation = self._objects.read(self._name)
-            return generation or state[0], json.loads(data or b"{}"), state[1]
+            return generation or state[0], json.loads(data), state[1]
         except FileNotFoundError:
             return 0, {}, 0.0
-        except ValueError:  # not ours; whoever writes it keeps it
+        except ValueError:  # of somebody else, or just being written
             return state[0], {"holder": "not known"}, state[1]
 
     def _wait(self, generation: int, there: dict[str, Any]) -> int:
@@ -126,13 +127,13 @@ class Lease:
         self._ended.set()
         with self._guard, contextlib.suppress(OSError):
             if not self._lost:
-                self._objects.put(self._name, b"", self._generation)
+                self._objects.put(self._name, FREE, self._generation)
 
 
 def is_held(data: bytes) -> bool:
     """Return whether the content of a lease is of a process that still renews it, by the clocks."""
     try:
-        there = json.loads(data or b"{}")
+        there = json.loads(data)
         return bool(there) and not _is_gone(there, there["renewed"], EXPIRES)
     except (ValueError, KeyError, TypeError):
         return False

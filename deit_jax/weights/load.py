@@ -77,15 +77,11 @@ def load(
         raise WeightsError(f"pretrained=True and weights={weights}: give one of them")
     if pretrained:
         weights = PRETRAINED
-    if (
-        weights is None
-        and name not in registry.specs()
-        and exists(to_path(split_key(str(name))[0]))
-    ):
-        name, weights = None, name  # load("runs/mine")
     name = None if name is None else str(name)
-    if weights is None and name not in registry.specs() and re.search(r"[/\\.]", name or ""):
-        check_scheme("weights", name or "")
+    unknown = weights is None and name is not None and name not in registry.specs()
+    if unknown and name is not None and _is_there(name):
+        name, weights, unknown = None, name, False  # load("runs/mine")
+    if unknown and re.search(r"[/\\.]", name or ""):
         raise WeightsError(f"{name}: no such file or folder")
     if weights is not None:
         which: dict[str, Any] = {"checkpoint": checkpoint, "ema": ema, "in_channels": in_channels}
@@ -101,6 +97,11 @@ def load(
         model = model.clone(image_size=simplest(image_size))
     loaded = folded(model, init_variables(model, 0))
     return (*loaded, _spec_of_name(name, model, image_size)) if return_spec else loaded
+
+
+def _is_there(source: str) -> bool:
+    check_scheme("weights", source)
+    return exists(to_path(split_key(source)[0]))
 
 
 def _spec_of_name(name: str, model, image_size: Size | None) -> InputSpec:
