@@ -1,5 +1,6 @@
 """A workdir in a bucket keeps what one on a disk keeps: killed, contested, on a bad line."""
 
+import json
 import os
 import re
 import signal
@@ -7,12 +8,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from deit_jax import storage
 from deit_jax.errors import EXIT_CODE
+from deit_jax.storage import gcs, to_path
 from tests.emulator import BadLine, Emulator, environment
 from tests.faults import driver
 from tests.faults.test_stopping import steps, until
+from tests.test_cli import deit
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +28,9 @@ def emulator(tmp_path_factory):
     server = Emulator(tmp_path_factory.mktemp("gcs"))
     yield server
     server.kill()
+
+
+OF_ONE_RUN = ("name", "history", "curves", "config")  # curves also hold times
 
 
 def run_in(server, name, url=None, **more):
@@ -109,6 +118,59 @@ def test_of_two_runs_in_one_workdir_the_second_is_refused(folder, emulator):
     third.wait()
     assert "taken over if" not in log(workdir)
     assert [r["event"] for r in driver.history(workdir)] == ["start", "start"]
+
+
+def test_every_command_takes_a_run_in_a_bucket(folder, emulator, monkeypatch, capsys, tmp_path):
+    """And says of it what it says of the same run on a disk."""
+    workdir = run_in(emulator, "finished")
+    driver.finish(driver.start(workdir, folder / "cache", 40), workdir)
+    assert driver.differences(folder / "whole", workdir) == []
+    there, whole = "gs://bucket/finished", folder / "whole"
+    for name, value in environment(emulator.url).items():
+        monkeypatch.setenv(name, value)
+    gcs._client.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "x.png")
+    storage.backend(to_path(there)).write(
+        to_path("gs://bucket/photos/x.png"), (tmp_path / "x.png").read_bytes()
+    )
+    said = {}
+    for run, photo in ((there, "gs://bucket/photos/x.png"), (whole, tmp_path / "x.png")):
+        for words in (
+            ("eval", f"--workdir={run}", f"--config={driver.ROOT}/configs/quickstart.py"),
+            ("analyze", f"--workdir={run}"),
+            ("inspect", f"--workdir={run}"),
+            ("predict", f"--weights={run}", str(photo)),
+        ):
+            code, out, err = deit(capsys, *words)
+            assert code == 0, err
+            said[run, words[0]] = out.replace(str(run), "RUN").replace(str(photo), "x")
+        (figures,) = json.loads(said[run, "analyze"])["runs"]
+        said[run, "analyze"] = {k: v for k, v in figures.items() if k not in OF_ONE_RUN}
+    for command in ("eval", "analyze", "inspect", "predict"):
+        assert said[there, command] == said[whole, command]
+    for words in (
+        ("report", f"--workdir={there}", "--out=gs://bucket/report.html"),
+        ("convert", there, "gs://bucket/finished.safetensors"),
+        ("convert", f"{there}/teacher", "gs://bucket/teacher", "--to=deit_jax"),
+    ):
+        code, _, err = deit(capsys, *words)
+        assert code == 0, err
+    assert "<svg" in (emulator.folder / "report.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    student = [*driver.WORDS, "--config.epochs=1", "--config.init.weights=" + there]
+    student += ["--config.teacher.weights=gs://bucket/teacher"]
+    student += ["--config.teacher.tape_path=gs://bucket/tape"]
+    for use in ("record", "replay"):
+        words = [*student, f"--config.teacher.tape={use}", f"--workdir=gs://bucket/{use}"]
+        code, _, err = deit(capsys, "train", *words)
+        assert code == 0, err
+    losses = [driver.records(emulator.folder / use) for use in ("record", "replay")]
+    assert losses[0] == losses[1]
+    code, out, err = deit(capsys, "tape", "info", "gs://bucket/tape")
+    assert code == 0, err
+    assert "gs://bucket/tape" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "x.png"]
 
 
 def test_a_damaged_checkpoint_is_set_aside(folder, emulator):

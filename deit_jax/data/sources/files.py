@@ -26,7 +26,8 @@ class FolderSource:
             with open(path, "rb", buffering=0) as file:
                 image = file.read()
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+            where = self.describe(index)
+            raise UserError(f"{where}: cannot be read ({error.strerror})") from error
         return {"image": image, "label": label_at(self.labels, index)}
 
     def describe(self, index: int) -> str:
