@@ -82,11 +82,13 @@ class BadLine:
     """A proxy in front of a server: of all requests it lets a share fail, or hang.
 
     A request that fails is answered 429 or 503; every third is carried out first, as when an answer
-    is lost on its way. One that hangs is answered never.
+    is lost on its way. One that hangs is answered never. All are `late` by so many seconds.
     """
 
-    def __init__(self, url: str, failing: float, hanging: float = 0.0, seed: int = 0):
-        self._to, self._random = urlsplit(url).netloc, random.Random(seed)
+    def __init__(
+        self, url: str, failing: float = 0.0, hanging: float = 0.0, late: float = 0.0, seed: int = 0
+    ):
+        self._to, self._random, self._late = urlsplit(url).netloc, random.Random(seed), late
         self.failing, self.hanging = failing, hanging
         self.counts = {"passed": 0, "failed": 0, "hung": 0}
         self._guard = threading.Lock()
@@ -129,6 +131,7 @@ class BadLine:
         if request.headers.get("Transfer-Encoding") == "chunked":
             body = _chunks(request.rfile)
         fate = self._fate()
+        time.sleep(self._late)
         if fate == "hung":
             time.sleep(3600)
         if fate == "failed" and self._random.random() > 1 / 3:

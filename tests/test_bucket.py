@@ -5,6 +5,7 @@ A real server of the same interface answers (tests/emulator.py); whole runs are 
 
 import json
 import os
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ import deit_jax
 from deit_jax import storage
 from deit_jax.cli.flags import UsageError
 from deit_jax.configs import base
+from deit_jax.data.prepare.build import prepare
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
 from deit_jax.storage import LockedError, fetch, gcs, lease, to_path
@@ -28,6 +30,7 @@ from deit_jax.train.tape.tape import Tape
 from deit_jax.workdir.metrics import Lines, MetricWriter
 from tests.emulator import BadLine
 from tests.test_cli import deit
+from tests.test_wds_source import add
 
 
 @pytest.fixture
@@ -328,6 +331,48 @@ def test_idx_files_lie_there(bucket, tmp_path):
             write(f"gs://bucket/idx/{file.name}", file.read_bytes())
     dataset = open_dataset(data_of("mnist", dir="gs://bucket/idx"))
     assert (len(dataset.train), len(dataset.eval)) == (5, 5)
+
+
+def same_images(a, b):
+    """Return whether two data sets have the same images and labels, in order."""
+    parts = ((a.train, b.train), (a.eval, b.eval))
+    rows = [
+        [(x["image"], x["label"]) for x in map(part.__getitem__, range(len(part)))]
+        for pair in parts
+        for part in pair
+    ]
+    return rows[0] == rows[1] and rows[2] == rows[3] and len(rows[0]) > 0
+
+
+def test_prepared_data_and_tars_lie_there(images, bucket, tmp_path):
+    """ArrayRecord and WebDataset: the whole folder of the data set is copied, and no other."""
+    prepare(images, tmp_path / "tfds", "pets", workers=1)
+    write("gs://bucket/tfds/other/1.0.0/file", b"not asked for")
+    upload(tmp_path / "tfds", "gs://bucket/tfds")
+    local = open_dataset(data_of("tfds:pets", dir=str(tmp_path / "tfds")))
+    there = open_dataset(data_of("tfds:pets", dir="gs://bucket/tfds"))
+    assert there.classes == local.classes == ["cat", "dog"]
+    assert same_images(there, local)
+    assert not list((tmp_path / "cache").rglob("other"))
+    with pytest.raises(
+        UserError, match=r"config.data.source=tfds:cats.*data.dir='gs://bucket/tfds'"
+    ):
+        open_dataset(data_of("tfds:cats", dir="gs://bucket/tfds"))
+    (tmp_path / "wds").mkdir()
+    with tarfile.open(tmp_path / "wds" / "train-0.tar", "w") as tar:
+        for number, path in enumerate(sorted((images / "train").rglob("*.png"))):
+            add(tar, f"{number}.png", path.read_bytes())
+            add(tar, f"{number}.cls", b"%d" % (number % 2))
+    upload(tmp_path / "wds", "gs://bucket/wds")
+    assert same_images(
+        *(open_dataset(data_of(f"wds:{w}")) for w in (tmp_path / "wds", "gs://bucket/wds"))
+    )
+
+
+def upload(folder, place):
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name[0] != ".":
+            write(f"{place}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
 def test_weights_and_their_places(bucket, capsys, tmp_path, images):
