@@ -49,16 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, argv: list[str]) -> int:
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
     from deit_jax.cli.flags import UsageError
     from deit_jax.errors import EXIT_CODE, Interrupted, UserError
 
-    logger = _start_logging()
+    _start_logging("--debug" in argv)
     try:
-        with logging_redirect_tqdm([logger]):  # a line stands above the progress bar
-            importlib.import_module(f"deit_jax.cli.{name}").main(argv)
-            sys.stdout.flush()
+        importlib.import_module(f"deit_jax.cli.{name}").main(argv)
+        sys.stdout.flush()
         return 0
     except BrokenPipeError:  # who read the output has gone, as `| head` does
         os._exit(1)  # or Python would try once more to write the rest, and complain
@@ -83,15 +80,35 @@ def _run(name: str, argv: list[str]) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _start_logging() -> logging.Logger:
-    """Send our own lines to stderr; of the libraries', none: what they raise is reported."""
-    handler = logging.StreamHandler()
+class _AboveBars(logging.StreamHandler):
+    """Lines of the log, above a progress bar where there is one; tqdm's own handler loads it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        if "tqdm" not in sys.modules:
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:  # as logging's own handlers do
+            self.handleError(record)
+
+
+def _start_logging(debug: bool) -> None:
+    """Send our own lines to stderr; of the libraries', their errors alone but with --debug."""
+    handler = _AboveBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("deit_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return logger
+    if not debug and not logging.root.handlers:  # which also keeps libraries from adding theirs
+        errors = logging.StreamHandler()
+        errors.setLevel(logging.ERROR)
+        logging.root.addHandler(errors)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from deit_jax.step.train_step import model_inputs
 from deit_jax.storage import to_path
 from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.record_tape import FLUSH_S
-from deit_jax.train.tape.check import LEAST, check, compare
+from deit_jax.train.tape import LEAST
+from deit_jax.train.tape.check import check, compare
 from deit_jax.train.tape.fingerprint import fingerprint
 from deit_jax.train.tape.join import join
 from deit_jax.train.tape.layout import pack

@@ -172,10 +172,10 @@ class Weights:
         self.folder = folder
         self.place = folder / "broken"
         model = opened(DISTILLED, SMALL | {"width": 6, "num_heads": 3, "depth": 1})
-        timm_lib.write_timm(model, folder / "w.safetensors")
-        deit.write_deit(model, folder / "w.pth")
-        huggingface.write_hugging_face(model, folder / "hf")
-        run.write_run(model, folder / "run")
+        timm_lib.write(model, folder / "w.safetensors")
+        deit.write(model, folder / "w.pth")
+        huggingface.write(model, folder / "hf")
+        run.write(model, folder / "run")
         timm = folder / "timm"
         timm.mkdir()
         shutil.copy(folder / "w.safetensors", timm / "model.safetensors")

@@ -313,7 +313,8 @@ def test_flags_may_be_written_with_dashes(capsys, tmp_path):
     [
         (
             [QUICKSTART, "--config.optim.lrr=1"],
-            "--config.optim.lrr: no such field; did you mean 'lr'? configs/base.py lists them all",
+            "--config.optim.lrr: no such field; did you mean optim.lr? "
+            "configs/base.py lists them all",
         ),
         (
             [f"--config={ROOT}/configs/deit.py:variant=smal"],

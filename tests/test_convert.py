@@ -203,7 +203,7 @@ def test_timm_loads_our_file_strictly(name, overrides, tmp_path, timm):
 def test_timms_call_that_is_printed_gives_our_logits(name, overrides, tmp_path, timm, torch):
     first, path = opened(name, overrides), tmp_path / "w.safetensors"
     convert.convert(first, path)
-    theirs = eval(timm_lib.timm_call(first, path), {"timm": timm}).eval()
+    theirs = eval(timm_lib.call(first, path), {"timm": timm}).eval()
     images, heads = logits(first.model, first.variables, first.image_size)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
@@ -211,15 +211,13 @@ def test_timms_call_that_is_printed_gives_our_logits(name, overrides, tmp_path, 
 
 
 def test_timm_has_no_call_for_a_convnet_of_other_shapes(tmp_path):
-    assert timm_lib.timm_call(opened(*FAMILIES[3]), tmp_path / "w.safetensors") is None
+    assert timm_lib.call(opened(*FAMILIES[3]), tmp_path / "w.safetensors") is None
 
 
 def test_transformers_call_that_is_printed_gives_our_model(tmp_path):
     transformers, first = import_transformers(), opened(DISTILLED, SMALL)
     convert.convert(first, tmp_path / "hf")
-    model = eval(
-        huggingface.transformers_call(first, tmp_path / "hf"), {"transformers": transformers}
-    )
+    model = eval(huggingface.call(first, tmp_path / "hf"), {"transformers": transformers})
     assert model.num_parameters() == sum(x.size for x in jax.tree.leaves(first.variables))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import deit_jax
-from deit_jax.analysis.features import KINDS, embedder
+from deit_jax.analysis.choices import FEATURES
+from deit_jax.analysis.features import embedder
 from deit_jax.errors import UserError
 from deit_jax.weights.torch_names import from_torch
 from tests.timm_reference import import_timm, import_torch
@@ -80,7 +81,7 @@ def test_every_kind_of_embedding(twins):
         "patches": tokens[:, 2:],
         "tokens": tokens,
     }
-    assert expected.keys() == KINDS.keys()
+    assert expected.keys() == FEATURES.keys()
     for kind, values in expected.items():
         ours = jax.jit(embedder(model, kind))(variables, nhwc(images))
         np.testing.assert_allclose(ours, values, atol=1e-4, err_msg=kind)

@@ -63,7 +63,7 @@ def test_resampling_is_the_formula(old, new, torch):
 @pytest.mark.parametrize("name", [PLAIN, DISTILLED, "deit3_small_patch16_224"])
 def test_a_run_starts_with_other_patches(name, tmp_path):
     first = opened(name, TINY | {"image_size": 64})
-    run.write_run(first, tmp_path / "run")
+    run.write(first, tmp_path / "run")
     shape = TINY | {"patch_size": 8, "image_size": (48, 32)}
     loaded = load_variables(tmp_path / "run", config_of(shape, name), 3)
     assert loaded.notes == (

@@ -225,7 +225,7 @@ def test_convnets_with_their_statistics_are_read(name, overrides, tmp_path):
 def test_hugging_faces_flax_folder_is_read(tmp_path):
     """Its names are those of the PyTorch file, slashes for dots, kernels turned."""
     first = opened(PLAIN, TINY)
-    huggingface.write_hugging_face(first, tmp_path / "hf")
+    huggingface.write(first, tmp_path / "hf")
     arrays = {}
     for name, value in to_torch(first.variables, "huggingface").items():
         *modules, leaf = name.split(".")

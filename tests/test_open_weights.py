@@ -169,7 +169,7 @@ def test_one_headed_deit_of_transformers_keeps_its_class_head(tmp_path):
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).logits.numpy()
     np.testing.assert_allclose(heads.cls, expected, atol=1e-4)
     assert heads.dist is None
-    huggingface.write_hugging_face(opened, tmp_path / "again")
+    huggingface.write(opened, tmp_path / "again")
     again, report = transformers.DeiTForImageClassification.from_pretrained(
         tmp_path / "again", output_loading_info=True
     )
@@ -206,7 +206,7 @@ def test_moving_average_of_a_run_is_taken_if_asked(tmp_path):
     from deit_jax.workdir import checkpoints
 
     first = opened(PLAIN, SMALL)
-    run.write_run(first, tmp_path)
+    run.write(first, tmp_path)
     with pytest.raises(UserError, match="no moving average"):
         load_variables(tmp_path, ema=True)
     average = jax.tree.map(lambda x: x + 1, first.variables)

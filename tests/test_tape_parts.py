@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from deit_jax.configs.base import get_model_config
 
+from deit_jax.cli import compile_cache
 from deit_jax.cli import tape as command
 from deit_jax.cli.flags import UsageError
 from deit_jax.errors import UserError
@@ -68,7 +69,7 @@ def one_device():
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda n, **_: make_mesh(n, jax.devices()[:1]))
-        patch.setattr(command.compile_cache, "enable", lambda: None)
+        patch.setattr(compile_cache, "enable", lambda: None)
         yield
 
 

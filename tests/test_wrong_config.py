@@ -261,7 +261,7 @@ def test_weights_of_other_classes_are_refused(deit, tmp_path):
     """A run of three classes as the teacher, a file of three to start from; digits has ten."""
     tiny = make_tiny_config().teacher.model
     sizes = {k: tiny[k] for k in ("widths", "depths", "stem_width")}
-    run.write_run(opened("regnety_002", sizes), tmp_path / "teacher")
+    run.write(opened("regnety_002", sizes), tmp_path / "teacher")
     err = deit(f"--config.teacher.weights={tmp_path}/teacher")
     assert f"config.teacher.weights={tmp_path}/teacher" in err
     assert "knows 3 classes, digits has 10" in err

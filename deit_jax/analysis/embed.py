@@ -30,8 +30,8 @@ def embed(
 ) -> list[str]:
     """Write features of images to a .npy or .parquet file; return the paths not readable.
 
-    `kind` is one of features.KINDS, `layer` the block that they leave. What was begun with the same
-    weights, images and features is taken up where it ended; see data/feature_file.py.
+    `kind` is one of choices.FEATURES, `layer` the block that they leave. What was begun with the
+    same weights, images and features is taken up where it ended; see data/feature_file.py.
     """
     function = embedder(opened.model, kind, layer, norm)
     paths = [images.describe(i) for i in range(len(images))]

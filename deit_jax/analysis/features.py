@@ -18,15 +18,6 @@ from deit_jax.errors import UserError
 from deit_jax.models import vit
 from deit_jax.models.vit import VisionTransformer
 
-KINDS = {
-    "pooled": "what the heads are given: the class token, of a distilled model the mean of both",
-    "cls": "the class token",
-    "dist": "the distillation token",
-    "mean": "the mean of the patches",
-    "patches": "every patch, row by row",
-    "tokens": "class token, distillation token where there is one, patches",
-}
-
 
 def features(
     model,
@@ -75,7 +66,7 @@ def _block(model: VisionTransformer, index: int) -> int:
 
 
 def embedder(model, kind: str, layer: int = -1, norm: bool = True) -> Callable[..., jax.Array]:
-    """Return the function (variables, images) -> one of KINDS of every image, float32.
+    """Return the function (variables, images) -> one of choices.FEATURES of every image, float32.
 
     [B D], of patches and tokens [B N D]. A convnet has `pooled` alone, of its last layer. Raise
     UserError for what the model does not have.

@@ -16,6 +16,7 @@ import numpy as np
 
 from deit_jax import __version__
 from deit_jax.analysis import attention, predictions, transformer
+from deit_jax.analysis.choices import IMAGES
 from deit_jax.config.serialize import from_json
 from deit_jax.data.channels import as_colours
 from deit_jax.data.sources.base import Dataset
@@ -32,7 +33,6 @@ from deit_jax.workdir.which import LATEST
 
 log = logging.getLogger("deit_jax")
 
-IMAGES = 5000
 TOKEN_IMAGES = 128  # that the tokens' cosine is averaged over
 ATTENTION_IMAGES = 5
 TRIES = 3

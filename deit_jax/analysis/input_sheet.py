@@ -69,14 +69,18 @@ def draw(images: np.ndarray, titles: list[str], heading: str, path: PurePath) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    from deit_jax.train.lettering import spelled, style
+
     figure, panels = plt.subplots(ROWS, COLUMNS, figsize=(16, 17.5), layout="constrained")
     for panel in panels.ravel():
         panel.axis("off")
     for panel, image, title in zip(panels.ravel(), images, titles, strict=False):
         panel.imshow(as_colours(image))
-        parts = [part if len(part) < 26 else f"{part[:24]}…" for part in title.split(" + ")]
-        panel.set_title(" +\n".join(parts), fontsize=8)
-    figure.suptitle(heading)
+        names = title.split(" + ")
+        text = " +\n".join(s if len(s := spelled(n)) < 26 else f"{spelled(n, 24)}…" for n in names)
+        panel.set_title(text, fontsize=8, **style(text))
+    heading = spelled(heading)
+    figure.suptitle(heading, **style(heading))
     try:
         content = io.BytesIO()
         figure.savefig(content, dpi=100, format=path.suffix[1:] or "png")

@@ -33,14 +33,14 @@ Scores = Float[np.ndarray, "q K"]
 def probe(evaluation: Evaluation, kind: str) -> dict[str, Any]:
     """Return {"examples", "probe": {"kind", "train_examples", "top1", "top5"}} in percent.
 
-    `kind` is one of PROBES. Raise UserError for several labels an image.
+    `kind` is one of choices.PROBES. Raise UserError for several labels an image.
     """
     if evaluation.data.multi_label:
         raise UserError("--probe: is for images of one class each; leave out data.multi_label")
     dataset = evaluation.dataset
     bank, known = _features(evaluation, dataset.train, "features of training images")
     queries, truth = _features(evaluation, dataset.eval, "features of evaluation images")
-    scores = PROBES[kind](bank, known, queries, len(dataset.classes))
+    scores = _SCORES[kind](bank, known, queries, len(dataset.classes))
     order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     right = order == truth[:, None]
     about = {"kind": kind, "train_examples": len(bank)}
@@ -98,7 +98,7 @@ def linear(bank: Features, known: Labels, queries: Queries, classes: int) -> Sco
     return scores
 
 
-PROBES: dict[str, Callable[[Features, Labels, Queries, int], np.ndarray]] = {
+_SCORES: dict[str, Callable[[Features, Labels, Queries, int], np.ndarray]] = {
     "knn": knn,
     "linear": linear,
 }

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 
-from deit_jax.analysis.figures import IMAGES, analyze
+from deit_jax.analysis.choices import IMAGES
 from deit_jax.cli.flags import (
     Command,
     add_checkpoint_flags,
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> None:
     command.boolean("json", True, "what it prints in any case")
     no_words(command.parse(argv, required=("workdir",)))
     values = command.flags
+    from deit_jax.analysis.figures import analyze
+
     text = (
         json.dumps(
             analyze(values.workdir, values.images, values.checkpoint, values.ema).figures,

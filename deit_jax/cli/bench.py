@@ -4,13 +4,8 @@ import functools
 import json
 import sys
 
-import jax
-
 from deit_jax.cli.flags import Command, UsageError, no_words
-from deit_jax.data.sources.registry import open_dataset
-from deit_jax.perf import input_rate, step_time
 from deit_jax.storage import on_disk
-from deit_jax.train.experiment import sketch
 
 BENCH_DOC = """usage: deit bench --config=FILE[:ARGS] [--profile=DIR] [--compare] [--seconds=10]
        deit bench --config=FILE[:ARGS] --input-only [--device=v5e-8] [--seconds=10]
@@ -41,6 +36,12 @@ def main(argv: list[str]) -> None:
     if values.input_only and (values.profile or values.compare):
         flag = "--profile" if values.profile else "--compare"
         raise UsageError(f"{flag} is of the training step: leave out --input-only")
+    import jax
+
+    from deit_jax.data.sources.registry import open_dataset
+    from deit_jax.perf import input_rate, step_time
+    from deit_jax.train.experiment import sketch
+
     if values.input_only:
         input_rate.parse_device(values.device)  # a mistake in it is told before anything is read
         opened = functools.cache(lambda: open_dataset(config.data))

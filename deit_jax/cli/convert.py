@@ -5,11 +5,8 @@ from pathlib import PurePath
 from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
 from deit_jax.errors import UserError
 from deit_jax.storage import backend, exists, to_path
-from deit_jax.teachers.folder import check_free, write_teacher
-from deit_jax.teachers.open import KINDS, PYTHON, convert_torch, open_python
-from deit_jax.weights.convert import EXPORTERS, convert
-from deit_jax.weights.fit import HEAD_POLICIES
-from deit_jax.weights.load import load_variables
+from deit_jax.weights.choices import HEAD_POLICIES
+from deit_jax.weights.exporters import EXPORTERS
 from deit_jax.workdir.which import LATEST
 
 CONVERT_DOC = """usage: deit convert SRC DST [--to=FORMAT] [--model=NAME] [--image_size=N|H,W] ...
@@ -59,6 +56,10 @@ def main(argv: list[str]) -> None:
     if len(words) != 2:
         raise UsageError("give SRC and DST; see `deit convert --help`")
     values = command.flags
+    from deit_jax.teachers.open import KINDS
+    from deit_jax.weights.convert import convert
+    from deit_jax.weights.load import load_variables
+
     if words[0].startswith(KINDS) or values.to == TEACHER:
         _make_teacher(words[0], to_path(words[1]), values)
         return
@@ -75,6 +76,9 @@ def main(argv: list[str]) -> None:
 
 def _make_teacher(source: str, path: PurePath, values) -> None:
     """Write a teacher folder of somebody else's model, and say what it is."""
+    from deit_jax.teachers.folder import check_free, write_teacher
+    from deit_jax.teachers.open import PYTHON, convert_torch, open_python
+
     _check_flags(source, path, values)
     check_free(path, values.force)
     notes, difference = (), None
@@ -107,6 +111,8 @@ def _make_teacher(source: str, path: PurePath, values) -> None:
 
 def _check_flags(source: str, path: PurePath, values) -> None:
     """Raise UserError for flags that are not a teacher's, and for sources that make none."""
+    from deit_jax.teachers.open import KINDS, PYTHON
+
     if values.to not in (None, TEACHER):
         raise UserError(f"{source}: becomes a teacher folder alone; leave --to={values.to} out")
     endings = {suffix for exporter in EXPORTERS.values() for suffix in exporter.suffixes}

@@ -1,13 +1,9 @@
 """`deit embed`: features of images, in a file."""
 
-from deit_jax.analysis.classify import unreadable_line
-from deit_jax.analysis.embed import embed
-from deit_jax.analysis.features import KINDS
+from deit_jax.analysis.choices import FEATURES
 from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
-from deit_jax.data.sources.named import named_images
 from deit_jax.errors import UserError
 from deit_jax.storage import on_disk
-from deit_jax.weights.load import load_variables
 from deit_jax.weights.pretrained import PRETRAINED
 
 EMBED_DOC = """usage: deit embed (--weights=W | --model=NAME) --out=FILE [--features=…] IMAGES ...
@@ -27,7 +23,8 @@ def main(argv: list[str]) -> None:
     command.string("weights", "", "a run, file, folder or hf-hub: id")
     command.string("model", None, "name of the weights' model, or whose published ones to take")
     command.string("out", "", "the file to write: .npy or .parquet")
-    command.choice("features", "pooled", KINDS, "; ".join(f"{k} = {v}" for k, v in KINDS.items()))
+    kinds = "; ".join(f"{k} = {v}" for k, v in FEATURES.items())
+    command.choice("features", "pooled", FEATURES, kinds)
     command.integer("layer", -1, "the block that they leave: 0, 1, … or from the end -1, -2, …")
     command.boolean("norm", True, "apply the model's last norm, also to earlier blocks")
     command.choice("dtype", "float32", ("float32", "float16"), "of the numbers written")
@@ -40,6 +37,11 @@ def main(argv: list[str]) -> None:
         raise UsageError("--weights=… is missing; see `deit embed --help`")
     if not words and not values.list:
         raise UsageError("no image given; see `deit embed --help`")
+    from deit_jax.analysis.classify import unreadable_line
+    from deit_jax.analysis.embed import embed
+    from deit_jax.data.sources.named import named_images
+    from deit_jax.weights.load import load_variables
+
     source = values.weights or PRETRAINED
     which = {"checkpoint": values.checkpoint, "ema": values.ema}
     # With a head or without, the features are the same.

@@ -6,15 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deit_jax.analysis.evaluate import Evaluation, open_evaluation
-from deit_jax.analysis.probe import PROBES, probe
-from deit_jax.analysis.real_labels import RealLabels
+from deit_jax.analysis.choices import PROBES
 from deit_jax.cli import rows
 from deit_jax.cli.flags import ALL, Command, UsageError, add_checkpoint_flags, no_words
 from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.storage import to_path
-from deit_jax.train.evaluator import NAMES, table
 from deit_jax.weights.pretrained import PRETRAINED
 from deit_jax.workdir import records
 from deit_jax.workdir.which import kept_steps
@@ -45,8 +42,8 @@ def main(argv: list[str]) -> None:
     add_checkpoint_flags(command, every=True)
     command.string("out", "", "csv file of path, label, and each head's answer and probability")
     command.string("real_labels", "", "ReaL's real.json: also top-1 by all labels of each image")
-    what = "the heads' place is taken by a classifier of their features: nearest training images, "
-    command.choice("probe", None, PROBES, f"{what}or logistic regression")
+    what = "the heads' place is taken by a classifier of their features: "
+    command.choice("probe", None, PROBES, what + " or ".join(PROBES.values()))
     command.boolean("json", False, "print one JSON object")
     no_words(command.parse(argv))
     values = command.flags
@@ -63,6 +60,9 @@ def main(argv: list[str]) -> None:
         if not values.workdir:
             raise UsageError("--weights=W needs the data: --config=FILE")
         config = from_json(records.config_of(to_path(values.workdir)))
+    from deit_jax.analysis.evaluate import open_evaluation
+    from deit_jax.analysis.probe import probe
+
     said = []
     for step in _steps(values.workdir) if every else [values.checkpoint]:
         which = (command.given(), step, values.ema)
@@ -85,13 +85,16 @@ def _steps(workdir: str) -> list[int]:
     raise UserError(f"{workdir}: no checkpoint yet; let `deit train` save one first")
 
 
-def _results(evaluation: Evaluation, out: str, real_labels: str) -> dict[str, Any]:
+def _results(evaluation, out: str, real_labels: str) -> dict[str, Any]:
     """Return the figures, and write what each head says of each image."""
     if (out or real_labels) and evaluation.data.multi_label:
         flag = "--out" if out else "--real_labels"
         raise UserError(f"{flag}: is for images of one class each; leave it out")
     if out and Path(out).suffix != ".csv":
         raise UserError(f"--out={out}: answers are a .csv file; name it so")
+    from deit_jax.analysis.real_labels import RealLabels
+    from deit_jax.cli.answers import Answers
+
     watching: list[Any] = []
     with contextlib.ExitStack() as stack:
         real = RealLabels(real_labels, evaluation.dataset) if real_labels else None
@@ -99,7 +102,7 @@ def _results(evaluation: Evaluation, out: str, real_labels: str) -> dict[str, An
             watching.append(real.watch)
         if out:
             file = stack.enter_context(contextlib.closing(rows.Out(out)))
-            watching.append(rows.Answers(file, evaluation.dataset).watch)
+            watching.append(Answers(file, evaluation.dataset).watch)
 
         def watch(*answers) -> None:
             for each in watching:
@@ -111,6 +114,8 @@ def _results(evaluation: Evaluation, out: str, real_labels: str) -> dict[str, An
 
 def _text(results: dict[str, Any]) -> str:
     """Return the figures as lines for people, the input first."""
+    from deit_jax.train.evaluator import NAMES, table
+
     given = results["input"]
     size, ratio = given["image_size"], given["crop_ratio"]
     shape = f"{size[0]} x {size[1]}" if isinstance(size, list) else f"{size} x {size}"

@@ -7,8 +7,9 @@ from pathlib import PurePath
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from deit_jax.cli import suggest
 from deit_jax.config import files
-from deit_jax.config.serialize import flatten
+from deit_jax.config.serialize import default_fields, flatten
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
 from deit_jax.storage import check_schemes, to_path, write_text
@@ -19,7 +20,6 @@ _REMEDIES = {  # for what the flags' libraries say of a value
     r"could not convert string to float": "not a number; give one",
     r"invalid literal for int\(\)|integer string conversion": "not a whole number; give one",
     r"Non-boolean argument": "give true or false",
-    r"is not a dict": f"a group of fields; set one of them, {_LIST}",
 }
 
 
@@ -128,15 +128,18 @@ class Command:
         if any(word in ("-h", "--help", "-help") for word in argv):
             print(f"{self._doc}\n\nFlags:\n{self.flags.get_help()}")
             raise SystemExit(0)
+        path = _config_path(argv) if "config" in self.flags else ""
+        # ml_collections puts off reporting a file that is not there to the first use.
+        if path and not files.is_there(path):
+            raise UsageError(f"--config={files.none_such(path)}")
         try:
             words = map(_underscored, _with_config_files(argv))
             rest = self.flags([self._name, *words])[1:]
         except Exception as error:  # the config file is a program, and may raise anything
-            raise UsageError(_explain(error, argv)) from error
-        config = self.flags["config"].value if "config" in self.flags else None
-        if config is not None and not isinstance(config, ConfigDict):
-            # ml_collections puts off reporting a file that is not there to the first use.
-            raise UsageError(f"--config={files.none_such(self._config_path(argv))}")
+            fields = _fields_of(path)
+            raise UsageError(
+                _unknown(error, argv, fields, self.flags) or _explain(error)
+            ) from error
         for name in required:
             if getattr(self.flags, name) in (None, ""):
                 raise UsageError(self._missing(name))
@@ -153,11 +156,6 @@ class Command:
             check_schemes(texts)
         except UserError as error:
             raise UsageError(str(error)) from None
-
-    @staticmethod
-    def _config_path(argv: list[str]) -> str:
-        words = [word.partition("=") for word in argv]
-        return next((value for flag, _, value in words if flag.lstrip("-") == "config"), "")
 
     @property
     def config(self) -> ConfigDict | None:
@@ -241,22 +239,66 @@ def _underscored(word: str) -> str:
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
-def _flag(argv: list[str], field: str) -> str:
-    flags_given = (word.partition("=")[0] for word in argv)
-    return next((f for f in flags_given if f".{field}." in f"{f}."), f"--config.{field}")
+def _config_path(argv: list[str]) -> str:
+    """Return FILE[:ARGS] that --config names, "" without."""
+    words = [word.partition("=") for word in _with_config_files(argv)]
+    for i, (flag, equals, value) in enumerate(words):
+        if flag in ("--config", "-config"):
+            return value if equals else "".join(words[i + 1]) if i + 1 < len(words) else ""
+    return ""
 
 
-def _explain(error: Exception, argv: list[str]) -> str:
+def _fields_of(path: str) -> frozenset[str]:
+    """Return the fields of a config file, flat; none where there is none, or it cannot be read."""
+    try:
+        return frozenset(flatten(files.config_of(path))) if path else frozenset()
+    except UserError:
+        return frozenset()
+
+
+def _unknown(
+    error: Exception, argv: list[str], fields: frozenset[str], known: Iterable[str]
+) -> str | None:
+    """Return what to say of the field or flag of a command line that there is not; None without."""
+    groups = {field[:i] for field in fields for i, sign in enumerate(field) if sign == "."}
+    for word in argv if fields else ():
+        flag = word.partition("=")[0]
+        match = re.fullmatch(r"--?(?:no)?config\.(.*?)((?:\[.*)?)", flag)
+        if match is None or (match[1] in fields and not match[2]):
+            continue
+        if match[1] in fields:
+            return f"{flag}: set all of --config.{match[1]} at once, as in '(8, 16)'"
+        if match[1] not in groups:
+            near = suggest.fields(match[1], fields)
+            return f"{flag}: no such field; {_meant(near)}{_LIST}"
+        if f"flag {flag}=" not in str(error):  # one that is set by a dict
+            continue
+        near = [name] if (name := f"{match[1]}.name") in fields else []
+        return f"{word}: a group of fields; {_meant(near)}set one of them, {_LIST}"
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return None
+    wrong, near = error.flagname, suggest.flags(error.flagname, [f for f in known if f != "config"])
+    if wrong.startswith("config."):
+        return f"--{wrong}: a field of a config; name the config too, with --config=FILE"
+    if not fields and "config" in known:
+        fields = frozenset(default_fields())
+    if field := suggest.called(wrong, fields):
+        near = [f"config.{field}"]
+    elif not near:
+        near = [f"config.{field}" for field in suggest.fields(wrong, fields)]
+    meant = _meant([f"--{name}" for name in near]) or "--help lists them all"
+    return f"--{wrong}: no such flag; {meant.removesuffix(' ')}"
+
+
+def _meant(names: list[str]) -> str:
+    return f"did you mean {suggest.either(names)}? " if names else ""
+
+
+def _explain(error: Exception) -> str:
     """Return what a flag's error says that helps, on one line."""
     text = str(error).replace("\\n", "\n").replace("\\'", "'")
-    none_such = "no such field"
-    if unread := re.search(r"Unknown command line flag '(config\.\S+?)'", text):
-        return f"--{unread[1]}: a field of a config; name the config too, with --config=FILE"
-    if typo := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
-        right, wrong = typo.groups()
-        return f"{_flag(argv, wrong)}: {none_such}; did you mean {right!r}? {_LIST}"
-    if typo := re.fullmatch(r"""\W*'(\w+)'\W*|.*Attempting to lookup: [\w.]*?(\w+)\W*""", text):
-        return f"{_flag(argv, typo[1] or typo[2])}: {none_such}; {_LIST}"
+    if early := re.match(r"Found (--\S+?)(?:=.*)? in argv before", text, re.DOTALL):
+        return f"{early[1]}: write --config=FILE before its fields"
     for pattern, remedy in _REMEDIES.items():
         if match := re.match(rf"flag (--\S+?=.*?): .*{pattern}", text, re.DOTALL):
             return f"{match[1]}: {remedy}"

@@ -4,19 +4,10 @@ import json
 import sys
 from pathlib import PurePath
 
-import jax
-import numpy as np
-
-from deit_jax.analysis.input_sheet import COLUMNS, ROWS, draw, label_text, model_inputs
 from deit_jax.cli.flags import Command, UsageError, no_words
 from deit_jax.config.serialize import from_json
-from deit_jax.data import card
-from deit_jax.data.sources.registry import open_dataset
-from deit_jax.data.view import reading_of
 from deit_jax.errors import UserError
 from deit_jax.storage import to_path, write_json
-from deit_jax.train.experiment import resolve
-from deit_jax.train.validate import validate
 from deit_jax.workdir import records
 
 INSPECT_DOC = """usage: deit inspect --config=FILE[:ARGS] [--check] [--out=SHEET.png [--step=0]]
@@ -46,6 +37,14 @@ def main(argv: list[str]) -> None:
     values, config = command.flags, command.config
     if (config is None) == (not values.workdir):
         raise UsageError("give either --config=FILE or --workdir=DIR")
+    import jax
+
+    from deit_jax.data import card
+    from deit_jax.data.sources.registry import open_dataset
+    from deit_jax.data.view import reading_of
+    from deit_jax.train.experiment import resolve
+    from deit_jax.train.validate import validate
+
     if config is None:
         config = from_json(records.config_of(to_path(values.workdir)))
     validate(config, num_devices=1)
@@ -78,6 +77,10 @@ def _write(found, path: PurePath) -> None:
 
 def _draw(experiment, dataset, step: int, out: str) -> list[str]:
     """Draw a sheet of a step's images; return their titles."""
+    import numpy as np
+
+    from deit_jax.analysis.input_sheet import COLUMNS, ROWS, draw, label_text, model_inputs
+
     images, targets = model_inputs(experiment, dataset, step, ROWS * COLUMNS)
     if experiment.settings.several:  # the labels of both images of a mixture, all of them wholly
         targets = np.sign(targets)

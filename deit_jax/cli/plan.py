@@ -3,11 +3,7 @@
 import json
 import sys
 
-import jax
-
 from deit_jax.cli.flags import Command, no_words, write_output
-from deit_jax.perf.plan import alternatives, plan, planned, sweep
-from deit_jax.perf.plan_report import advice, report, sweep_report
 
 PLAN_DOC = """usage: deit plan --config=FILE[:ARGS] --topology=KIND:SIZE [--sweep] [--out=FILE]
 
@@ -35,6 +31,11 @@ def main(argv: list[str]) -> None:
     command.boolean("json", False, "print one JSON object")
     no_words(command.parse(argv, required=("config", "topology")))
     values, config = command.flags, command.required_config()
+    import jax
+
+    from deit_jax.perf.plan import alternatives, plan, planned, sweep
+    from deit_jax.perf.plan_report import advice, report, sweep_report
+
     jax.config.update("jax_platforms", "cpu")  # compiling needs no device, and must take none
     experiment = planned(config, values.topology, values.classes, values.images)
     result = plan(experiment, values.topology)

@@ -3,10 +3,8 @@
 import contextlib
 import sys
 
-from deit_jax.analysis.classify import open_classifier, predictions, unreadable_line
 from deit_jax.cli import rows
 from deit_jax.cli.flags import Command, UsageError, add_checkpoint_flags
-from deit_jax.data.sources.named import named_images
 from deit_jax.errors import UserError
 from deit_jax.weights.pretrained import PRETRAINED
 
@@ -48,6 +46,9 @@ def main(argv: list[str]) -> None:
     if values.json and values.format not in (None, "json"):
         raise UsageError(f"--json and --format={values.format}: give one of them")
     form = rows.format_of(values.out, "json" if values.json else values.format)
+    from deit_jax.analysis.classify import open_classifier, predictions, unreadable_line
+    from deit_jax.data.sources.named import named_images
+
     source, which = values.weights or PRETRAINED, (values.checkpoint, values.ema)
     opened = open_classifier(source, values.model, values.multi_label, *which)
     images = named_images(words, opened.reading.channels, values.list)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from deit_jax.cli.flags import Command, UsageError
-from deit_jax.data.prepare.build import CHECKSUMS, prepare
 from deit_jax.storage import local, on_disk
 
 PREPARE_DOC = """usage: deit prepare SRC DST [--max-side=N] [--workers=N] [--name=NAME] [--json]
@@ -43,6 +42,8 @@ def main(argv: list[str]) -> None:
     words = command.parse(argv)
     if len(words) != 2:
         raise UsageError("give SRC and DST; see `deit prepare --help`")
+    from deit_jax.data.prepare.build import prepare
+
     v = command.flags
     source, destination = local(words[0]), on_disk("DST", words[1])
     result = prepare(
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> None:
 
 def report(result: dict[str, Any], destination: Path) -> str:
     """Return what was written, in lines."""
+    from deit_jax.data.prepare.build import CHECKSUMS
+
     counts = ", ".join(f"{n} {split}" for split, n in result["examples"].items())
     lines = [f"skipped, unreadable: {name}" for name in result["skipped"]]
     lines += [

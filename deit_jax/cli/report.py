@@ -4,8 +4,7 @@ import json
 import logging
 import sys
 
-from deit_jax.analysis.figures import IMAGES, analyze
-from deit_jax.analysis.report.page import page
+from deit_jax.analysis.choices import IMAGES
 from deit_jax.cli.flags import (
     Command,
     add_checkpoint_flags,
@@ -35,6 +34,9 @@ def main(argv: list[str]) -> None:
     command.boolean("json", False, "print where it is as JSON")
     no_words(command.parse(argv, required=("workdir",)))
     values = command.flags
+    from deit_jax.analysis.figures import analyze
+    from deit_jax.analysis.report.page import page
+
     found = analyze(values.workdir, values.images, values.checkpoint, values.ema)
     name = "report.html" if len(values.workdir) == 1 else "comparison.html"
     out = to_path(values.out or to_path(values.workdir[0]) / name)

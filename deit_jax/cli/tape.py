@@ -5,15 +5,9 @@ import re
 import sys
 from typing import Any
 
-import jax
-
-from deit_jax.cli import compile_cache
 from deit_jax.cli.flags import Command, UsageError, add_process_flags
 from deit_jax.errors import UserError
-from deit_jax.parallel import processes, signals
-from deit_jax.train.record_tape import Part, info, record
-from deit_jax.train.tape.check import LEAST, SAMPLES, check
-from deit_jax.train.tape.join import join
+from deit_jax.train.tape import LEAST, SAMPLES
 
 TAPE_DOC = """usage: deit tape record --config=FILE[:ARGS] --workdir=DIR [--tape=PATH]
        deit tape record --config=FILE[:ARGS] --steps=A:B --tape=PATH
@@ -93,6 +87,12 @@ def _record(command: Command, places: list[str]) -> None:
     if part is None and not options.workdir:
         raise UsageError("--workdir=… is missing; see `deit tape --help`")
     config = command.required_config()
+    import jax
+
+    from deit_jax.cli import compile_cache
+    from deit_jax.parallel import processes, signals
+    from deit_jax.train.record_tape import info, record
+
     with config.unlocked():
         config.teacher.tape = "record"
         if options.tape:
@@ -104,7 +104,7 @@ def _record(command: Command, places: list[str]) -> None:
             _print(info(path), options.json)
 
 
-def _part(text: str) -> Part | None:
+def _part(text: str) -> tuple[int, int | None] | None:
     """Return what --steps=A:B means, None without it."""
     if not text:
         return None
@@ -115,14 +115,21 @@ def _part(text: str) -> Part | None:
 
 def _join(command: Command, places: list[str]) -> None:
     _count(places, 2, None, "join DST SRC…")
+    from deit_jax.train.record_tape import info
+    from deit_jax.train.tape.join import join
+
     _print(info(join(places[0], places[1:])), command.flags.json)
 
 
 def _check(command: Command, places: list[str]) -> None:
     _count(places, 1, 1, "check PATH --config=FILE[:ARGS]")
     options = command.flags
+    config = command.required_config()
+    from deit_jax.cli import compile_cache
+    from deit_jax.train.tape.check import check
+
     compile_cache.enable()
-    facts = check(places[0], command.required_config(), options.samples, options.least)
+    facts = check(places[0], config, options.samples, options.least)
     if options.json:
         _print(facts, as_json=True)
     else:
@@ -139,6 +146,8 @@ def _check(command: Command, places: list[str]) -> None:
 
 def _info(command: Command, places: list[str]) -> None:
     _count(places, 1, 1, "info PATH")
+    from deit_jax.train.record_tape import info
+
     _print(info(places[0]), command.flags.json)
 
 

@@ -3,17 +3,8 @@
 import json
 import sys
 
-import jax
-
-from deit_jax.cli import compile_cache
 from deit_jax.cli.flags import Command, UsageError, add_process_flags, no_words
-from deit_jax.parallel import processes, signals
 from deit_jax.storage import exists, to_path
-from deit_jax.train import run
-from deit_jax.train.evaluator import table
-from deit_jax.train.experiment import prepare
-from deit_jax.train.step_dump import dump_step
-from deit_jax.workdir import directory
 
 TRAIN_DOC = """usage: deit train --config=FILE[:ARGS] --workdir=DIR [--config.KEY=VALUE ...]
 
@@ -33,15 +24,27 @@ def main(argv: list[str]) -> None:
     again = any(word.partition("=")[0].lstrip("-") == "reproduce" for word in argv)
     no_words(command.parse(argv, required=() if again else ("config", "workdir")))
     options = command.flags
+    if again and options["config"].value is not None:
+        raise UsageError("--reproduce takes the config from the run: leave out --config")
+    from deit_jax.cli import compile_cache
+    from deit_jax.parallel import processes
+
     with processes.joined(options):
         compile_cache.enable()
         _train(options, command, again)
 
 
 def _train(options, command: Command, again: bool) -> None:
+    import jax
+
+    from deit_jax.parallel import signals
+    from deit_jax.train import run
+    from deit_jax.train.evaluator import table
+    from deit_jax.train.experiment import prepare
+    from deit_jax.train.step_dump import dump_step
+    from deit_jax.workdir import directory
+
     if again:
-        if options["config"].value is not None:
-            raise UsageError("--reproduce takes the config from the run: leave out --config")
         config = directory.recorded_config(to_path(options.reproduce))
         workdir = to_path(options.workdir or f"{options.reproduce.rstrip('/')}-reproduced")
     else:

@@ -43,6 +43,11 @@ def look_beside() -> None:
         sys.path.append(str(Path.cwd()))
 
 
+def is_there(text: str) -> bool:
+    """Return whether there is the file of FILE[:ARGS]."""
+    return Path(located(text).partition(":")[0]).is_file()
+
+
 def none_such(name: str) -> str:
     """Return what to say of a config file that is not there."""
     return (

@@ -16,6 +16,7 @@ from deit_jax.parallel.sharding import replicated
 from deit_jax.step.eval_step import all_logits
 from deit_jax.storage import backend, read_lines
 from deit_jax.train.evaluator import NAMES
+from deit_jax.train.lettering import spelled, style
 
 matplotlib.use("Agg")
 
@@ -32,7 +33,8 @@ def draw(trainer, results: dict[str, Any], path: PurePath) -> None:
     curves, grid = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.6))[0]
     _draw_curves(curves.subplots(2, 1, sharex=True), trainer, results)
     _draw_grid(grid, trainer)
-    figure.suptitle(f"{trainer.experiment.name} on {trainer.experiment.data.source}")
+    heading = spelled(f"{trainer.experiment.name} on {trainer.experiment.data.source}")
+    figure.suptitle(heading, **style(heading))
     if jax.process_index() == 0:
         content = io.BytesIO()
         figure.savefig(content, dpi=100)
@@ -79,15 +81,17 @@ def _draw_grid(figure, trainer) -> None:
         said = {who: labels[i] for who, labels in answers.items()}
         right = all(np.array_equal(label, own) for label in said.values())
         lines = [f"{names[who]}: {_named(label, classes)}" for who, label in said.items()]
-        panel.set_title("\n".join(lines), fontsize=7, color="black" if right else "#d62728")
+        text, color = "\n".join(lines), "black" if right else "#d62728"
+        panel.set_title(text, fontsize=7, color=color, **style(text))
     figure.suptitle("held-out images; red: an answer is wrong", fontsize=9)
 
 
 def _named(label: np.ndarray | np.generic, classes: Sequence[str]) -> str:
     """Return the name of a label, or those of several, shortened."""
     if label.ndim == 0:
-        return classes[int(label)][:14]
-    return (", ".join(classes[i] for i in np.flatnonzero(label).tolist()) or "none")[:22]
+        return spelled(classes[int(label)], 14)
+    names = ", ".join(classes[i] for i in np.flatnonzero(label).tolist())
+    return spelled(names or "none", 22)
 
 
 def answer(trainer, images: np.ndarray) -> dict[str, np.ndarray]:

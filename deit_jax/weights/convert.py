@@ -2,39 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from pathlib import PurePath
 
 from deit_jax.data.decode import PLAIN
 from deit_jax.errors import UserError
 from deit_jax.storage import backend, exists, to_path
-from deit_jax.weights.exporters import deit, huggingface, run, timm
+from deit_jax.weights.exporters import EXPORTERS
 from deit_jax.weights.fit import LoadedWeights
 
 log = logging.getLogger("deit_jax")
-
-
-@dataclasses.dataclass(frozen=True)
-class Exporter:
-    """A format that weights are written in.
-
-    `write` raises ValueError, before it writes, if the format cannot hold the model; it needs no
-    PyTorch. The format is one file that ends in one of `suffixes`, without any a folder. `call`
-    returns how others load it, Python for people to copy, or None.
-    """
-
-    write: Callable[[LoadedWeights, PurePath], None]
-    suffixes: tuple[str, ...] = ()
-    call: Callable[[LoadedWeights, PurePath], str | None] = lambda opened, path: None
-
-
-EXPORTERS = {
-    "timm": Exporter(timm.write_timm, (".safetensors",), timm.timm_call),
-    "deit": Exporter(deit.write_deit, (".pth", ".pt")),
-    "huggingface": Exporter(huggingface.write_hugging_face, (), huggingface.transformers_call),
-    "deit_jax": Exporter(run.write_run),
-}
-
 
 # How images are read by whoever knows nothing else; `fill` matters to resize=pad alone.
 _PLAIN = {key: getattr(PLAIN, key) for key in ("resize", "exif", "bits")}

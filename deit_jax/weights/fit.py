@@ -23,12 +23,6 @@ from deit_jax.workdir.saved_run import Run
 
 log = logging.getLogger("deit_jax")
 
-HEAD_POLICIES = {
-    "error": "refuse weights whose heads or number of classes differ",
-    "drop": "start all heads anew",
-    "cls": "keep the class head alone; a distillation token that the weights lack starts anew",
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedWeights:

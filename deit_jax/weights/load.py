@@ -25,8 +25,8 @@ from deit_jax.models.conv import fold_batch_norm
 from deit_jax.shapes import Size, per_channel, simplest
 from deit_jax.storage import check_scheme, exists, local, to_path
 from deit_jax.weights import jax_trees, readers, torch_names
+from deit_jax.weights.choices import HEAD_POLICIES
 from deit_jax.weights.fit import (
-    HEAD_POLICIES,
     LoadedWeights,
     architecture,
     check_shapes,

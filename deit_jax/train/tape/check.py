@@ -15,6 +15,7 @@ from deit_jax.step.distill.soft import LOWEST
 from deit_jax.storage import to_path
 from deit_jax.train.experiment import prepare
 from deit_jax.train.load_teacher import load_teacher
+from deit_jax.train.tape import LEAST, SAMPLES
 from deit_jax.train.tape.fingerprint import (
     check_fingerprint,
     differences,
@@ -26,7 +27,6 @@ from deit_jax.train.tape.labeller import Labeller, progress
 from deit_jax.train.tape.layout import form_of, unpack
 from deit_jax.train.tape.tape import Tape
 
-SAMPLES, LEAST = 10, 99.0
 # Log-probabilities that are the same but for the tape's half precision and a compute dtype's.
 CLOSE, CLOSE_RELATIVE = 0.05, 0.01
 TINY = 1e-30

@@ -15,7 +15,7 @@ from deit_jax.weights.torch_names import to_torch
 _STORAGES = {"float32": "FloatStorage", "int64": "LongStorage"}
 
 
-def write_deit(opened: LoadedWeights, path: PurePath) -> None:
+def write(opened: LoadedWeights, path: PurePath) -> None:
     """Write {"model": tensors} in PyTorch's zip format, with facebookresearch/deit's names.
 
     The file does not say which model it is of.

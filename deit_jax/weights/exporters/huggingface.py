@@ -12,12 +12,12 @@ from deit_jax.weights.torch_names import to_torch
 _BICUBIC = 3  # Pillow's number
 
 
-def transformers_call(opened: LoadedWeights, folder: PurePath) -> str:
+def call(opened: LoadedWeights, folder: PurePath) -> str:
     """Return the Python call that gives transformers' model with the folder's weights."""
     return f"transformers.{_hugging_face_class(opened.model)}.from_pretrained({str(folder)!r})"
 
 
-def write_hugging_face(opened: LoadedWeights, folder: PurePath) -> None:
+def write(opened: LoadedWeights, folder: PurePath) -> None:
     """Write a folder for transformers: DeiT with teacher if distilled, otherwise ViT."""
     model = opened.model
     if not hasattr(model, "grid_size") or model.layer_scale is not None or not model.class_position:

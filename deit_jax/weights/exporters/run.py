@@ -13,7 +13,7 @@ from deit_jax.weights.fit import LoadedWeights, architecture
 from deit_jax.workdir.checkpoints import Checkpointer
 
 
-def write_run(opened: LoadedWeights, workdir: PurePath) -> None:
+def write(opened: LoadedWeights, workdir: PurePath) -> None:
     """Write a workdir whose only checkpoint, of step 0, holds the weights and no optimizer."""
     opened.check_convention()
     config = _run_config(opened)

@@ -13,7 +13,7 @@ from deit_jax.weights.metadata import METADATA
 from deit_jax.weights.torch_names import to_torch
 
 
-def write_timm(opened: LoadedWeights, path: PurePath) -> None:
+def write(opened: LoadedWeights, path: PurePath) -> None:
     """Write a safetensors file with timm's names; its metadata describes the model to us."""
     described: dict[str, Any] = {
         "name": opened.name,
@@ -46,7 +46,7 @@ _TIMM = {
 }
 
 
-def timm_call(opened: LoadedWeights, path: PurePath) -> str | None:
+def call(opened: LoadedWeights, path: PurePath) -> str | None:
     """Return the Python call that gives timm's model with the file's weights.
 
     None where create_model has no such arguments: a convnet of other shapes than its name's.
