@@ -75,6 +75,10 @@ def _run(name: str, argv: list[str]) -> int:
         else:
             first = next(iter(str(error).splitlines()), "")
             message = f"{type(error).__name__}: {first} (--debug shows where)"
+            if isinstance(error, AssertionError) and os.environ.get("JAX_PLATFORMS"):
+                # JAX says no more where a platform that it is told to use has no plugin.
+                chosen = os.environ["JAX_PLATFORMS"]
+                message = f"{message}; with JAX_PLATFORMS={chosen}: `deit doctor` says what is here"
         # A value may hold line breaks of its own: that of a flag, the name of a file.
         print(f"deit {name}: {' '.join(message.splitlines())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

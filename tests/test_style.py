@@ -16,7 +16,7 @@ FLOORS = (
     ("workdir",),
     ("weights", "teachers"),
     ("train",),
-    ("analysis", "perf", "tape"),
+    ("analysis", "perf", "doctor", "tape"),
     ("cli",),
     ("__main__",),
 )
@@ -48,6 +48,7 @@ TOUCH_FILES = {
     "weights/locate.py": "whether a source is there or on the hub",
     "config/files.py": "which config files there are",
     "analysis/report/page.py": "its own style sheet",
+    "doctor/machine.py": "what the kernel says of the machine, and whether a disk can be written",
     "cli/compile_cache.py": "where compiled programs are kept",
     "cli/platforms.py": "device files and the driver's",
     "perf/plan.py": "what libtpu writes to stderr",

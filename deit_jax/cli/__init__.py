@@ -25,5 +25,6 @@ COMMANDS = {
     "tape": Entry(
         "record what a teacher says of a run's images, for students to come", computes=True
     ),
+    "doctor": Entry("what this machine has for training, and what is wrong with it"),
     "plan": Entry("what a training step needs on TPUs that are not there"),
 }

@@ -28,7 +28,7 @@ def choose() -> str:
     """
     if os.environ.get(VARIABLE):
         return ""
-    cuda, missed = any(map(_installed, CUDA_PLUGINS)), _missed_gpu()
+    cuda, missed = any(map(_installed, CUDA_PLUGINS)), missed_gpu()
     unwanted_libtpu = _installed("libtpu") and not (_any(TPUS) or _told_of_a_tpu())
     if cuda and unwanted_libtpu:
         # With a list JAX insists on each of them, so only with a GPU.
@@ -38,7 +38,7 @@ def choose() -> str:
     return missed
 
 
-def _missed_gpu() -> str:
+def missed_gpu() -> str:
     """Return what to install for an NVIDIA GPU that JAX has no plugin for, "" if none is missed."""
     plugins = (*CUDA_PLUGINS, *OTHER_PLUGINS)
     if not _nvidia() or _any(TPUS) or any(map(_installed, plugins)):

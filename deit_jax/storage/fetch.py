@@ -13,8 +13,6 @@ import os
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 from deit_jax.errors import UserError
 from deit_jax.storage.gcs import Found, Objects, name_of
 
@@ -75,6 +73,8 @@ def _alone(place: Path):
 
 
 def _copy(text: str, name: str, found: list[Found], place: Path, objects: Objects) -> None:
+    from tqdm import tqdm  # which no help and no mistake in a flag needs
+
     part = place.with_name(f"{place.name}.part")
     wanted = [(f, part / f.name[len(name) + 1 :] if f.name != name else part) for f in found]
     # What a copy that was broken off has brought is not brought again.
