@@ -19,6 +19,10 @@ TORCH = torch==2.13.0
 # torchvision and timm name torch as a dependency; --no-deps keeps them from replacing it, and
 # torchax from touching jax.
 TORCH_PEERS = torchvision==0.28.0 timm==1.0.31 torchax==0.0.13
+# Trackio asks for an older Pillow, which the tests of decoding shall not get.
+TRACKIO = trackio==0.43.0
+TRACKIO_NEEDS = brotli "gradio_client>=2,<3" "httpx<1" "orjson>=3,<4" python-multipart "starlette<2" \
+	"uvicorn<1"
 
 .PHONY: quickstart check test test-slow test-all lint types clean
 
@@ -30,7 +34,7 @@ PYTEST = TEST_TORCH=$(TEST_TORCH) $(BIN)/python -m pytest
 INSTALLED = .venv/installed-test .venv/installed-torch-$(TEST_TORCH)
 
 # What has a test of its own for every function, and trains nothing.
-QUICK = $(patsubst %,tests/test_%.py,attention augment config_files distributed hlo idx_source losses \
+QUICK = $(patsubst %,tests/test_%.py,attention augment config_files distributed front hlo idx_source losses \
 	mixing noise optim originals pixels pos_embed sources storage style trajectory wds_source \
 	workdir)
 
@@ -62,8 +66,10 @@ lint: .venv/installed-test
 	$(INSTALL_EDITABLE) ".[viz]"
 	touch $@
 
-.venv/installed-test: setup.cfg pyproject.toml .venv/bin/python
+.venv/installed-test: setup.cfg pyproject.toml Makefile .venv/bin/python
 	$(INSTALL_EDITABLE) ".[viz,test]"
+	$(BIN)/python -m pip install --quiet $(TRACKIO_NEEDS)
+	$(BIN)/python -m pip install --quiet --no-deps "$(TRACKIO)"
 	touch .venv/installed $@
 
 .venv/installed-torch-1: setup.cfg Makefile .venv/installed-test

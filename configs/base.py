@@ -202,6 +202,8 @@ def get_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.log_every_steps = 50
+    # What follows the run: tensorboard, wandb, mlflow, trackio, with commas. See docs/trackers.md.
+    c.train.trackers = ("tensorboard",)
     c.train.eval_every_epochs = 1.0
     # Stop early, once no evaluation was better than the best for so many epochs; 0 = never.
     c.train.patience_epochs = 0.0

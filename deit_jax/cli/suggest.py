@@ -149,6 +149,19 @@ SYNONYMS = {
         *("log_interval", "print_freq", "logging_steps", "log_steps", "log_every", "log_freq"),
         "log_training_steps",
     ),
+    "train.trackers": (
+        *(
+            "report_to",
+            "log_wandb",
+            "wandb",
+            "tensorboard",
+            "mlflow",
+            "trackio",
+            "logger",
+            "tracker",
+        ),
+        *("use_wandb", "loggers", "enable_wandb"),
+    ),
     "train.eval_every_epochs": (
         *("eval_interval", "eval_freq", "eval_every", "eval_steps", "val_interval", "eval_epochs"),
         "check_val_every_n_epoch",

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.log_every_steps",
     "train.save_every_epochs",
+    "train.trackers",
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),

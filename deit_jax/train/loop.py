@@ -25,6 +25,7 @@ from deit_jax.train.tape.session import NoTape
 from deit_jax.workdir.checkpoints import Checkpointer
 from deit_jax.workdir.directory import log_event
 from deit_jax.workdir.metrics import Meter, MetricWriter
+from deit_jax.workdir.trackers.follow import Following
 
 log = logging.getLogger("deit_jax")
 
@@ -50,7 +51,7 @@ class Trainer:
     ):
         self.experiment, self.workdir, self.dataset = experiment, workdir, dataset
         self.stop, self.tape, self._start = stop or StopRequest(), tape or NoTape(), start
-        self.total_steps = experiment.total_steps
+        self.total_steps, self.trackers = experiment.total_steps, Following()
         stopping = functools.partial(self.stop.agreed, experiment.mesh)
         self.evaluator = Evaluator(
             dataset.eval,
@@ -131,7 +132,7 @@ class Trainer:
         start, first = int(self.state.step), jax.process_index() == 0
         if start:
             log.info("continuing at step %d of %d", start, self.total_steps)
-        writer = MetricWriter(self.workdir, start, self.total_steps, active=first)
+        writer = MetricWriter(self.workdir, start, self.total_steps, first, self.trackers)
         self.checkpointer.flush_with(writer.flush)
         try:
             self._loop(start, writer)

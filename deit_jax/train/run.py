@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from deit_jax.config.serialize import flatten, to_json
 from deit_jax.data import card
 from deit_jax.data.decode import Reading
 from deit_jax.data.decoders import choose
@@ -23,6 +24,7 @@ from deit_jax.shapes import per_channel
 from deit_jax.step.optimizer import make_schedule
 from deit_jax.storage import exists, read_json, steps_in, to_path, write_json
 from deit_jax.train import memory
+from deit_jax.train.evaluator import told
 from deit_jax.train.experiment import Experiment, prepare
 from deit_jax.train.load_teacher import load_teacher
 from deit_jax.train.loop import Trainer
@@ -31,6 +33,7 @@ from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.weights.fit import LoadedWeights, in_order
 from deit_jax.weights.load import load_variables
 from deit_jax.workdir import directory, held_out, records
+from deit_jax.workdir.trackers.follow import check_installed, following
 
 log = logging.getLogger("deit_jax")
 
@@ -50,6 +53,7 @@ def train(
     """
     workdir = to_path(workdir)
     experiment, dataset = prepare(config, workdir)
+    check_installed(experiment.train.trackers)
     config, spec, teacher = experiment.config, experiment.teacher, None
     weights = spec.weights_path(workdir) if spec else ""
     if spec and spec.weights:
@@ -250,11 +254,16 @@ def _run_to_the_end(trainer: Trainer) -> dict[str, Any]:
         )
     provenance = directory.provenance()
     directory.log_event(workdir, "start", step=int(trainer.state.step), **provenance)
-    trainer.run()
-    early = {"stopped_early": trainer.stopped_early} if trainer.stopped_early else {}
-    results = {"step": int(trainer.state.step), **early, **trainer.evaluate()}
-    if trainer.teacher and trainer.teacher.answers:
-        results["teacher"] = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
+    field, fields = experiment.train.trackers, flatten(to_json(experiment.config))
+    with following(workdir, field, fields, active=jax.process_index() == 0) as trainer.trackers:
+        trainer.run()
+        early = {"stopped_early": trainer.stopped_early} if trainer.stopped_early else {}
+        figures, step = trainer.evaluate(), int(trainer.state.step)
+        if trainer.teacher and trainer.teacher.answers:
+            answers = trainer.evaluator.teacher(trainer.teacher, trainer.teacher_params)
+            figures["teacher"] = answers
+        trainer.trackers.results(step, told(figures) if "fused" in figures else {})
+    results = {"step": step, **early, **figures}
     _draw(trainer, results)
     if jax.process_index() == 0:
         write_json(workdir / "results.json", results)

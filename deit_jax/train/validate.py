@@ -24,6 +24,7 @@ from deit_jax.step.optimizer import OPTIMIZERS
 from deit_jax.storage import check_schemes
 from deit_jax.train.teacher_spec import teacher_config
 from deit_jax.train.validate_distill import check_distillation
+from deit_jax.workdir.trackers import TRACKERS, named
 from deit_jax.workdir.which import LATEST, parse_checkpoint
 
 
@@ -89,7 +90,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         "init.weights",
         "this config starts from trained weights: give a run's workdir or a weight file",
     )
-    _check_checkpoints(check)
+    _check_names(check)
     model = build_model(config.model, 2, channels=config.data.channels)
     check_distillation(config.distill, config.teacher, model, check)
     _check_tape(config.teacher, config.distill.kind, config.data.multi_label, check)
@@ -168,8 +169,10 @@ def _check_labels(check: Check) -> None:
     )
 
 
-def _check_checkpoints(check: Check) -> None:
-    """Check which weights of other runs are meant, and that they are asked for."""
+def _check_names(check: Check) -> None:
+    """Check which trackers are meant, which weights of other runs, and that these are used."""
+    unknown = set(named(check["train.trackers"])) - set(TRACKERS)
+    check(not unknown, "train.trackers", f"takes any of {', '.join(TRACKERS)}")
     trained_first = check["teacher.epochs"] > 0 and check["teacher.tape"] != "replay"
     known = check["distill.kind"] != "none" and bool(check["teacher.weights"])
     chosen_from = {

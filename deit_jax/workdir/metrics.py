@@ -1,4 +1,4 @@
-"""Metrics of a run while it trains: a progress bar, JSON lines and TensorBoard."""
+"""Metrics of a run while it trains: a progress bar, JSON lines and its trackers."""
 
 import errno
 import json
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from deit_jax.errors import UserError
 from deit_jax.storage import backend, read_lines, write_lines
+from deit_jax.workdir.trackers.follow import Following
 
 log = logging.getLogger("deit_jax")
 
@@ -56,25 +57,31 @@ class MetricWriter:
 
     `metrics.jsonl` holds what follows from the config and the step alone, so that a resumed run
     writes the very file of one that never stopped; `timing.jsonl` holds what depends on the
-    machine. A value that is not finite is null there. Both go to TensorBoard too. Only one process
-    of a run should have an active writer.
+    machine. A value that is not finite is null there. Both go to the run's trackers too. Only one
+    process of a run should have an active writer.
     """
 
-    def __init__(self, workdir: PurePath, start_step: int, total_steps: int, active: bool):
-        self._active = active
+    def __init__(
+        self,
+        workdir: PurePath,
+        start_step: int,
+        total_steps: int,
+        active: bool,
+        trackers: Following,
+    ):
+        self._active, self._trackers = active, trackers
         if not active:
             return
-        self._files = {}
+        self._files, before = {}, []
         try:
             for name in ("metrics", "timing"):
                 path = workdir / f"{name}.jsonl"
                 kept = [r for r in read_lines(path) if r["step"] <= start_step]
                 self._files[name] = Lines(path, kept)
+                before += kept
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
-        from deit_jax.workdir.tensorboard import Board  # only a run that writes needs tensorboardX
-
-        self._board = Board(workdir / "tensorboard", purge_step=start_step + 1)
+        trackers.begin(start_step, before)
         tqdm.monitor_interval = 0  # or a thread of it would outlive the run
         self._bar = tqdm(
             total=total_steps,
@@ -91,7 +98,7 @@ class MetricWriter:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._files[kind].append({"step": step, **finite})
-        self._board.scalars(step, values)
+        self._trackers.write(step, values)
 
     def advance(self, text: str | None = None) -> None:
         """Move the bar by one step."""
@@ -115,7 +122,6 @@ class MetricWriter:
         """Flush and close everything."""
         if self._active:
             self._bar.close()
-            self._board.close()
             for file in self._files.values():
                 file.close()
 

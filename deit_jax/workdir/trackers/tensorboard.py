@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from pathlib import PurePath
 
 from tensorboardX import record_writer
 from tensorboardX.event_file_writer import EventsWriter
@@ -10,6 +9,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from deit_jax.storage import backend, to_path
+from deit_jax.workdir.trackers import base
 
 
 class _InBucket:
@@ -43,21 +43,30 @@ class _End:
 record_writer.register_writer_factory("gs", _InBucket)
 
 
-class Board:
+class Tracker(base.Tracker):
     """Write TensorBoard's files, without the threads of its own writer, and never stop for them."""
 
-    def __init__(self, directory: PurePath, purge_step: int):
-        self._directory = directory
+    def __init__(self, run: base.Followed):
+        super().__init__(run)
+        self._directory = run.workdir / "tensorboard"
         self._writer: EventsWriter | None = None
+
+    def begin(self, step: int) -> None:
+        """Begin a file that tells TensorBoard to drop what was written beyond a step."""
+        self._close()
+        purge_step = step + 1
         self._add(Event(step=purge_step, file_version="brain.Event:2", wall_time=time.time()))
-        # Tells TensorBoard to drop what an earlier attempt wrote from this step on.
         start = SessionLog(status=SessionLog.START)
         self._add(Event(step=purge_step, session_log=start, wall_time=time.time()))
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         """Add points to curves."""
         summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
         self._add(Event(step=step, summary=summary, wall_time=time.time()))
+
+    def close(self, status: str) -> None:
+        """Close the file."""
+        self._close()
 
     def _add(self, event) -> None:
         try:
@@ -69,8 +78,8 @@ class Board:
         except OSError:  # as on a full disk: a record cut short spoils the rest of its file
             self._writer = None
 
-    def close(self) -> None:
-        """Close the file."""
+    def _close(self) -> None:
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
+        self._writer = None
