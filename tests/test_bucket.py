@@ -28,6 +28,7 @@ from deit_jax.storage.bucket import Appender, Bucket
 from deit_jax.train.tape.layout import Layout
 from deit_jax.train.tape.tape import Tape
 from deit_jax.workdir.metrics import Lines, MetricWriter
+from deit_jax.workdir.trackers.follow import following
 from tests.emulator import BadLine
 from tests.test_cli import deit
 from tests.test_wds_source import add
@@ -204,10 +205,12 @@ def test_metrics_of_a_run_are_safe_before_its_checkpoint_is(bucket, monkeypatch)
 
 
 def test_tensorboard_reads_what_was_written_to_a_bucket(bucket):
-    writer = MetricWriter(to_path("gs://bucket/board"), 0, 3, active=True)
-    for step in range(1, 4):
-        writer.write(step, {"loss": step / 2})
-    writer.close()
+    place = to_path("gs://bucket/board")
+    with following(place, ("tensorboard",), {}, active=True) as trackers:
+        writer = MetricWriter(place, 0, 3, True, trackers)
+        for step in range(1, 4):
+            writer.write(step, {"loss": step / 2})
+        writer.close()
     (file,) = (bucket / "board" / "tensorboard").iterdir()
     data, points = file.read_bytes(), {}
     while data:  # a record: its length and a checksum of that, the event, a checksum
