@@ -185,6 +185,7 @@ def add_process_flags(command) -> None:
     command.string("coordinator", None, f"HOST:PORT of process 0, {found}")
     command.integer("num_processes", None, f"how many there are, {found}")
     command.integer("process_id", None, f"which one this is, {found}")
+    command.number("startup_timeout", 300.0, "seconds to wait for the others at the start", 1.0)
 
 
 def add_workdir_flags(command: Command, images: int) -> None:

@@ -10,8 +10,10 @@ import traceback
 
 import jax
 from jax._src import distributed as jax_distributed  # Orbax, too, reaches the store through it
+from jax._src.clusters import ClusterEnv
 
 from deit_jax.errors import Interrupted, UserError
+from deit_jax.parallel import local_gpus, roll_call
 
 log = logging.getLogger("deit_jax")
 
@@ -26,30 +28,30 @@ def joined(options):
     """Connect the processes of a run, if it has several; only the first one logs.
 
     What is not given comes from TPU's, Slurm's or Open MPI's environment; from Kubernetes the
-    number of the process, of an Indexed Job's pod (JOB_COMPLETION_INDEX).
+    number of the process, of an Indexed Job's pod (JOB_COMPLETION_INDEX). Those that have not come
+    after options.startup_timeout seconds are named, and the others end.
     """
     if not options.multihost:
         yield
         return
-    process = options.process_id
-    if process is None and options.coordinator and "JOB_COMPLETION_INDEX" in os.environ:
-        process = int(os.environ["JOB_COMPLETION_INDEX"])
-    # With all three given, nothing is looked for: JAX would ask Kubernetes for permissions.
-    given = None not in (options.coordinator, options.num_processes, process)
+    place = _place(options)
+    gpus = local_gpus.taken()
+    if place is not None:
+        roll_call.attend(place, options.startup_timeout)
+    else:
+        place = roll_call.Place(options.coordinator, options.num_processes, options.process_id)
     try:
         jax.distributed.initialize(
-            coordinator_address=options.coordinator,
-            num_processes=options.num_processes,
-            process_id=process,
-            cluster_detection_method="deactivate" if given else None,
+            coordinator_address=place.address,
+            num_processes=place.processes,
+            process_id=place.process,
+            local_device_ids=gpus,
+            cluster_detection_method="deactivate" if place.address else None,
+            initialization_timeout=round(options.startup_timeout),
             heartbeat_timeout_seconds=HEARTBEAT_S,
         )
     except (ValueError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"--multihost: {first_line}; give --coordinator=HOST:PORT, --num_processes=N and "
-            "--process_id=I"
-        ) from error
+        raise _unknown(error) from error
     if jax.process_index() != 0:
         log.setLevel(logging.WARNING)
     done = threading.Event()
@@ -61,6 +63,38 @@ def joined(options):
     finally:
         done.set()
         watch.join()
+
+
+def _unknown(error: Exception) -> UserError:
+    first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+    return UserError(
+        f"--multihost: {first_line}; give --coordinator=HOST:PORT, --num_processes=N and "
+        "--process_id=I"
+    )
+
+
+def _place(options) -> roll_call.Place | None:
+    """Return where the processes meet; None where only JAX finds out, as it connects."""
+    process = options.process_id
+    if process is None and options.coordinator and "JOB_COMPLETION_INDEX" in os.environ:
+        process = int(os.environ["JOB_COMPLETION_INDEX"])
+    given = (options.coordinator, options.num_processes, process)
+    if None not in given:
+        # Nothing is looked for: JAX would ask Kubernetes for permissions.
+        return roll_call.Place(*given)
+    for cluster in ClusterEnv._cluster_types:  # in JAX's order, by its own code
+        if cluster.opt_in_only_method or not cluster.is_env_present():
+            continue
+        try:
+            found = (
+                given[0] or cluster.get_coordinator_address(options.startup_timeout, None),
+                given[1] or cluster.get_process_count(),
+                cluster.get_process_id() if process is None else process,
+            )
+        except Exception as error:
+            raise _unknown(error) from error
+        return roll_call.Place(*found)
+    return None
 
 
 @contextlib.contextmanager
