@@ -15,6 +15,8 @@ from deit_jax.models.heads import Heads
 from deit_jax.models.preprocess import normalise
 from deit_jax.parallel import sharding
 from deit_jax.step import eval_step, losses
+from deit_jax.step.committee import shardings
+from deit_jax.step.compile import placing
 from deit_jax.step.objective import objective
 from deit_jax.step.optimizer import make_optimizer, make_schedule
 from deit_jax.step.state import init_state
@@ -43,8 +45,11 @@ def make_teacher():
     return FrozenTeacher(model, MEAN, STD, MEAN, STD), params
 
 
-def build(config, devices=None):
-    """Return (jitted step, state, teacher's params, mesh) as train/experiment.py builds them."""
+def build(config, devices=None, teacher=make_teacher):
+    """Return (jitted step, state, teacher's params, mesh) as train/experiment.py builds them.
+
+    `teacher()` returns the one of a student that is distilled, and its parameters.
+    """
     mesh = sharding.make_mesh(config.mesh, devices)
     model = build_model(config.model, K, "float32")
     tx = make_optimizer(config.optim, make_schedule(config.optim, config.epochs, 5))
@@ -54,8 +59,8 @@ def build(config, devices=None):
     key = jax.random.key(config.seed)
     places = sharding.state_shardings(mesh, jax.eval_shape(init, key), model)
     state = jax.jit(init, out_shardings=places)(key)
-    teacher, teacher_params = make_teacher() if config.distill.kind != "none" else (None, None)
-    teacher_params = jax.device_put(teacher_params, sharding.replicated(mesh))
+    teacher, teacher_params = teacher() if config.distill.kind != "none" else (None, None)
+    teacher_params = jax.device_put(teacher_params, shardings(teacher, mesh, teacher_params))
     function = functools.partial(
         train_step,
         model=model,
@@ -63,6 +68,7 @@ def build(config, devices=None):
         tx=tx,
         settings=settings_of(config, K),
     )
+    function = placing(function, mesh)
     jitted = jax.jit(function, out_shardings=(places, sharding.replicated(mesh)))
     return jitted, state, teacher_params, mesh
 
@@ -97,6 +103,8 @@ def run_on_one(kind):
     [
         ((2, 2, 2), "hard"),
         pytest.param((8, 1, 1), "hard", marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), "hard", marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), "hard", marks=pytest.mark.slow),
         pytest.param((2, 4, 1), "soft", marks=pytest.mark.slow),
     ],
 )

@@ -1,7 +1,9 @@
 """The frozen teacher, whose answer is computed inside the student's step."""
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -10,6 +12,18 @@ from jaxtyping import Array, Float
 
 from deit_jax.models.heads import Heads
 from deit_jax.step.distill.base import Outputs
+
+_WEIGHTS: contextvars.ContextVar[Callable] = contextvars.ContextVar("weights", default=lambda x: x)
+
+
+@contextlib.contextmanager
+def foreign_weights(function: Callable[[Any], Any]) -> Iterator[None]:
+    """Let the weights of every Foreign, while a program is traced, go through `function` first."""
+    token = _WEIGHTS.set(function)
+    try:
+        yield
+    finally:
+        _WEIGHTS.reset(token)
 
 
 @runtime_checkable
@@ -38,7 +52,7 @@ class Foreign:
 
     def outputs(self, params, images: Float[Array, "B H W C"]) -> Outputs:
         """Return what it says of images of its own normalisation and size."""
-        said = self.function(params, images)
+        said = self.function(_WEIGHTS.get()(params), images)
         said = said if isinstance(said, dict) else {"logits": said}
         logits, features = said.get("logits"), said.get("features")
         logits = jnp.zeros((len(images), 0)) if logits is None else logits

@@ -23,6 +23,7 @@ from deit_jax.models.vit import VisionTransformer
 from deit_jax.parallel import sharding
 from deit_jax.shapes import Size, sides
 from deit_jax.step import eval_step, micro_batches
+from deit_jax.step.compile import placing
 from deit_jax.train import memory, parts
 from deit_jax.train.average_precision import figures
 
@@ -63,15 +64,17 @@ class Evaluator:
 
     @functools.cached_property
     def _count(self):
+        count = functools.partial(eval_step.eval_step, mean=self._data.mean, std=self._data.std)
         return jax.jit(
-            functools.partial(eval_step.eval_step, mean=self._data.mean, std=self._data.std),
+            placing(count, self._mesh),
             static_argnames=("model", "parts"),
         )
 
     @functools.cached_property
     def _answer(self):
+        answer = functools.partial(eval_step.eval_logits, mean=self._data.mean, std=self._data.std)
         return jax.jit(
-            functools.partial(eval_step.eval_logits, mean=self._data.mean, std=self._data.std),
+            placing(answer, self._mesh),
             static_argnames=("model", "parts"),
             out_shardings=sharding.replicated(self._mesh),  # every process ranks all examples
         )
@@ -160,6 +163,7 @@ class Evaluator:
 
             return micro_batches.in_parts(predict_part, batch["image"], count_of_parts)
 
+        predict = placing(predict, self._mesh)
         if self._data.multi_label:
 
             @functools.partial(jax.jit, out_shardings=sharding.replicated(self._mesh))

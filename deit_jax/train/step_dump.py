@@ -11,6 +11,7 @@ import numpy as np
 from deit_jax.config.serialize import to_json
 from deit_jax.errors import UserError
 from deit_jax.parallel.sharding import path_name
+from deit_jax.step.compile import placing
 from deit_jax.step.train_step import gradients, model_inputs
 from deit_jax.storage import backend, exists, write_json
 from deit_jax.train.experiment import Experiment
@@ -74,7 +75,6 @@ def dump(trainer: Trainer, number: int) -> PurePath:
 def _look(trainer, batch):
     settings, model = trainer.experiment.settings, trainer.experiment.model
 
-    @jax.jit
     def look(state, teacher_params, batch):
         images, targets, key = model_inputs(state.step, batch, settings)
         grads, terms, *_ = gradients(
@@ -104,7 +104,9 @@ def _look(trainer, batch):
             "activations": _norms(caught["intermediates"]),
         }
 
-    return look(trainer.state, trainer.teacher_params, batch)
+    # The layers' outputs where the run has them: its step, then, as nearly as it can be.
+    compiled = jax.jit(placing(look, trainer.experiment.mesh))
+    return compiled(trainer.state, trainer.teacher_params, batch)
 
 
 def _norms(tree) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from deit_jax.data.order import offset_seed
 from deit_jax.parallel import sharding
-from deit_jax.step.compile import compiler_options
+from deit_jax.step.compile import compiler_options, placing
 from deit_jax.step.distill.base import Layout
 from deit_jax.step.train_step import StepConfig, model_inputs, teacher_targets
 from deit_jax.train.experiment import Experiment
@@ -34,7 +34,7 @@ class Labeller:
 
     def _jit(self, function: Callable):
         return jax.jit(
-            function,
+            placing(function, self.mesh),
             out_shardings=sharding.replicated(self.mesh),
             compiler_options=compiler_options(self.mesh, self.experiment.train.deterministic),
         )
