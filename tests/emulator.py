@@ -82,14 +82,15 @@ class BadLine:
     """A proxy in front of a server: of all requests it lets a share fail, or hang.
 
     A request that fails is answered 429 or 503; every third is carried out first, as when an answer
-    is lost on its way. One that hangs is answered never. All are `late` by so many seconds.
+    is lost on its way. One that hangs is answered never. All are `late` by so many seconds. While
+    it `forbids`, nobody may write.
     """
 
     def __init__(
         self, url: str, failing: float = 0.0, hanging: float = 0.0, late: float = 0.0, seed: int = 0
     ):
         self._to, self._random, self._late = urlsplit(url).netloc, random.Random(seed), late
-        self.failing, self.hanging = failing, hanging
+        self.failing, self.hanging, self.forbids = failing, hanging, False
         self.counts = {"passed": 0, "failed": 0, "hung": 0}
         self._guard = threading.Lock()
         line = self
@@ -134,6 +135,10 @@ class BadLine:
         time.sleep(self._late)
         if fate == "hung":
             time.sleep(3600)
+        if self.forbids and request.command != "GET":
+            answer = json.dumps({"error": {"code": 403, "message": "no right to write"}}).encode()
+            _send(request, 403, [("Content-Type", "application/json")], answer)
+            return
         if fate == "failed" and self._random.random() > 1 / 3:
             code = self._random.choice((429, 503))
             answer = json.dumps({"error": {"code": code, "message": "try again"}}).encode()

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -27,9 +28,11 @@ from deit_jax.storage import LockedError, fetch, gcs, lease, to_path
 from deit_jax.storage.bucket import Appender, Bucket
 from deit_jax.train.tape.layout import Layout
 from deit_jax.train.tape.tape import Tape
+from deit_jax.workdir.checkpoints import Checkpointer
 from deit_jax.workdir.metrics import Lines, MetricWriter
 from deit_jax.workdir.trackers.follow import following
 from tests.emulator import BadLine
+from tests.faults.test_rot import abstract, make_state
 from tests.test_cli import deit
 from tests.test_wds_source import add
 
@@ -228,6 +231,94 @@ def test_a_label_tape_lies_in_a_bucket(bucket):
     assert len(Tape.open(to_path("gs://bucket/tape"))) == len(tape) == 10
     assert (bucket / "tape" / "recorded" / ".zarray").exists()
     assert not Path("gs:").exists()
+
+
+# Checkpoints.
+
+
+@pytest.fixture
+def saved(bucket, tmp_path):
+    """Return a workdir in the bucket with checkpoints 1, 2 and 3, and its folder on the server."""
+    workdir = to_path(f"gs://bucket/{tmp_path.name}")
+    saver = Checkpointer(workdir, keep=3)
+    for number in (1, 2, 3):
+        saver.save(number, jax.device_put(make_state(number)), None)
+    saver.close()
+    return workdir, bucket / tmp_path.name / "checkpoints"
+
+
+def flip(checkpoint):
+    victim = max((checkpoint / "default").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda c: os.truncate(c / "default" / "manifest.ocdbt", 20),
+    "missing": lambda c: (c / "default" / "_METADATA").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(saved, damage):
+    workdir, folder = saved
+    DAMAGES[damage](folder / "3")
+    told = []
+    saver = Checkpointer(workdir, keep=3)
+    saver.notify_with(lambda event, **facts: told.append((event, facts["step"])))
+    state = saver.restore(abstract(jax.device_put(make_state(0))))
+    saver.close()
+    assert int(state.step) == 2
+    np.testing.assert_array_equal(state.params["w"], make_state(2).params["w"])
+    assert told == [("damaged checkpoint", 3)]
+    assert (folder / "damaged-3" / "commit_success.txt").exists()
+    assert storage.steps_in(workdir / "checkpoints") == [1, 2]
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_changed(saved):
+    workdir, folder = saved
+    for number in (1, 2, 3):
+        flip(folder / str(number))
+    before = sorted(str(path) for path in folder.rglob("*"))
+    saver = Checkpointer(workdir, keep=3)
+    with pytest.raises(UserError, match=r"no good checkpoint .*nothing was changed"):
+        saver.restore(abstract(jax.device_put(make_state(0))))
+    saver.close()
+    assert sorted(str(path) for path in folder.rglob("*")) == before
+
+
+def test_what_a_killed_save_leaves_is_no_checkpoint(saved):
+    """Without Orbax's mark; it is written anew."""
+    workdir, folder = saved
+    (folder / "3" / "commit_success.txt").unlink()
+    saver = Checkpointer(workdir, keep=3)
+    assert saver.latest_step == 2
+    saver.save(3, jax.device_put(make_state(7)), None)
+    saver.require_saved(3)
+    state = saver.restore(abstract(jax.device_put(make_state(0))))
+    saver.delete_after(1)  # as a rollback does
+    saver.close()
+    np.testing.assert_array_equal(state.params["w"], make_state(7).params["w"])
+    assert storage.steps_in(workdir / "checkpoints") == [1]
+
+
+def test_a_bucket_that_takes_nothing_more_ends_the_run_in_a_line(gcs_server, bucket, monkeypatch):
+    line = BadLine(gcs_server.url)
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        monkeypatch.setenv(name, line.url)
+    gcs._client.cache_clear()
+    saver = Checkpointer(to_path("gs://bucket/forbidden"), keep=3)
+    line.forbids = True
+
+    def save():
+        saver.save(1, jax.device_put(make_state(1)), None)
+        saver.settle()
+
+    with pytest.raises(UserError, match=r"the state after step 1 cannot be saved .*writable again"):
+        save()
+    line.close()
 
 
 # Copies.

@@ -15,7 +15,7 @@ from PIL import Image
 from deit_jax import storage
 from deit_jax.errors import EXIT_CODE
 from deit_jax.storage import gcs, to_path
-from tests.emulator import BadLine, Emulator, environment
+from tests.emulator import BadLine, Emulator, environment, free_port
 from tests.faults import driver
 from tests.faults.test_stopping import steps, until
 from tests.test_cli import deit
@@ -118,6 +118,40 @@ def test_of_two_runs_in_one_workdir_the_second_is_refused(folder, emulator):
     third.wait()
     assert "taken over if" not in log(workdir)
     assert [r["event"] for r in driver.history(workdir)] == ["start", "start"]
+
+
+def test_a_signal_to_one_of_two_processes_saves_once(folder, emulator):
+    workdir = run_in(emulator, "two")
+    where, env = driver.PLACES[workdir]
+    words = [*driver.WORDS, "--config.epochs=40", "--config.distill.kind=none"]
+    words += ["--config.train.save_every_epochs=40", "--config.train.eval_every_epochs=40"]
+    words += ["--multihost", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    words += [f"--workdir={where}"]
+    both = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "deit_jax",
+                "train",
+                *words,
+                f"--workdir={where}",
+                f"--process_id={i}",
+            ],
+            cwd=driver.ROOT,
+            env={**driver.environment(folder / "cache"), **env},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    until(lambda: steps(workdir) >= 3, both[0])
+    both[1].send_signal(signal.SIGINT)
+    errors = [p.communicate(timeout=90)[1] for p in both]
+    assert [p.returncode for p in both] == [EXIT_CODE] * 2, errors
+    step = steps(workdir)
+    assert f"stopped by SIGINT after step {step} of 200" in errors[1]
+    assert (workdir / "checkpoints" / str(step) / "commit_success.txt").exists()
 
 
 def test_every_command_takes_a_run_in_a_bucket(folder, emulator, monkeypatch, capsys, tmp_path):
