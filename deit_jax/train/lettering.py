@@ -58,7 +58,9 @@ def _families() -> list[str]:
     """Return the installed families, those without serifs first; matplotlib's own are for maths."""
     own = Path(matplotlib.get_data_path())
     found = font_manager.fontManager.ttflist
-    names = {font.name for font in found if own not in Path(font.fname).parents}
+    # Of a family without its usual weight matplotlib takes another, and says so each time.
+    usual = (f for f in found if f.weight in (400, "normal") and f.style == "normal")
+    names = {font.name for font in usual if own not in Path(font.fname).parents}
     usable = (name for name in names if _BOXES not in name.lower())
     return sorted(usable, key=lambda name: ("sans" not in name.lower(), name))
 

@@ -97,7 +97,7 @@ def following(
     names = named(field) if active else ()
     beside = any(TRACKERS[name].beside for name in names)
     folder = workdir.absolute() if isinstance(workdir, Path) else None  # no bucket
-    title = "/".join((folder or workdir).parts[-2:])
+    title = "/".join((folder or workdir).parts[-2:]).lstrip("/")
     run = Followed(_run_id(workdir) if beside else "", title, workdir, folder, fields)
     trackers = Following(run, names)
     status = FAILED

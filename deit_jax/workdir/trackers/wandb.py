@@ -17,6 +17,7 @@ from deit_jax.storage import backend
 from deit_jax.workdir.trackers import base
 
 STEP = "step"  # the axis of all curves; W&B's own counter only ever grows
+_FINISH_S = 30.0  # for which W&B sends at the end; `wandb sync` sends what is left on the disk
 _HEADER, _BLOCK = 7, 32768  # of its files: LevelDB's log, behind a header of its own
 
 
@@ -33,7 +34,7 @@ class Tracker(base.Tracker):
             console="off",
             disable_git=True,
             reinit="create_new",  # a program that uses us may have a run of its own
-            finish_timeout=base.PATIENCE_S[base.FINISHED],
+            finish_timeout=_FINISH_S,
             finish_timeout_raises=False,
         )
         self._wandb = wandb.init(
