@@ -135,7 +135,6 @@ def test_a_signal_to_one_of_two_processes_saves_once(folder, emulator):
                 "deit_jax",
                 "train",
                 *words,
-                f"--workdir={where}",
                 f"--process_id={i}",
             ],
             cwd=driver.ROOT,
