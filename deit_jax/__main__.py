@@ -70,7 +70,7 @@ def _run(name: str, argv: list[str]) -> int:
             raise
         if isinstance(error, UserError):
             message = str(error)
-        elif isinstance(error, OSError) and str(error.filename).startswith("gs://"):
+        elif isinstance(error, OSError) and str(error.filename).startswith(("gs://", "s3://")):
             message = f"{error.filename}: {error.strerror}"  # which says what to do
         else:
             first = next(iter(str(error).splitlines()), "")

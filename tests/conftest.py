@@ -65,6 +65,33 @@ def gcs_server(_gcs_server, monkeypatch):
     gcs._client.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def _s3_server():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_server(_s3_server, monkeypatch):
+    """Let this process ask a server of its own for s3://, not Amazon; return the client."""
+    from deit_jax.storage import s3
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3._client.cache_clear()
+    client = s3._client(os.getpid())
+    client.create_bucket(Bucket="bucket")
+    yield client
+    s3._client.cache_clear()
+
+
 @pytest.fixture
 def torch():
     """Return PyTorch; `make test` installs it, TEST_TORCH=0 does without."""

@@ -1,4 +1,4 @@
-"""Buckets: leases, appended files, copies on this machine, and what commands do with gs://.
+"""Buckets: leases, appended files, copies on this machine, what commands do with gs:// and s3://.
 
 A real server of the same interface answers (tests/emulator.py); whole runs are in faults/.
 """
@@ -29,12 +29,14 @@ from deit_jax.storage.bucket import Appender, Bucket
 from deit_jax.train.tape.layout import Layout
 from deit_jax.train.tape.tape import Tape
 from deit_jax.workdir.checkpoints import Checkpointer
+from deit_jax.workdir.directory import locked
 from deit_jax.workdir.metrics import Lines, MetricWriter
 from deit_jax.workdir.trackers.follow import following
 from tests.emulator import BadLine
 from tests.faults.test_rot import abstract, make_state
 from tests.test_cli import deit
 from tests.test_wds_source import add
+from tests.tiny import save_weights
 
 
 @pytest.fixture
@@ -401,6 +403,56 @@ def test_files_that_are_named_in_a_config_may_lie_there(images, bucket):
     assert labelled.classes == ["0", "1"]
 
 
+def test_data_and_weights_lie_in_s3(s3_server, tmp_path, monkeypatch, capsys):
+    """Runs do not: Orbax has no driver, which is one line before anything is made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "pets"
+    for number in range(8):
+        place = root / ("train", "val")[number % 2] / ("cat", "dog")[number // 4] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 20 * number, np.uint8)).save(place)
+    upload(root, "s3://bucket/pets")
+    there = open_dataset(data_of("folder:s3://bucket/pets"))
+    assert same_images(there, open_dataset(data_of(f"folder:{root}")))
+    model, params = deit_jax.load("deit_tiny_patch16_224", num_classes=2)
+    told = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_ratio": 1.0, "classes": ["cat", "dog"]}
+    file = tmp_path / "w.safetensors"
+    save_weights(file, "deit_tiny_patch16_224", model, {"params": params}, **told)
+    write("s3://bucket/w.safetensors", file.read_bytes())
+    _, loaded = deit_jax.load("s3://bucket/w.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    for words in (
+        ("convert", "s3://bucket/w.safetensors", "s3://bucket/hf", "--to=huggingface"),
+        ("predict", "--weights=s3://bucket/hf", "s3://bucket/pets/val", "--out=s3://bucket/a.csv"),
+    ):
+        code, _, err = deit(capsys, *words)
+        assert code == 0, err
+    rows = s3_server.get_object(Bucket="bucket", Key="a.csv")["Body"].read().decode().splitlines()
+    assert [row.partition(",")[0] for row in rows[1:]] == [
+        f"s3://bucket/pets/val/{c}/{n}.png"
+        for c, n in (("cat", 1), ("cat", 3), ("dog", 5), ("dog", 7))
+    ]
+    monkeypatch.chdir(tmp_path)
+    quickstart = f"--config={Path(__file__).parent.parent}/configs/quickstart.py"
+    for words, name in (
+        (("train", quickstart, "--workdir=s3://bucket/run"), "--workdir="),
+        (
+            ("train", quickstart, "--workdir=x", "--config.teacher.tape_path=s3://bucket/run"),
+            "--config.teacher.tape_path=",
+        ),
+    ):
+        code, _, err = deit(capsys, *words)
+        assert (code, f"{name}s3://bucket/run: runs and label tapes cannot" in err) == (2, True)
+    with (
+        pytest.raises(UserError, match=r"cannot be written .*no driver"),
+        locked(to_path("s3://bucket/run")),
+    ):
+        raise AssertionError
+    assert sorted(os.listdir()) == ["cache", "pets", "w.safetensors"]
+    with pytest.raises(UserError, match="there is no bucket s3://nobodys"):
+        open_dataset(data_of("folder:s3://nobodys/x"))
+
+
 @pytest.mark.parametrize("source", ["folder:gs://bucket/none", "wds:gs://bucket/none"])
 def test_what_is_not_there_is_said(bucket, source):
     with pytest.raises(UserError, match="none"):
@@ -480,8 +532,6 @@ def test_weights_and_their_places(bucket, capsys, tmp_path, images):
         1,
         "deit predict: gs://bucket/none.safetensors: no such file or folder",
     )
-    from tests.tiny import save_weights
-
     told = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_ratio": 1.0, "classes": ["cat", "dog"]}
     save_weights(file, "deit_tiny_patch16_224", model, {"params": params}, **told)
     write("gs://bucket/weights/w.safetensors", file.read_bytes())

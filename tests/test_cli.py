@@ -141,7 +141,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(capsys, tmp_path, words, code,
     assert not workdir.exists()
 
 
-BUCKET = "s3://bucket/x"
+BUCKET = "hdfs://bucket/x"
 OUT_OF_REACH = [  # (words, what the line begins with)
     (["train", QUICKSTART, f"--workdir={BUCKET}"], "--workdir="),
     (["train", f"--reproduce={BUCKET}"], "--reproduce="),
@@ -172,7 +172,7 @@ def test_a_place_out_of_reach_is_one_line_and_writes_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     code, _, err = deit(capsys, *words)
-    line = f"deit {words[0]}: {start}{BUCKET}: s3:// cannot be used; mount the bucket"
+    line = f"deit {words[0]}: {start}{BUCKET}: hdfs:// is not understood; give the path"
     assert err.startswith(line), err
     assert (code, len(err.splitlines())) == (2, 1)
     assert os.listdir() == []

@@ -68,7 +68,7 @@ MISTAKES = [  # (words, what the line must hold)
     (["train", "--config=configs/deit.py:variant=x", "--workdir=x"], "choose tiny, small or base"),
     (["train", "--config.lr=1", "--workdir=x"], "--config.lr: a field of a config; name the"),
     (["train", "--config.epochs=1", QUICKSTART], "--config.epochs: write --config=FILE before"),
-    (["train", "--workdir=s3://b/x", QUICKSTART], "s3://"),
+    (["train", "--workdir=s3://b/x", QUICKSTART], "Orbax has no driver for it; take gs://"),
     (["eval", "--probe=kn", "--workdir=x"], "--probe=kn"),
     (["eval"], "give either --workdir=DIR or --weights=W"),
     (["eval", "--checkpoint=last", "--workdir=x"], "checkpoint=last"),

@@ -11,7 +11,10 @@ NAME = "deit_jax"
 # What runs of different machines differ by; the rest of the requirements is only checked.
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 OLDEST_PYTHON = (3, 11)
-EXTRAS_OF_PEOPLE = ("viz", "fast", "cuda", "tpu", "plan", "hub", "gcs", "tiff", "torch", "teacher")
+EXTRAS_OF_PEOPLE = (
+    *("viz", "fast", "cuda", "tpu", "plan", "hub", "gcs", "s3", "tiff", "torch", "teacher"),
+    *("wandb", "mlflow", "trackio"),
+)
 
 
 def look() -> list[Finding]:

@@ -15,14 +15,23 @@ from deit_jax.errors import UserError
 from deit_jax.storage import gcs
 from deit_jax.storage.bucket import Bucket
 from deit_jax.storage.local import LocalDisk, LockedError
+from deit_jax.storage.s3 import S3Objects
 
 __all__ = ["LockedError"]
 
-BACKENDS: dict[str, Any] = {"": LocalDisk(), "gs": Bucket()}  # by the scheme of a path
+NO_RUNS = (
+    "runs and label tapes cannot be kept in s3://, as Orbax has no driver for it; take gs://, a "
+    "disk, or a bucket that is mounted (mount-s3)"
+)
+BACKENDS: dict[str, Any] = {  # by the scheme of a path
+    "": LocalDisk(),
+    "gs": Bucket(),
+    "s3": Bucket(S3Objects(), NO_RUNS),
+}
 
 
 def to_path(text: str | PurePath) -> PurePath:
-    """Return the path that a text is: one of etils.epath for gs://bucket/a, else one of a disk."""
+    """Return the path that a text is: one of etils.epath for a bucket, else one of a disk."""
     if not is_remote(text):
         return Path(text).expanduser() if str(text).startswith("~") else Path(text)
     if not isinstance(text, str):
@@ -35,7 +44,7 @@ def to_path(text: str | PurePath) -> PurePath:
 
 def is_remote(path: str | PurePath) -> bool:
     """Return whether a path or its text is of a bucket."""
-    return str(path).startswith("gs://")
+    return str(path).startswith(("gs://", "s3://"))
 
 
 def absolute(path: PurePath) -> PurePath:
@@ -87,6 +96,11 @@ def check_scheme(name: str, text: str) -> None:
     for scheme in re.findall(r"([A-Za-z][A-Za-z0-9+.-]+)://", text):
         if scheme not in BACKENDS:
             raise UserError(f"{name}={text}: {_remedy(scheme)}")
+        if (reason := BACKENDS[scheme].why_no_runs) and name.lstrip("-") in OF_RUNS:
+            raise UserError(f"{name}={text}: {reason}")
+
+
+OF_RUNS = ("workdir", "reproduce", "config.teacher.tape_path")  # flags and fields
 
 
 def _remedy(scheme: str) -> str:
@@ -95,7 +109,6 @@ def _remedy(scheme: str) -> str:
 
 _REMEDIES = {
     "file": "leave file:// out and give the path itself",
-    "s3": "s3:// cannot be used; mount the bucket (mount-s3) or copy it, and give its path",
     "http": "http:// cannot be read; download it, and give its path",
     "https": "https:// cannot be read; download it, and give its path",
 }

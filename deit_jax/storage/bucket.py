@@ -1,4 +1,4 @@
-"""Files in a bucket of Google Cloud Storage: gs://BUCKET/a/b, with what LocalDisk gives.
+"""Files in a bucket, gs://BUCKET/a/b, with what LocalDisk gives; over the objects of gcs or s3.
 
 A bucket knows no folders, no renaming at once, no adding to an end, and no locks. Here a folder is
 a beginning of names; an object is there whole or not at all, as the disk's files are by renaming;
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from deit_jax.storage.fetch import fetched
 from deit_jax.storage.gcs import Objects, name_of
@@ -27,10 +28,13 @@ log = logging.getLogger("deit_jax")
 
 
 class Bucket:
-    """The files of all buckets; see LocalDisk for the methods that say no more here."""
+    """The files of all buckets; see LocalDisk for the methods that say no more here.
 
-    def __init__(self, objects: Objects | None = None):
-        self._objects = objects or Objects()
+    `why_no_runs` is for where Orbax and TensorStore have no driver: "", or a line on it.
+    """
+
+    def __init__(self, objects: Any = None, why_no_runs: str = ""):
+        self._objects, self.why_no_runs = objects or Objects(), why_no_runs
         self._leases: dict[str, Lease] = {}  # by the folder that they are for
 
     def read(self, path) -> bytes:
@@ -148,6 +152,8 @@ class Bucket:
         It is renewed in the background, and ends soon after the process does. Once another process
         has taken it over, all that would be written in the folder raises OSError.
         """
+        if self.why_no_runs:
+            raise OSError(errno.ENOTSUP, self.why_no_runs, str(path))
         lease = Lease(self._objects, name_of(path), holder)
         lease.take()
         folder = name_of(path).rpartition("/")[0] + "/"

@@ -12,9 +12,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from deit_jax.errors import UserError
-from deit_jax.storage.gcs import Found, Objects, name_of
+from deit_jax.storage.gcs import Found, name_of
 
 AT_A_TIME = 32  # objects on their way
 SPARE = 1 << 30  # bytes that a copy leaves free
@@ -25,7 +26,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deit_jax"
 
 
-def fetched(text: str, objects: Objects) -> Path:
+def fetched(text: str, objects: Any) -> Path:
     """Return a copy of the file or folder gs://bucket/a/b on this machine, made if need be.
 
     Its last name is that in the bucket. Where nothing lies there, return a path with nothing at it.
@@ -38,7 +39,8 @@ def fetched(text: str, objects: Objects) -> Path:
         raise UserError(f"{text}: cannot be read ({error.strerror or error})") from error
     key = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
     folder, _, last = name.rpartition("/")
-    place = cache_folder() / "gs" / folder / f"@{key if found else 'nothing'}" / last
+    scheme = text.partition("://")[0]
+    place = cache_folder() / scheme / folder / f"@{key if found else 'nothing'}" / last
     if found and not place.exists():
         with _alone(place):
             if not place.exists():  # another process of this machine may have made it meanwhile
@@ -46,7 +48,7 @@ def fetched(text: str, objects: Objects) -> Path:
     return place
 
 
-def _found(objects: Objects, name: str) -> list[Found]:
+def _found(objects: Any, name: str) -> list[Found]:
     """Return the object of this name, or all below it as a folder."""
     if not name.partition("/")[2]:
         raise OSError("it is a whole bucket; name a folder in it")
@@ -55,7 +57,7 @@ def _found(objects: Objects, name: str) -> list[Found]:
         for one in below:
             parts = one.name[len(name) + 1 :].split("/")
             if not all(parts) or {".", ".."} & set(parts):
-                raise OSError(f"gs://{one.name} cannot be a file's name")
+                raise OSError(f"{one.name} cannot be a file's name")
         return below
     return [f for f in objects.found(name) if f.name == name]
 
@@ -72,7 +74,7 @@ def _alone(place: Path):
         yield
 
 
-def _copy(text: str, name: str, found: list[Found], place: Path, objects: Objects) -> None:
+def _copy(text: str, name: str, found: list[Found], place: Path, objects: Any) -> None:
     from tqdm import tqdm  # which no help and no mistake in a flag needs
 
     part = place.with_name(f"{place.name}.part")

@@ -49,8 +49,8 @@ class Conflict(OSError):
 
 
 def name_of(path: Any) -> str:
-    """Return `bucket/a/b` of gs://bucket/a/b."""
-    return str(path).removeprefix("gs://").rstrip("/")
+    """Return `bucket/a/b` of gs://bucket/a/b or s3://bucket/a/b."""
+    return str(path).partition("://")[2].rstrip("/")
 
 
 class Found(NamedTuple):
@@ -58,7 +58,7 @@ class Found(NamedTuple):
 
     name: str
     size: int
-    generation: int
+    generation: int | str
 
 
 class Objects:

@@ -19,6 +19,8 @@ class LockedError(Exception):
 class LocalDisk:
     """Files on a disk of this machine, or one that is mounted."""
 
+    why_no_runs = ""
+
     def read(self, path: Path) -> bytes:
         """Return a file's content."""
         return path.read_bytes()

@@ -3,7 +3,7 @@
 from pathlib import Path, PurePath
 
 from deit_jax.errors import UserError
-from deit_jax.storage import backend, check_scheme, exists, to_path
+from deit_jax.storage import backend, check_scheme, exists, local, to_path
 from deit_jax.weights import readers
 
 HUB = "hf-hub:"
@@ -33,7 +33,10 @@ def locate(source: str) -> PurePath:
     """Return where the weights lie, downloaded if they are on the Hugging Face hub."""
     if not source.startswith(HUB):
         check_scheme("weights", source)
-        if exists(path := to_path(source)):
+        path = to_path(source)
+        if backend(path).why_no_runs:  # nor can Orbax read there
+            path = local(path)
+        if exists(path):
             return path
         raise WeightsError(f"{source}: no such file or folder")
     try:

@@ -241,6 +241,8 @@ def runs_of(steps: Sequence[int] | np.ndarray) -> list[np.ndarray]:
 
 def _spec(path: PurePath) -> dict[str, Any]:
     kvstore = {"driver": "file", "path": f"{absolute(path)}/"}
+    if reason := backend(path).why_no_runs:
+        raise UserError(f"{path}: {reason}")
     if is_remote(path):
         bucket, _, inside = str(path).removeprefix("gs://").partition("/")
         kvstore = {"driver": "gcs", "bucket": bucket, "path": f"{inside}/"}
