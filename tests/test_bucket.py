@@ -200,6 +200,93 @@ def test_a_put_that_fails_is_told_of_and_tried_again(bucket):
     assert Bucket().read(path) == b"one\ntwo\n"
 
 
+@pytest.mark.parametrize("error", [OSError(5, "down"), AttributeError("a mistake")])
+def test_all_who_wait_hear_of_a_put_that_fails(bucket, error):
+    """The run that ends and the checkpoint that is being written, of a failure of any kind."""
+
+    class Broken(Bucket):
+        def write(self, path, data):
+            time.sleep(0.3)
+            raise error
+
+    end, heard = Appender(Broken(), to_path("gs://bucket/failing/y"), b""), []
+    end.append(b"one\n")
+
+    def wait(call):
+        try:
+            call()
+        except OSError as told:
+            heard.append(str(told))
+
+    calls = (end.flush, end.flush, end.close)
+    threads = [threading.Thread(target=wait, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    wait(end.flush)  # after the end too
+    assert len(heard) == 4
+    assert all("down" in text or "AttributeError: a mistake" in text for text in heard)
+
+
+def test_a_late_put_does_not_replace_what_another_run_has_written(bucket, monkeypatch):
+    """The line breaks during a put; another process takes the folder; the line comes back."""
+    quick(monkeypatch, RENEWED=1e6, TRY=0.2)
+    down, real = [False], Bucket()
+
+    class Line(gcs.Objects):
+        def put(self, name, data, generation=None, patience=None):
+            if down[0]:
+                time.sleep(0.1)
+                raise OSError(5, "the line is down", name)
+            return super().put(name, data, generation, patience)
+
+    old, path = Bucket(Line()), to_path("gs://bucket/late/lock")
+    with old.lock(path, "the first"):
+        down[0] = True
+        late = []
+
+        def put():
+            try:
+                old.write(path.parent / "file", b"first")
+            except OSError as error:
+                late.append(str(error))
+
+        thread = threading.Thread(target=put)
+        thread.start()
+        elsewhere(monkeypatch)
+        with real.lock(path, "the second"):
+            real.write(path.parent / "file", b"second")
+            down[0] = False
+            thread.join(30)
+            assert "taken it over" in late[0] or "down" in late[0]
+            assert real.read(path.parent / "file") == b"second"
+
+
+def test_a_clock_that_is_wrong_takes_nothing(bucket, monkeypatch):
+    quick(monkeypatch)
+    path = to_path("gs://bucket/clock/lock")
+    with Bucket().lock(path, "the first"):
+        elsewhere(monkeypatch)
+        now = time.time
+        monkeypatch.setattr(lease.time, "time", lambda: now() + 3600)
+        with pytest.raises(LockedError, match="the first"), Bucket().lock(path, "the second"):
+            raise AssertionError
+
+
+def test_a_process_that_others_may_not_see_is_not_gone(monkeypatch):
+    mine = lease._this_process()
+    monkeypatch.setattr(lease, "_started", lambda pid: None)  # as with hidepid
+    assert not lease._is_gone({"process": mine})
+    monkeypatch.setattr(lease.os, "kill", _no_such_process)
+    assert lease._is_gone({"process": mine})
+
+
+def _no_such_process(pid, number):
+    raise ProcessLookupError
+
+
 def test_metrics_of_a_run_are_safe_before_its_checkpoint_is(bucket, monkeypatch):
     lines = Lines(to_path("gs://bucket/metrics/metrics.jsonl"), [{"step": 0}])
     lines.append({"step": 1})
@@ -369,11 +456,11 @@ def test_a_folder_of_images_is_copied_once(images, bucket, monkeypatch):
 def test_a_copy_that_was_broken_off_goes_on(images, tmp_path, monkeypatch):
     download, calls = gcs.Objects.download, []
 
-    def three(self, name, path):
+    def three(self, name, path, generation=None):
         if len(calls) == 3:
             raise OSError(5, "the line is down", name)
         calls.append(name)
-        download(self, name, path)
+        download(self, name, path, generation)
 
     monkeypatch.setattr(fetch, "AT_A_TIME", 1)
     monkeypatch.setattr(gcs.Objects, "download", three)
@@ -385,6 +472,41 @@ def test_a_copy_that_was_broken_off_goes_on(images, tmp_path, monkeypatch):
     copy = storage.local("gs://bucket/pets")
     assert len(calls) == len(set(calls)) == 12
     assert len(list(copy.rglob("*.png"))) == 12
+
+
+def test_a_copy_ends_at_once_when_told_to(images, monkeypatch):
+    calls = []
+
+    def slow(self, name, path, generation=None):
+        calls.append(name)
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch, "AT_A_TIME", 1)
+    monkeypatch.setattr(gcs.Objects, "download", slow)
+    with pytest.raises(KeyboardInterrupt):
+        storage.local("gs://bucket/pets")
+    time.sleep(1.5)
+    assert len(calls) <= 2
+
+
+def test_a_copy_is_of_what_was_listed(images, bucket, monkeypatch):
+    found = gcs.Objects.found
+
+    def changed(self, prefix, limit=None):
+        for one in found(self, prefix, limit):
+            yield one._replace(generation=one.generation - 1)  # which is no more there
+
+    monkeypatch.setattr(gcs.Objects, "found", changed)
+    with pytest.raises(UserError, match="gs://bucket/pets: cannot be copied"):
+        storage.local("gs://bucket/pets")
+
+
+def test_where_copies_cannot_be_kept_it_says_so(images, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="let XDG_CACHE_HOME name a folder that can be written"):
+        storage.local("gs://bucket/pets")
 
 
 def test_where_there_is_no_room_nothing_is_copied(images, tmp_path, monkeypatch):
@@ -553,6 +675,12 @@ def test_weights_and_their_places(bucket, capsys, tmp_path, images):
         answers.append(json.loads(out)["results"])
         paths = [answer["image"] for answer in answers[-1]]
         assert paths == [f"gs://bucket/pets/val/cat/{n}.png" for n in (0, 2, 4)]
+    (tmp_path / "list").write_text("gs://bucket/pets/val/cat/2.png\n")
+    words = [f"--weights={names[0]}", f"--list={tmp_path / 'list'}", "--format=json"]
+    code, out, err = deit(capsys, "predict", *words)
+    assert (code, json.loads(out)["results"]) == (0, answers[0][1:2])
+    code, _, err = deit(capsys, "predict", f"--weights={names[0]}", "gs://bucket/pets/val/*/*.png")
+    assert (code, "patterns are of a disk; give the folder in the bucket" in err) == (1, True)
     scores = [[p["probability"] for r in a for p in r["predictions"]] for a in answers]
     np.testing.assert_allclose(*scores, atol=1e-5)
 

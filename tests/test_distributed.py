@@ -130,3 +130,7 @@ def test_which_gpus_a_process_of_open_mpi_takes(told, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
     assert local_gpus.taken() == [1]
+    monkeypatch.setattr(local_gpus.glob, "glob", lambda pattern: ["/dev/nvidia"] * 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # of each its own, or of both?
+    with pytest.raises(UserError, match="2 processes on this machine see 4 of its 8 GPUs"):
+        local_gpus.taken()

@@ -115,6 +115,19 @@ def test_devices_that_are_there_and_not_used(monkeypatch, missed, files, environ
     assert remedy in finding.remedy
 
 
+def _never(*_):
+    raise RuntimeError("jaxlib version 1 is newer than jax\nmore")
+
+
+def test_what_cannot_be_loaded_is_a_finding(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "look", _never)
+    monkeypatch.setattr(images, "look", _never)
+    code, out, err = deit(capsys, "doctor", f"--workdir={tmp_path}")
+    assert (code, err.count("\n")) == (1, 0)
+    assert "WRONG devices: cannot be looked at: jaxlib version 1 is newer than jax" in out
+    assert "workdir: " in out
+
+
 def test_without_hidden_devices_nothing_is_said_of_them():
     found = devices.look("", {"nvidia": [], "tpu": []})
     assert {finding.topic for finding in found} == {"devices", "computing"}

@@ -97,6 +97,21 @@ def test_what_is_no_process_of_the_run_does_no_harm():
     assert "did not answer" in said[1]
 
 
+def test_a_process_that_ends_while_it_waits_is_missed():
+    ours = places(range(3), 3)
+    port = int(ours[0].address.rpartition(":")[2])
+
+    def come_and_go():
+        with socket.create_connection(("localhost", port), 5) as line:
+            line.sendall(b'{"process": 1, "processes": 3, "host": "here"}\n')
+            time.sleep(0.3)
+
+    threading.Timer(0.3, come_and_go).start()
+    said = meet([ours[0], ours[2]], 3.0, (0.0, 1.2))
+    assert "1 of 3 processes did not come in 3 s: 1" in said[0]
+    assert said[2] == said[0]
+
+
 def test_a_port_that_is_taken_and_places_that_are_none():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -104,6 +119,8 @@ def test_a_port_that_is_taken_and_places_that_are_none():
             attend(Place(f"localhost:{port}", 2, 0), 5.0)
     with pytest.raises(UserError, match="--coordinator=host: give HOST:PORT"):
         attend(Place("host", 2, 0), 5.0)
+    with pytest.raises(UserError, match="--coordinator=host:99999: give HOST:PORT"):
+        attend(Place("host:99999", 2, 0), 5.0)
     with pytest.raises(UserError, match="--process_id=2: there are 2 processes, from 0 on"):
         attend(Place("host:1", 2, 2), 5.0)
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     from deit_jax.doctor.diagnose import diagnose
 
     where = (values.workdir, values.online)
-    found = diagnose(*where, platforms.missed_gpu(), _seen(), _cache())
+    found = diagnose(*where, platforms.missed_gpu(), _seen(), _cache)
     wrong = [finding for finding in found if finding.state == "wrong"]
     if values.json:
         said = {"ok": not wrong, "findings": [dataclasses.asdict(finding) for finding in found]}
@@ -67,4 +67,7 @@ def _cache() -> str | None:
 
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
-    return jax.config.values["jax_compilation_cache_dir"] or str(default_folder())
+    try:
+        return jax.config.values["jax_compilation_cache_dir"] or str(default_folder())
+    except RuntimeError:  # there is no home
+        return None

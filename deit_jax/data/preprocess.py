@@ -11,7 +11,7 @@ from PIL import Image
 from deit_jax.data.view import EvalView
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size
-from deit_jax.storage import backend
+from deit_jax.storage import backend, to_path
 
 AnyImage = str | Path | bytes | Image.Image | np.ndarray
 
@@ -67,6 +67,6 @@ def _view(image: AnyImage, name: str, view: EvalView) -> np.ndarray:
 def read_file(path: str | Path) -> bytes:
     """Return the content of an image's file; raise UserError with its name if it is not there."""
     try:
-        return backend(Path(path)).read(Path(path))
+        return backend(to_path(path)).read(to_path(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

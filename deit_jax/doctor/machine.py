@@ -121,7 +121,7 @@ def workdir(text: str) -> Finding:
             backend(path).must_take_files(path)
             return Finding(topic, f"{text}: a bucket that can be written")
         there = Path(text).expanduser().absolute()
-        while not there.exists():
+        while not there.exists() and there != there.parent:
             there = there.parent
         kind = file_system(there.resolve())
         began = time.perf_counter()

@@ -25,6 +25,13 @@ def taken() -> list[int] | None:
     rank, count = ours
     if count == 1 or seen == 1 or _each_its_own(seen, count):
         return list(range(seen))
+    here = len(glob.glob(DEVICES))
+    if "SLURM_LOCALID" not in os.environ and seen < here and seen * count <= here:
+        raise UserError(
+            f"--multihost: {count} processes on this machine see {seen} of its {here} GPUs; "
+            "whether these are the same or each one's own is not known: let CUDA_VISIBLE_DEVICES "
+            "show each a single one, or leave it unset"
+        )
     if seen % count:
         raise UserError(
             f"--multihost: {count} processes on this machine see {seen} GPUs; start one for all of "

@@ -110,7 +110,7 @@ def ending_all():
     except Exception as error:
         if (client := jax_distributed.global_state.client) is None:
             raise
-        known = isinstance(error, UserError)
+        known = isinstance(error, UserError) or "://" in str(getattr(error, "filename", ""))
         message = str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"deit train: {message}", file=sys.stderr)
         if not known:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def attend(place: Place, timeout: float) -> None:
     The line names those that have not come, in every process that has.
     """
     host, _, port = place.address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator={place.address}: give HOST:PORT of process 0")
     if not 0 <= place.process < place.processes:
         raise UserError(
@@ -55,7 +56,9 @@ def _listen(port: int, count: int, deadline: float, timeout: float) -> None:
     hosts = {0: socket.gethostname()}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_server(port))
-        while len(hosts) < count and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
+            if len(hosts) == count and not _drop_gone(lines, hosts):
+                break
             server.settimeout(left)
             try:
                 line, _ = server.accept()
@@ -75,6 +78,15 @@ def _listen(port: int, count: int, deadline: float, timeout: float) -> None:
             _end(lines, _missing(hosts, count, timeout))
         for line in lines.values():
             _send(line, {"go": True})
+
+
+def _drop_gone(lines: dict[int, socket.socket], hosts: dict[int, str]) -> bool:
+    """Forget processes that have ended since they came; return whether there were any."""
+    gone = [number for number, line in lines.items() if select.select([line], [], [], 0)[0]]
+    for number in gone:  # who waits says nothing more: what can be read is the end
+        lines.pop(number).close()
+        del hosts[number]
+    return bool(gone)
 
 
 def _end(lines: dict[int, socket.socket], message: str) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from deit_jax.storage.fetch import fetched
-from deit_jax.storage.gcs import Objects, name_of
-from deit_jax.storage.lease import Lease, is_held
+from deit_jax.storage.gcs import PATIENCE, Conflict, Objects, name_of
+from deit_jax.storage.lease import TRY, Lease, is_held
 
 COMMITTED = "commit_success.txt"  # Orbax's
 EVERY = 1.0  # seconds between two puts of one object: a bucket takes no more
@@ -47,7 +47,18 @@ class Bucket:
 
     def write(self, path, data: bytes) -> None:
         """Write a file whole or not at all, in the place of one that is there."""
-        self._held(path)
+        deadline = time.monotonic() + PATIENCE
+        while self._held(path):
+            # Each try is short, and asks anew: a put that came through late would be written over
+            # what a process that has taken the folder meanwhile has written.
+            try:
+                self._objects.put(name_of(path), data, patience=TRY)
+                return
+            except Conflict:
+                raise
+            except OSError as error:
+                if error.errno != errno.EIO or time.monotonic() > deadline:
+                    raise
         self._objects.put(name_of(path), data)
 
     def append(self, path) -> "Appender":
@@ -141,6 +152,7 @@ class Bucket:
     def must_take_files(self, path) -> None:
         """Raise OSError unless files can be written in a folder: one is, and deleted."""
         self._held(path)
+        self._objects.look(name_of(path).partition("/")[0])
         probe = f"{name_of(path)}.writable"
         self._objects.put(probe, b"")
         self._objects.delete(probe)
@@ -171,11 +183,13 @@ class Bucket:
         except FileNotFoundError:
             return False
 
-    def _held(self, path) -> None:
+    def _held(self, path) -> bool:
+        """Return whether a path is in a folder that is locked; raise OSError if that was lost."""
         name = name_of(path) + "/"
-        for folder, lease in list(self._leases.items()):
-            if name.startswith(folder):
-                lease.must_be_held()
+        leases = [lease for folder, lease in list(self._leases.items()) if name.startswith(folder)]
+        for lease in leases:
+            lease.must_be_held()
+        return bool(leases)
 
 
 class Appender:
@@ -188,31 +202,35 @@ class Appender:
     def __init__(self, bucket: Bucket, path, before: bytes):
         self._bucket, self._path, self._data = bucket, path, bytearray(before)
         self._put = len(before)  # so many bytes of it are in the bucket
-        self._error: OSError | None = None
-        self._changed, self._closed, self._hurry = threading.Condition(), False, False
+        self._asked = self._tried = 0  # how often a put was asked for, and up to which it was tried
+        self._failures, self._told = 0, 0
+        self._error = OSError()  # of the last failure
+        self._changed, self._closed, self._hurried = threading.Condition(), False, 0
         self._thread: threading.Thread | None = None
         self._due = 0.0
 
     def append(self, data: bytes) -> None:
         """Add to the file; raise OSError if what was added before could not be put."""
         with self._changed:
-            self._raise()
+            if self._failures > self._told:
+                self._told = self._failures
+                raise self._error
             self._data += data
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, daemon=True, name="deit-append")
-                self._thread.start()
-            self._changed.notify_all()
+            self._ask()
 
     def flush(self) -> None:
         """Return once all that was added is in the bucket; raise OSError if it cannot be."""
         with self._changed:
-            wanted = len(self._data)
-            self._hurry = True
-            self._changed.notify_all()
-            while self._put < wanted and self._error is None:
-                self._changed.wait()
-            self._hurry = False
-            self._raise()
+            wanted, failures = len(self._data), self._failures
+            if self._put < wanted and not self._closed:
+                self._hurried += 1
+                self._ask()
+                while self._put < wanted and self._failures == failures:
+                    self._changed.wait()
+                self._hurried -= 1
+            if self._put < wanted:
+                self._told = self._failures
+                raise self._error
 
     def close(self) -> None:
         """Put what is left, and end."""
@@ -225,31 +243,42 @@ class Appender:
             if self._thread is not None:
                 self._thread.join()
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None  # once: the next flush tries again
-            raise error
+    def _ask(self) -> None:
+        self._asked += 1
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True, name="deit-append")
+            self._thread.start()
+        self._changed.notify_all()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed and (self._put == len(self._data) or self._error):
-                    self._changed.wait()
-                while (wait := self._due - time.monotonic()) > 0 and not self._hurry_or_end():
-                    self._changed.wait(wait)
-                if self._put == len(self._data) or self._error:
-                    return  # closed, and all that can be is put
-                data = bytes(self._data)
+        while (data := self._next()) is not None:
             began = time.monotonic()
+            error: Exception | None = None
             try:
                 self._bucket.write(self._path, data)
-                put, error = len(data), None
-            except OSError as failed:
+                put = len(data)
+            except Exception as failed:  # whatever it is, who waits must hear of it
                 put, error = self._put, failed
             with self._changed:
                 self._due = began + max(EVERY, len(data) / RATE)
-                self._put, self._error = put, error
+                self._put = put
+                if error is not None:
+                    text = f"{type(error).__name__}: {error}"
+                    other = OSError(errno.EIO, text, str(self._path))
+                    self._error = error if isinstance(error, OSError) else other
+                    self._failures += 1
                 self._changed.notify_all()
 
-    def _hurry_or_end(self) -> bool:
-        return self._hurry or self._closed
+    def _next(self) -> bytes | None:
+        """Wait for what is to be put, all of the file; None once it is closed."""
+        with self._changed:
+            while self._put == len(self._data) or self._asked == self._tried:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            while (wait := self._due - time.monotonic()) > 0 and not (
+                self._hurried or self._closed
+            ):
+                self._changed.wait(wait)
+            self._tried = self._asked
+            return bytes(self._data)

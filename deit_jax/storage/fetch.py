@@ -42,9 +42,14 @@ def fetched(text: str, objects: Any) -> Path:
     scheme = text.partition("://")[0]
     place = cache_folder() / scheme / folder / f"@{key if found else 'nothing'}" / last
     if found and not place.exists():
-        with _alone(place):
-            if not place.exists():  # another process of this machine may have made it meanwhile
-                _copy(text, name, found, place, objects)
+        try:
+            with _alone(place):
+                if not place.exists():  # another process of this machine may have made it meanwhile
+                    _copy(text, name, found, place, objects)
+        except OSError as error:
+            reason = error.strerror or error
+            remedy = "let XDG_CACHE_HOME name a folder that can be written"
+            raise UserError(f"{text}: cannot be copied to {place} ({reason}); {remedy}") from error
     return place
 
 
@@ -100,12 +105,14 @@ def _copy(text: str, name: str, found: list[Found], place: Path, objects: Any) -
             disable=None if total > 1 << 20 else True,
         ) as bar,
     ):
-        jobs = {pool.submit(objects.download, f.name, to): f for f, to in missing}
+        jobs = {pool.submit(objects.download, f.name, to, f.generation): f for f, to in missing}
         try:
             for done in concurrent.futures.as_completed(jobs):
                 done.result()
                 bar.update(jobs[done].size)
-        except OSError as error:
-            pool.shutdown(cancel_futures=True)
+        except BaseException as error:  # Ctrl-C too must not wait for all the rest
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"{text}: cannot be copied ({error.strerror or error})") from error
     part.rename(place)

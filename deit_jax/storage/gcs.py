@@ -23,7 +23,10 @@ LIMITS = {  # of TensorStore, which waits for ever by itself
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": f"{max(SILENCE, 1):.0f}",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
+# gcsfs would ask for the kind of a bucket, and take another class of its own for some.
+PLAIN = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 PATIENCE = 600.0  # seconds in which a request is tried again
+ENOPKG = getattr(errno, "ENOPKG", errno.ENOSYS)  # Linux alone has the first
 NO_PACKAGE = "gs:// needs more packages; pip install 'deit_jax[gcs]'"
 
 # Asked for credentials, this says that there are none on this machine, which we say ourselves.
@@ -33,7 +36,7 @@ logging.getLogger("google.auth").setLevel(logging.ERROR)
 @functools.lru_cache(maxsize=1)
 def prepare_libraries() -> None:
     """Let Orbax, by TensorStore and gcsfs, see what others write and end requests that hang."""
-    for name, value in LIMITS.items():
+    for name, value in (LIMITS | PLAIN).items():
         os.environ.setdefault(name, value)
     try:
         from fsspec import config
@@ -75,16 +78,14 @@ class Objects:
                 return b"", int(blob.generation or 0)
             return data, int(blob.generation or 0)
 
-    def download(self, name: str, path: Path) -> None:
+    def download(self, name: str, path: Path, generation: int | None = None) -> None:
         """Copy an object to a file of this machine, whole or not at all; its checksum must fit."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{threading.get_ident()}.tmp")
         try:
             with _explained(name):
-                blob = self._blob(name)
-                blob.download_to_filename(
-                    str(temporary), raw_download=True, timeout=TIMEOUT, retry=_retry()
-                )
+                options = {"raw_download": True, "timeout": TIMEOUT, "retry": _retry()}
+                self._blob(name, generation).download_to_filename(str(temporary), **options)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -96,11 +97,13 @@ class Objects:
             blob = self._blob(name)
             # What the bucket itself says of it is not compared: who asks does that, and better.
             options = {"raw_download": True, "checksum": None, "timeout": TIMEOUT}
-            blob.download_to_file(_Digest(digest), **options)
+            blob.download_to_file(_Digest(digest), retry=_retry(), **options)
         return digest.hexdigest()
 
-    def put(self, name: str, data: bytes, generation: int | None = None) -> int:
-        """Write an object and return its generation.
+    def put(
+        self, name: str, data: bytes, generation: int | None = None, patience: float | None = None
+    ) -> int:
+        """Write an object and return its generation; try for `patience` seconds.
 
         With a `generation` (0: none yet) it must be of that one, or Conflict is raised.
         """
@@ -111,7 +114,7 @@ class Objects:
                 content_type="application/octet-stream",
                 if_generation_match=generation,
                 timeout=TIMEOUT,
-                retry=_retry(),
+                retry=_retry() if patience is None else _retry().with_timeout(patience),
                 checksum="crc32c",
             )
             return int(blob.generation)
@@ -144,6 +147,11 @@ class Objects:
             folders = [name[len(path) : -1] for name in found.prefixes]
         return sorted(filter(None, objects)), sorted(folders)
 
+    def look(self, bucket: str) -> None:
+        """Raise OSError unless a bucket's own facts may be read, which Orbax does."""
+        with _explained(f"{bucket}/", listing=True):
+            self._client().get_bucket(bucket, timeout=TIMEOUT, retry=_retry())
+
     def copy(self, old: str, new: str) -> None:
         """Make a copy of an object, which is not read here."""
         (bucket, _, path), (to, _, target) = old.partition("/"), new.partition("/")
@@ -162,9 +170,9 @@ class Objects:
         with _explained(name), contextlib.suppress(FileNotFoundError), _explained(name):
             self._blob(name).delete(timeout=TIMEOUT, retry=_retry())
 
-    def _blob(self, name: str):
+    def _blob(self, name: str, generation: int | None = None):
         bucket, _, path = name.partition("/")
-        return self._client().bucket(bucket).blob(path)
+        return self._client().bucket(bucket).blob(path, generation=generation)
 
     @staticmethod
     def _client():
@@ -196,7 +204,7 @@ def _client(process: int):
         import requests
         from google.cloud import storage
     except ImportError:
-        raise OSError(errno.ENOPKG, NO_PACKAGE) from None
+        raise OSError(ENOPKG, NO_PACKAGE) from None
     client = storage.Client()
     # Several threads of a loader read at once: as many lines are kept open.
     adapter = requests.adapters.HTTPAdapter(pool_connections=4, pool_maxsize=64)
@@ -224,7 +232,7 @@ def _explained(name: str, listing: bool = False) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename or error.errno == errno.ENOPKG:
+        if error.filename or error.errno == ENOPKG:
             raise
         raise OSError(errno.EIO, _line(error), f"gs://{name}") from error
     except Exception as error:
@@ -237,6 +245,8 @@ def _explained(name: str, listing: bool = False) -> Iterator[None]:
         raise OSError(code, text, f"gs://{name}") from error
 
 
+# The second for Orbax, which asks what kind of bucket it is.
+ROLES = "roles/storage.objectUser and roles/storage.legacyBucketReader"
 _SIGN_IN = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS=FILE"
 
 
@@ -254,7 +264,7 @@ def _told(error: Exception, name: str, listing: bool) -> tuple[int | None, str]:
     if code == 401 or type(error).__name__ == "DefaultCredentialsError":
         return errno.EACCES, f"no credentials for Google Cloud on this machine; {_SIGN_IN}"
     if code == 403:
-        return errno.EACCES, f"not allowed ({_line(error)}); ask for roles/storage.objectUser"
+        return errno.EACCES, f"not allowed ({_line(error)}); ask for {ROLES}"
     if type(error).__name__ == "RefreshError":
         return errno.EACCES, f"the credentials have expired ({_line(error)}); {_SIGN_IN}"
     return errno.EIO, _line(error)

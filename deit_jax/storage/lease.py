@@ -24,8 +24,8 @@ log = logging.getLogger("deit_jax")
 
 RENEWED = 15.0  # seconds between two renewals
 EXPIRES = 90.0  # without a renewal for so many seconds, another process may take it
-TRUSTED = 60.0  # seconds after a renewal in which the holder need not ask whether it still has it
-OLD = 900.0  # not renewed for so long, by the bucket's clock and ours, it is taken at once
+TRUSTED = 45.0  # seconds after a renewal in which the holder need not ask whether it still has it
+TRY = 15.0  # seconds for which a put is tried before that is asked again; with what hangs, 45
 FREE = b"{}"  # what the object holds when nobody has the lock
 WATCHED = 2.0  # seconds between two looks at another process's
 
@@ -43,28 +43,28 @@ class Lease:
 
     def take(self) -> None:
         """Have the lock; raise LockedError, which names who has it, where another process does."""
-        generation, there, changed = self._look()
-        if there and not _is_gone(there, changed):
+        generation, there = self._look()
+        if there and not _is_gone(there):
             generation = self._wait(generation, there)
         try:
             self._write(generation)
         except Conflict:
-            _, there, _ = self._look()
+            _, there = self._look()
             raise LockedError(there.get("holder", "another process, as of now")) from None
         threading.Thread(target=self._renew_always, daemon=True, name="deit-lease").start()
 
-    def _look(self) -> tuple[int, dict[str, Any], float]:
-        """Return the object's generation, content and time of change: 0 and {} without any."""
+    def _look(self) -> tuple[Any, dict[str, Any]]:
+        """Return the object's generation and content: 0 and {} without any."""
         state = self._objects.state(self._name)
         if state is None:
-            return 0, {}, 0.0
+            return 0, {}
         try:
             data, generation = self._objects.read(self._name)
-            return generation or state[0], json.loads(data), state[1]
+            return generation or state[0], json.loads(data)
         except FileNotFoundError:
-            return 0, {}, 0.0
+            return 0, {}
         except ValueError:  # of somebody else, or just being written
-            return state[0], {"holder": "not known"}, state[1]
+            return state[0], {"holder": "not known"}
 
     def _wait(self, generation: int, there: dict[str, Any]) -> int:
         """Wait until another process's lease has expired; raise LockedError once it is renewed."""
@@ -91,7 +91,7 @@ class Lease:
             self._generation = self._objects.put(self._name, data, generation)
         except Conflict:
             # A put whose answer was lost is tried again, and meets what it has itself written.
-            now, there, _ = self._look()
+            now, there = self._look()
             if there.get("token") != self._text["token"]:
                 raise
             self._generation = now
@@ -134,7 +134,8 @@ def is_held(data: bytes) -> bool:
     """Return whether the content of a lease is of a process that still renews it, by the clocks."""
     try:
         there = json.loads(data)
-        return bool(there) and not _is_gone(there, there["renewed"], EXPIRES)
+        recent = bool(there) and abs(time.time() - there["renewed"]) < EXPIRES
+        return recent and not _is_gone(there)
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -161,9 +162,20 @@ def _started(pid: int) -> str | None:
         return None
 
 
-def _is_gone(there: dict[str, Any], changed: float, old: float = OLD) -> bool:
-    """Return whether who has a lease is gone: a process of this machine, or one of long ago."""
+def _is_gone(there: dict[str, Any]) -> bool:
+    """Return whether who has a lease is known to be gone: a process of this start of this machine.
+
+    No clock is asked: a machine whose own is wrong would take what is held.
+    """
     who = there.get("process") or {}
-    if who.get("machine") and who["machine"] == _machine():
-        return _started(who["pid"]) != who["started"]
-    return abs(time.time() - changed) > old
+    if not who.get("machine") or who["machine"] != _machine():
+        return False
+    if (started := _started(who["pid"])) is not None:
+        return started != who["started"]
+    try:
+        os.kill(who["pid"], 0)  # /proc may hide other people's processes
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deit_jax.storage.gcs import SILENCE, Conflict, Found
+from deit_jax.storage.gcs import ENOPKG, SILENCE, Conflict, Found
 
 NO_PACKAGE = "s3:// needs another package; pip install 'deit_jax[s3]'"
 TRIES = 10
@@ -48,7 +48,9 @@ class S3Objects:
                 digest.update(piece)
         return digest.hexdigest()
 
-    def put(self, name: str, data: bytes, generation: Any = None) -> Any:
+    def put(
+        self, name: str, data: bytes, generation: Any = None, patience: float | None = None
+    ) -> Any:
         """Write an object and return its generation; raise Conflict if it is not of the given."""
         match: dict[str, str] = {}
         if generation is not None:
@@ -87,17 +89,25 @@ class S3Objects:
                 folders += [o["Prefix"][len(path) : -1] for o in page.get("CommonPrefixes", ())]
         return sorted(filter(None, objects)), sorted(folders)
 
-    def download(self, name: str, path: Path) -> None:
-        """Copy an object to a file of this machine, whole or not at all."""
+    def download(self, name: str, path: Path, generation: Any = None) -> None:
+        """Copy an object, of a generation, to a file of this machine, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{threading.get_ident()}.tmp")
         key = _key(name)
         try:
             with _explained(name):
-                _client(os.getpid()).download_file(key["Bucket"], key["Key"], str(temporary))
+                client = _client(os.getpid())
+                client.download_file(key["Bucket"], key["Key"], str(temporary))
+                if generation and client.head_object(**key)["ETag"] != generation:
+                    raise Conflict(errno.ESTALE, "it was changed meanwhile", f"s3://{name}")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def look(self, bucket: str) -> None:
+        """Raise OSError unless there is such a bucket, and it may be asked."""
+        with _explained(f"{bucket}/"):
+            _client(os.getpid()).head_bucket(Bucket=bucket)
 
     def copy(self, old: str, new: str) -> None:
         """Make a copy of an object, which is not read here."""
@@ -122,7 +132,7 @@ def _client(process: int):
         import boto3
         from botocore.config import Config
     except ImportError:
-        raise OSError(errno.ENOPKG, NO_PACKAGE) from None
+        raise OSError(ENOPKG, NO_PACKAGE) from None
     settings = Config(
         connect_timeout=10,
         read_timeout=SILENCE,
@@ -142,7 +152,7 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename or error.errno == errno.ENOPKG:
+        if error.filename or error.errno == ENOPKG:
             raise
         raise OSError(errno.EIO, str(error), f"s3://{name}") from error
     except Exception as error:

@@ -123,7 +123,10 @@ class MetricWriter:
         if self._active:
             self._bar.close()
             for file in self._files.values():
-                file.close()
+                try:
+                    file.close()
+                except OSError as error:  # the state is what the run goes on from
+                    log.error("%s: its last lines are lost (%s)", error.filename, error.strerror)
 
 
 class Meter:

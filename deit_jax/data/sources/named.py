@@ -55,25 +55,36 @@ def _paths(
     words: Iterable[str], channels: int, listed: str, copies: dict[str, str]
 ) -> Iterator[str]:
     for word in words:
-        if is_remote(word):
-            word, there = str(local(word)), word.rstrip("/")
-            copies[word] = there
         if word == PIPED:
-            yield from _lines(sys.stdin, "stdin")
-        elif os.path.isdir(word):
-            yield from _below(word, channels)
-        elif glob.has_magic(word) and not os.path.lexists(word):
-            yield from _matches(word)
+            yield from _at_hand(_lines(sys.stdin, "stdin"), copies)
+            continue
+        if is_remote(word) and glob.has_magic(word):
+            raise UserError(f"{word}: patterns are of a disk; give the folder in the bucket")
+        (here,) = _at_hand([word], copies)
+        if os.path.isdir(here):
+            yield from _below(here, channels)
+        elif glob.has_magic(here) and not os.path.lexists(here):
+            yield from _matches(here)
         else:
-            yield word
+            yield here
     if listed == PIPED:
-        yield from _lines(sys.stdin, "stdin")
+        yield from _at_hand(_lines(sys.stdin, "stdin"), copies)
     elif listed:
         try:
-            with open(listed, encoding="utf-8-sig", errors="surrogateescape") as file:
-                yield from _lines(file, listed)
+            with open(local(listed), encoding="utf-8-sig", errors="surrogateescape") as file:
+                yield from _at_hand(_lines(file, listed), copies)
         except OSError as error:
             raise UserError(f"--list={listed}: cannot be read ({error.strerror})") from error
+
+
+def _at_hand(paths: Iterable[str], copies: dict[str, str]) -> Iterator[str]:
+    """Iterate over paths, for what is in a bucket over its copy, which is noted in `copies`."""
+    for path in paths:
+        if is_remote(path):
+            there = path.rstrip("/")
+            path = str(local(path))
+            copies[path] = there
+        yield path
 
 
 def _lines(file: Iterable[str], where: str) -> Iterator[str]:
