@@ -26,7 +26,6 @@ from deit_jax.analysis import figures as figures_lib
 from deit_jax.analysis import predictions
 from deit_jax.analysis.report import page as page_lib
 from deit_jax.analysis.report import single_run, svg_charts
-from deit_jax.cli import analyze
 from deit_jax.cli.flags import write_output
 from deit_jax.data import decode
 from deit_jax.data.sources.base import ArraySource
@@ -338,7 +337,7 @@ def test_commands_write_one_file_and_agree(run, found, capsys, few_images, monke
     assert {k: v for k, v in after.items() if k != run} == {
         k: v for k, v in before.items() if k != run
     }
-    monkeypatch.setattr(analyze, "analyze", lambda *words: asked.append(words) or found)
+    monkeypatch.setattr(figures_lib, "analyze", lambda *words: asked.append(words) or found)
     asked = []
     assert program.main(["analyze", f"--workdir={run}", "--images=20"]) == 0
     assert json.loads(capsys.readouterr().out) == found.figures

@@ -191,8 +191,8 @@ def test_a_misspelt_field_is_named_and_the_right_one_too(deit, key, random):
     err = deit(f"--config.{path}=1")
     assert f"--config.{path}: no such field" in err
     if len(name) > 4:
-        assert f"{name!r}" in err
-    assert "did you mean 'teacher'" in deit(f"--config.teecher.{name}=1")
+        assert name in err.partition("did you mean ")[2].partition("?")[0]
+    assert "did you mean teacher.epochs?" in deit("--config.teecher.epochs=1")
     assert "--config.zzz: no such field; configs/base.py" in deit("--config.zzz=1")
 
 
