@@ -31,6 +31,7 @@ from deit_jax.train.tape.tape import Tape
 from deit_jax.workdir.checkpoints import Checkpointer
 from deit_jax.workdir.directory import locked
 from deit_jax.workdir.metrics import Lines, MetricWriter
+from deit_jax.workdir.saved_run import _restore_on_host
 from deit_jax.workdir.trackers.follow import following
 from tests.emulator import BadLine
 from tests.faults.test_rot import abstract, make_state
@@ -379,9 +380,11 @@ def test_where_every_checkpoint_is_damaged_nothing_is_changed(saved):
 
 
 def test_what_a_killed_save_leaves_is_no_checkpoint(saved):
-    """Without Orbax's mark; it is written anew."""
+    """Without marks and checksums; it is written anew."""
     workdir, folder = saved
-    (folder / "3" / "commit_success.txt").unlink()
+    for name in ("commit_success.txt", "sha256.json"):
+        (folder / "3" / name).unlink()
+    assert int(_restore_on_host(workdir / "checkpoints")["step"]) == 2
     saver = Checkpointer(workdir, keep=3)
     assert saver.latest_step == 2
     saver.save(3, jax.device_put(make_state(7)), None)
@@ -391,6 +394,37 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(saved):
     saver.close()
     np.testing.assert_array_equal(state.params["w"], make_state(7).params["w"])
     assert storage.steps_in(workdir / "checkpoints") == [1]
+
+
+def test_a_run_that_was_copied_from_a_disk_goes_on(bucket, tmp_path, caplog):
+    """Its checkpoints have no mark of Orbax's, which would delete them."""
+    saver = Checkpointer(tmp_path / "run", keep=3)
+    for number in (1, 2, 3):
+        saver.save(number, jax.device_put(make_state(number)), None)
+    saver.close()
+    upload(tmp_path / "run", "gs://bucket/copied")
+    write("gs://bucket/copied/config.json", b"{}")
+    flip(bucket / "copied" / "checkpoints" / "3")
+    workdir = to_path("gs://bucket/copied")
+    assert storage.steps_in(workdir / "checkpoints") == [1, 2, 3]
+    assert int(_restore_on_host(workdir / "checkpoints")["step"]) == 2  # also by who only reads
+    saver = Checkpointer(workdir, keep=3)
+    state = saver.restore(abstract(jax.device_put(make_state(0))))
+    saver.close()
+    np.testing.assert_array_equal(state.params["w"], make_state(2).params["w"])
+    assert storage.steps_in(workdir / "checkpoints") == [1, 2]
+    assert (bucket / "copied" / "checkpoints" / "damaged-3" / "sha256.json").exists()
+    assert int(_restore_on_host(workdir / "checkpoints")["step"]) == 2
+
+
+def test_a_run_is_not_begun_where_orbax_may_not_look(bucket, monkeypatch):
+    def forbidden(self, bucket):
+        raise OSError(13, f"not allowed (403); ask for {gcs.ROLES}", f"gs://{bucket}")
+
+    monkeypatch.setattr(gcs.Objects, "look", forbidden)
+    text = r"^--workdir=gs://bucket/run: cannot be written \(not allowed .*legacyBucketReader"
+    with pytest.raises(UserError, match=text), locked(to_path("gs://bucket/run")):
+        raise AssertionError
 
 
 def test_a_bucket_that_takes_nothing_more_ends_the_run_in_a_line(gcs_server, bucket, monkeypatch):

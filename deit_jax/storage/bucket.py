@@ -21,6 +21,7 @@ from deit_jax.storage.gcs import PATIENCE, Conflict, Objects, name_of
 from deit_jax.storage.lease import TRY, Lease, is_held
 
 COMMITTED = "commit_success.txt"  # Orbax's
+SUMS = "sha256.json"  # ours, of what is whole by then (workdir/checksums.py)
 EVERY = 1.0  # seconds between two puts of one object: a bucket takes no more
 RATE = 4e6  # bytes a second that the puts of a file that grows may take, in the long run
 
@@ -111,8 +112,18 @@ class Bucket:
             return False
 
     def is_complete(self, folder) -> bool:
-        """Return whether a checkpoint's folder is whole: Orbax marks it last of all."""
+        """Return whether a checkpoint's folder is whole, by Orbax's mark or our checksums."""
+        return bool({COMMITTED, SUMS} & set(self.names(folder)))
+
+    def is_marked(self, folder) -> bool:
+        """Return whether a checkpoint's folder has the mark without which Orbax passes it over."""
         return self._is_file(folder / COMMITTED)
+
+    def mark(self, folder) -> None:
+        """Mark a checkpoint's folder and its parts as whole, as Orbax does."""
+        _, parts = self._objects.names(name_of(folder))
+        for place in (*(folder / part for part in parts), folder):
+            self.write(place / COMMITTED, f"Checkpoint commit was successful to {place}".encode())
 
     def make_folder(self, path) -> None:
         """Raise OSError if there is no such bucket: a folder in it need not be made."""
@@ -166,6 +177,7 @@ class Bucket:
         """
         if self.why_no_runs:
             raise OSError(errno.ENOTSUP, self.why_no_runs, str(path))
+        self._objects.look(name_of(path).partition("/")[0])  # as Orbax will, too late for a line
         lease = Lease(self._objects, name_of(path), holder)
         lease.take()
         folder = name_of(path).rpartition("/")[0] + "/"

@@ -127,7 +127,7 @@ class Lease:
         self._ended.set()
         with self._guard, contextlib.suppress(OSError):
             if not self._lost:
-                self._objects.put(self._name, FREE, self._generation)
+                self._objects.put(self._name, FREE, self._generation, TRY)
 
 
 def is_held(data: bytes) -> bool:

@@ -82,6 +82,10 @@ class LocalDisk:
         """Return whether a checkpoint's folder is whole: on a disk it has no name before."""
         return True
 
+    def is_marked(self, folder: Path) -> bool:
+        """Return whether Orbax takes a checkpoint's folder for whole: on a disk by its name."""
+        return True
+
     def make_folder(self, path: Path) -> None:
         """Make a folder, and those around it, unless it is there."""
         path.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from deit_jax.errors import UserError
 from deit_jax.step.state import new_health
-from deit_jax.storage import absolute, backend, exists, is_remote
+from deit_jax.storage import absolute, backend, exists, is_remote, steps_in
 from deit_jax.workdir import checksums
 
 log = logging.getLogger("deit_jax")
@@ -83,6 +83,8 @@ class Checkpointer:
             )
         self._directory = absolute(workdir / "checkpoints")
         try:
+            if not read_only:
+                _mark_copied(self._directory)
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
@@ -233,7 +235,8 @@ class Checkpointer:
         return bool(self._candidates(at_most, planned=False))
 
     def _candidates(self, at_most: int | None, planned: bool) -> list[int]:
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        # In a bucket Orbax also lists, to who only reads, what a killed save has left.
+        steps = sorted({*self._manager.all_steps()} & {*steps_in(self._directory)}, reverse=True)
         if at_most is not None:
             steps = [s for s in steps if s <= at_most]
         return [s for s in steps if not (planned and self.facts(s).get("interim"))]
@@ -285,6 +288,29 @@ class Checkpointer:
         """Wait for saves under way."""
         self.settle()
         self._manager.close()
+
+
+def _mark_copied(directory: PurePath) -> None:
+    """Mark checkpoints in a bucket that were copied there from a disk, where none has a mark.
+
+    Orbax would take them for what a killed save has left, and delete them. Damaged ones are set
+    aside.
+    """
+    if not is_remote(directory):
+        return
+    place = backend(directory)
+    for step in steps_in(directory) if jax.process_index() == 0 else ():
+        here = directory / str(step)
+        if place.is_marked(here):
+            continue
+        if problem := checksums.problem(here):
+            log.warning("checkpoint %d is damaged (%s): kept as damaged-%d", step, problem, step)
+            place.rename(here, directory / f"damaged-{step}")
+            continue
+        log.info("checkpoint %d has no mark of Orbax, but sound checksums: it is taken", step)
+        place.mark(here)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("checkpoints marked")
 
 
 def _agreed_problem(directory: PurePath) -> str | None:

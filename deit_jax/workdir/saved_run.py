@@ -14,7 +14,7 @@ from deit_jax.config.serialize import from_json
 from deit_jax.errors import UserError
 from deit_jax.models.build import build_model
 from deit_jax.step.state import EXTRAS, averaged
-from deit_jax.storage import absolute, exists, read_json, to_path
+from deit_jax.storage import absolute, exists, read_json, steps_in, to_path
 from deit_jax.workdir import checksums
 from deit_jax.workdir.checkpoints import best_of
 from deit_jax.workdir.which import BEST, LATEST, parse_checkpoint
@@ -80,11 +80,13 @@ def _restore_on_host(
     with ocp.CheckpointManager(
         absolute(directory), options=options, item_handlers=ocp.PyTreeCheckpointHandler()
     ) as manager:
-        if not manager.all_steps():
+        # In a bucket Orbax also lists, to who only reads, what a killed save has left.
+        steps = sorted({*manager.all_steps()} & {*steps_in(directory)})
+        if not steps:
             raise UserError(
                 f"{directory.parent}: no checkpoint yet; let `deit train` save one first"
             )
-        step = _chosen(directory, manager.all_steps(), checkpoint, figure)
+        step = _chosen(directory, steps, checkpoint, figure)
         saved = manager.item_metadata(step).tree
         wanted = {key: saved[key] for key in ("params", "batch_stats", "ema", "step")}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
