@@ -141,14 +141,14 @@ class Bucket:
         for name in names:
             self._objects.copy(name, target + name[len(source) :])
         # What marks a checkpoint as whole goes first: never is there a part that looks whole.
-        for name in sorted(names, key=lambda name: not name.endswith(COMMITTED)):
+        for name in sorted(names, key=lambda name: not name.endswith((COMMITTED, SUMS))):
             self._objects.delete(name)
 
     def remove(self, path) -> None:
         """Remove a file or a folder with all in it, as far as that can be."""
         with contextlib.suppress(FileNotFoundError):
             names = [f.name for f in self._objects.found(name_of(path) + "/")]
-            for name in sorted(names, key=lambda name: not name.endswith(COMMITTED)):
+            for name in sorted(names, key=lambda name: not name.endswith((COMMITTED, SUMS))):
                 self._objects.delete(name)
             self._objects.delete(name_of(path))
 
