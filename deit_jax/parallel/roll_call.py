@@ -66,8 +66,9 @@ def _listen(port: int, count: int, deadline: float, timeout: float) -> None:
                 break
             stack.enter_context(line)
             said = _read(line)
-            number = said.get("process")
-            if said.get("processes") != count or not isinstance(number, int):
+            number, named = said.get("process"), isinstance(said.get("host"), str)
+            numbered = isinstance(number, int) and 0 < number < count
+            if said.get("processes") != count or not named or not numbered:
                 _send(line, {"refused": f"another run, of {count} processes"})
                 continue
             if number in hosts and number in lines and hosts[number] != said["host"]:
