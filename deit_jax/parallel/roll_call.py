@@ -66,9 +66,10 @@ def _listen(port: int, count: int, deadline: float, timeout: float) -> None:
                 break
             stack.enter_context(line)
             said = _read(line)
-            number, named = said.get("process"), isinstance(said.get("host"), str)
-            numbered = isinstance(number, int) and 0 < number < count
-            if said.get("processes") != count or not named or not numbered:
+            number = said.get("process")
+            number = number if isinstance(number, int) and 0 < number < count else 0
+            ours = said.get("processes") == count and isinstance(said.get("host"), str)
+            if not ours or not number:
                 _send(line, {"refused": f"another run, of {count} processes"})
                 continue
             if number in hosts and number in lines and hosts[number] != said["host"]:
