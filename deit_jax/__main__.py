@@ -74,6 +74,8 @@ def _run(name: str, argv: list[str]) -> int:
             message = f"{error.filename}: {error.strerror}"  # which says what to do
         else:
             first = next(iter(str(error).splitlines()), "")
+            if isinstance(error, TimeoutError):  # of gcsfs, which says no more
+                first = first or "a server did not answer in time; run the same command again"
             message = f"{type(error).__name__}: {first} (--debug shows where)"
             if isinstance(error, AssertionError) and os.environ.get("JAX_PLATFORMS"):
                 # JAX says no more where a platform that it is told to use has no plugin.

@@ -22,6 +22,8 @@ from deit_jax.storage import absolute, backend, exists, is_remote, steps_in
 from deit_jax.workdir import checksums
 
 log = logging.getLogger("deit_jax")
+
+TRIES = 3  # of a save that must be there and failed, in a bucket
 # Orbax warns of a directory that we open to read that it is only to be read.
 logging.getLogger("absl").addFilter(lambda record: "is read only" not in str(record.msg))
 
@@ -68,6 +70,7 @@ class Checkpointer:
 
     def __init__(self, workdir: PurePath, keep: int, read_only: bool = False, best: str = "top1"):
         self._saving: int | None = None
+        self._last: tuple[int, Any, dict[str, Any]] = (-1, None, {})
         self._best = best
         self._read_only = read_only
         self._notify = lambda event, **facts: None
@@ -125,6 +128,11 @@ class Checkpointer:
         """
         self.settle()
         facts = {self._best: score, "interim": interim, "eval_pending": eval_pending, **known}
+        self._last = step, state, facts
+        self._start_saving()
+
+    def _start_saving(self) -> None:
+        step, state, facts = self._last
         self._saving = step
         try:
             backend(self._directory).must_be_writable(self._directory)
@@ -145,12 +153,21 @@ class Checkpointer:
             self._failed(error)
 
     def require_saved(self, step: int) -> None:
-        """Wait for saves; raise UserError if the state after `step` is not among them."""
+        """Wait for saves; raise UserError if the state after `step` is not among them.
+
+        In a bucket one that failed is tried again: a request that hangs fails the save.
+        """
         self.settle()
+        for _ in range(TRIES if is_remote(self._directory) and self._last[0] == step else 0):
+            if self.latest_step == step:
+                return
+            self._start_saving()
+            self.settle()
         if self.latest_step != step:
+            remedy = "" if is_remote(self._directory) else "make room, and "
             raise UserError(
                 f"{self._directory}: the state after step {step} could not be saved, the last good "
-                f"checkpoint is {self.latest_step}; make room, and run the same command again"
+                f"checkpoint is {self.latest_step}; {remedy}run the same command again"
             )
 
     def _failed(self, error: Exception) -> None:
