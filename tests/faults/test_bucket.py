@@ -215,15 +215,19 @@ def test_every_command_takes_a_run_in_a_bucket(folder, emulator, monkeypatch, ca
 
 def test_a_damaged_checkpoint_is_set_aside(folder, emulator):
     workdir = run_in(emulator, "damaged")
-    driver.finish(driver.start(workdir, folder / "cache", 20), workdir)
-    newest = workdir / "checkpoints" / "20"
+    process = driver.start(workdir, folder / "cache", 40)
+    until((workdir / "checkpoints" / "20" / "commit_success.txt").exists, process)
+    process.kill()
+    process.wait()
+    whole = (workdir / "checkpoints").glob("[0-9]*/commit_success.txt")
+    newest = max((path.parent for path in whole), key=lambda path: int(path.name))
     victim = max((newest / "default").rglob("d/*"), key=lambda path: path.stat().st_size)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     driver.finish(driver.start(workdir, folder / "cache", 40), workdir)
-    assert "checkpoint 20 is damaged" in log(workdir)
-    assert (workdir / "checkpoints" / "damaged-20" / "sha256.json").exists()
+    assert f"checkpoint {newest.name} is damaged" in log(workdir)
+    assert (workdir / "checkpoints" / f"damaged-{newest.name}" / "sha256.json").exists()
     assert driver.differences(folder / "whole", workdir) == []
 
 
