@@ -64,7 +64,7 @@ def test_a_path_in_a_bucket_stays_one():
 
 
 def quick(monkeypatch, **seconds):
-    usual = {"RENEWED": 0.2, "EXPIRES": 2.0, "TRUSTED": 0.6, "WATCHED": 0.1}
+    usual = {"RENEWED": 0.2, "EXPIRES": 5.0, "TRUSTED": 0.6, "WATCHED": 0.1}
     for name, value in (usual | seconds).items():
         monkeypatch.setattr(lease, name, value)
 

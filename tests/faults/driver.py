@@ -165,12 +165,19 @@ def kill_once(workdir: Path, cache: Path, steps: int, how: str, rng: random.Rand
     return {"aim": how, "hit": place, "step": last[0]["step"] if last else 0, "seconds": seconds}
 
 
-def torment(workdir: Path, cache: Path, steps: int, kills: int, seed: int) -> list[dict]:
-    """Kill a run so often, each time at another moment, then let it finish."""
+def torment(
+    workdir: Path, cache: Path, steps: int, kills: int, seed: int, at_least: int | None = None
+) -> list[dict]:
+    """Kill a run so often, each time at another moment, then let it finish.
+
+    A fast machine may finish it before; RuntimeError unless it was killed `at_least` so often.
+    """
     rng, done = random.Random(seed), []
     aims = ["saving", "evaluating", "any"]
     while len(done) < kills:
         hit = kill_once(workdir, cache, steps, aims[len(done) % 3], rng)
+        if hit is None and at_least is not None and len(done) >= at_least:
+            break
         if hit is None:
             raise RuntimeError(f"{workdir}: finished after {len(done)} kills; make it longer")
         done.append(hit)
