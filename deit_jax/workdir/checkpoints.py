@@ -322,7 +322,7 @@ def _mark_copied(directory: PurePath) -> None:
             continue
         if problem := checksums.problem(here):
             log.warning("checkpoint %d is damaged (%s): kept as damaged-%d", step, problem, step)
-            place.rename(here, directory / f"damaged-{step}")
+            backend(here).rename(here, directory / f"damaged-{step}")
             continue
         log.info("checkpoint %d has no mark of Orbax, but sound checksums: it is taken", step)
         place.mark(here)
