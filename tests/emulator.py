@@ -73,8 +73,6 @@ def environment(url: str) -> dict[str, str]:
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         "NO_GCE_CHECK": "true",
-        # gcsfs asks for the kind of a bucket, and for minutes where there are no credentials.
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     }
 
 

@@ -24,7 +24,7 @@ from deit_jax.configs import base
 from deit_jax.data.prepare.build import prepare
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.errors import UserError
-from deit_jax.storage import LockedError, fetch, gcs, lease, to_path
+from deit_jax.storage import LockedError, fetch, gcs, lease, objects, to_path
 from deit_jax.storage.bucket import Appender, Bucket
 from deit_jax.train.tape.layout import Layout
 from deit_jax.train.tape.tape import Tape
@@ -781,6 +781,18 @@ def test_what_the_service_says_becomes_one_line(error, says):
         raise getattr(exceptions, error)("a long\nstory")
     assert raised.value.filename == "gs://bucket/x"
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf"])
+def test_a_limit_that_is_no_number_of_seconds_is_named(gcs_server, monkeypatch, text):
+    monkeypatch.setenv("DEIT_GCS_TIMEOUT", text)
+    objects.silence.cache_clear()
+    with pytest.raises(UserError, match=f"^DEIT_GCS_TIMEOUT={text}: give seconds above 0"):
+        storage.local("gs://bucket/x")
+    monkeypatch.setenv("DEIT_GCS_TIMEOUT", "2.5")
+    objects.silence.cache_clear()
+    assert objects.silence() == 2.5
+    objects.silence.cache_clear()
 
 
 def test_without_the_packages_the_remedy_is_named(monkeypatch, tmp_path):

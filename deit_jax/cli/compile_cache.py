@@ -1,11 +1,12 @@
 """The folder that keeps compiled programs from one start of a training to the next."""
 
 import logging
-import os
 import tempfile
 from pathlib import Path
 
 import jax
+
+from deit_jax.storage.fetch import cache_folder
 
 log = logging.getLogger("deit_jax")
 
@@ -42,6 +43,4 @@ def enable() -> None:
 
 def default_folder() -> Path:
     """Return where programs are kept if nobody says otherwise; RuntimeError without a home."""
-    named = os.environ.get("XDG_CACHE_HOME")  # which counts only if it is absolute
-    base = Path(named) if named and Path(named).is_absolute() else Path.home() / ".cache"
-    return base / "deit_jax" / "xla"
+    return cache_folder() / "xla"

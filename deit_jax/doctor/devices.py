@@ -91,10 +91,9 @@ def _unseen(platform: str, missed: str, seen: dict[str, list[str]]) -> Finding |
 
 def _memory(device) -> Finding:
     """Return how much memory a device has, as JAX may use it."""
-    try:
-        stats = device.memory_stats() or {}
-    except Exception:  # a plugin need not know
-        stats = {}
+    from deit_jax.parallel.devices import memory_stats
+
+    stats = memory_stats(device)
     limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use", 0)
     if not limit:
         return Finding("device memory", "the device does not say")

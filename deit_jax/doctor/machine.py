@@ -12,7 +12,7 @@ from deit_jax.errors import UserError
 from deit_jax.storage import backend, is_remote, to_path
 
 FEW_GB = 4.0  # below, even small trainings meet their end without a word
-FREE_GB = 5.0  # a checkpoint of DeiT-B is 1.4 GB, and three are kept
+FREE_GB = 6.0  # a checkpoint of DeiT-B is 1.4 GB, and four may be there at once
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "lustre", "gpfs", "beegfs", "ceph")
 
 

@@ -9,6 +9,7 @@ import glob
 import os
 
 from deit_jax.errors import UserError
+from deit_jax.parallel.roll_call import tasks_by_node
 
 DEVICES = "/dev/nvidia[0-9]*"
 
@@ -45,10 +46,8 @@ def _local() -> tuple[int, int] | None:
     """Return the number of this process among those of this machine, and how many these are."""
     environment = os.environ
     if "SLURM_LOCALID" in environment and "SLURM_STEP_TASKS_PER_NODE" in environment:
-        from deit_jax.parallel.roll_call import tasks_by_node
-
-        node = int(environment.get("SLURM_NODEID", "0"))
-        return int(environment["SLURM_LOCALID"]), tasks_by_node()[node]
+        node, tasks = int(environment.get("SLURM_NODEID", "0")), tasks_by_node()
+        return (int(environment["SLURM_LOCALID"]), tasks[node]) if node < len(tasks) else None
     if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
         rank = int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
         return rank, int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from deit_jax.storage.fetch import fetched
-from deit_jax.storage.gcs import PATIENCE, Conflict, Objects, name_of
+from deit_jax.storage.gcs import PATIENCE, Objects
 from deit_jax.storage.lease import TRY, Lease, is_held
+from deit_jax.storage.objects import name_of
 
 COMMITTED = "commit_success.txt"  # Orbax's
 SUMS = "sha256.json"  # ours, of what is whole by then (workdir/checksums.py)
@@ -55,8 +56,6 @@ class Bucket:
             try:
                 self._objects.put(name_of(path), data, patience=TRY)
                 return
-            except Conflict:
-                raise
             except OSError as error:
                 if error.errno != errno.EIO or time.monotonic() > deadline:
                     raise

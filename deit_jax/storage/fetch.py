@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from deit_jax.errors import UserError
-from deit_jax.storage.gcs import Found, name_of
+from deit_jax.storage.objects import Found, name_of
 
 AT_A_TIME = 32  # objects on their way
 SPARE = 1 << 30  # bytes that a copy leaves free
 
 
 def cache_folder() -> Path:
-    """Return the folder of this machine that may be filled, and emptied, at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deit_jax"
+    """Return the folder of this machine that may be emptied at any time.
+
+    Raise RuntimeError where there is no home. XDG_CACHE_HOME counts only if it is absolute.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    base = Path(named) if named and Path(named).is_absolute() else Path.home() / ".cache"
+    return base / "deit_jax"
 
 
 def fetched(text: str, objects: Any) -> Path:
@@ -40,7 +45,11 @@ def fetched(text: str, objects: Any) -> Path:
     key = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
     folder, _, last = name.rpartition("/")
     scheme = text.partition("://")[0]
-    place = cache_folder() / scheme / folder / f"@{key if found else 'nothing'}" / last
+    try:
+        cache = cache_folder()
+    except RuntimeError as error:
+        raise UserError(f"{text}: {error}; let XDG_CACHE_HOME name a folder for copies") from error
+    place = cache / scheme / folder / f"@{key if found else 'nothing'}" / last
     if found and not place.exists():
         try:
             with _alone(place):

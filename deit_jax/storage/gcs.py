@@ -14,19 +14,12 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-SILENCE = float(os.environ.get("DEIT_GCS_TIMEOUT") or 30)  # seconds without a byte: tried again
-TIMEOUT = (10.0, SILENCE)  # the first: seconds to connect
-LIMITS = {  # of TensorStore, which waits for ever by itself
-    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
-    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": f"{max(SILENCE, 1):.0f}",
-    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
-}
+from deit_jax.storage.objects import CONNECT, ENOPKG, Found, explained, one_line, silence
+
 # gcsfs would ask for the kind of a bucket, and take another class of its own for some.
 PLAIN = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 PATIENCE = 600.0  # seconds in which a request is tried again
-ENOPKG = getattr(errno, "ENOPKG", errno.ENOSYS)  # Linux alone has the first
 NO_PACKAGE = "gs:// needs more packages; pip install 'deit_jax[gcs]'"
 
 # Asked for credentials, this says that there are none on this machine, which we say ourselves.
@@ -36,7 +29,12 @@ logging.getLogger("google.auth").setLevel(logging.ERROR)
 @functools.lru_cache(maxsize=1)
 def prepare_libraries() -> None:
     """Let Orbax, by TensorStore and gcsfs, see what others write and end requests that hang."""
-    for name, value in (LIMITS | PLAIN).items():
+    limits = {  # of TensorStore, which waits for ever by itself
+        "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": f"{CONNECT:.0f}",
+        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": f"{max(silence(), 1):.0f}",
+        "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+    }
+    for name, value in (limits | PLAIN).items():
         os.environ.setdefault(name, value)
     try:
         from fsspec import config
@@ -44,24 +42,7 @@ def prepare_libraries() -> None:
         return  # told of where something is read
     ours = config.conf.setdefault("gcs", {})
     ours.setdefault("use_listings_cache", False)
-    ours.setdefault("requests_timeout", SILENCE)
-
-
-class Conflict(OSError):
-    """An object that is not of the generation that was asked for: another process changed it."""
-
-
-def name_of(path: Any) -> str:
-    """Return `bucket/a/b` of gs://bucket/a/b or s3://bucket/a/b."""
-    return str(path).partition("://")[2].rstrip("/")
-
-
-class Found(NamedTuple):
-    """An object of a list: `bucket/a/b`, its size in bytes, and which of its contents it is."""
-
-    name: str
-    size: int
-    generation: int | str
+    ours.setdefault("requests_timeout", silence())
 
 
 class Objects:
@@ -71,7 +52,7 @@ class Objects:
         """Return an object's content, or its first `end` bytes, and its generation."""
         with _explained(name):
             blob = self._blob(name)
-            options = {"timeout": TIMEOUT, "retry": _retry()}
+            options = {"timeout": _timeout(), "retry": _retry()}
             try:
                 data = blob.download_as_bytes(end=end and end - 1, raw_download=True, **options)
             except _errors().RequestRangeNotSatisfiable:  # of an empty object no range is there
@@ -84,7 +65,7 @@ class Objects:
         temporary = path.with_name(f"{path.name}.{threading.get_ident()}.tmp")
         try:
             with _explained(name):
-                options = {"raw_download": True, "timeout": TIMEOUT, "retry": _retry()}
+                options = {"raw_download": True, "timeout": _timeout(), "retry": _retry()}
                 self._blob(name, generation).download_to_filename(str(temporary), **options)
             temporary.replace(path)
         finally:
@@ -96,7 +77,7 @@ class Objects:
         with _explained(name):
             blob = self._blob(name)
             # What the bucket itself says of it is not compared: who asks does that, and better.
-            options = {"raw_download": True, "checksum": None, "timeout": TIMEOUT}
+            options = {"raw_download": True, "checksum": None, "timeout": _timeout()}
             blob.download_to_file(_Digest(digest), retry=_retry(), **options)
         return digest.hexdigest()
 
@@ -113,7 +94,7 @@ class Objects:
                 data,
                 content_type="application/octet-stream",
                 if_generation_match=generation,
-                timeout=TIMEOUT,
+                timeout=_timeout(),
                 retry=_retry() if patience is None else _retry().with_timeout(patience),
                 checksum="crc32c",
             )
@@ -123,7 +104,7 @@ class Objects:
         """Return an object's generation and the Unix time of its last change; None without it."""
         with _explained(name):
             bucket, _, path = name.partition("/")
-            blob = self._client().bucket(bucket).get_blob(path, timeout=TIMEOUT, retry=_retry())
+            blob = self._client().bucket(bucket).get_blob(path, timeout=_timeout(), retry=_retry())
             return blob and (int(blob.generation), blob.updated.timestamp())
 
     def found(self, prefix: str, limit: int | None = None) -> Iterator[Found]:
@@ -131,7 +112,7 @@ class Objects:
         bucket, _, path = prefix.partition("/")
         with _explained(prefix, listing=True):
             for blob in self._client().list_blobs(
-                bucket, prefix=path, max_results=limit, timeout=TIMEOUT, retry=_retry()
+                bucket, prefix=path, max_results=limit, timeout=_timeout(), retry=_retry()
             ):
                 yield Found(f"{bucket}/{blob.name}", int(blob.size or 0), int(blob.generation or 0))
 
@@ -141,7 +122,7 @@ class Objects:
         path = f"{path.rstrip('/')}/" if path else ""
         with _explained(prefix, listing=True):
             found = self._client().list_blobs(
-                bucket, prefix=path, delimiter="/", timeout=TIMEOUT, retry=_retry()
+                bucket, prefix=path, delimiter="/", timeout=_timeout(), retry=_retry()
             )
             objects = [blob.name[len(path) :] for blob in found]  # the folders come with it
             folders = [name[len(path) : -1] for name in found.prefixes]
@@ -150,7 +131,7 @@ class Objects:
     def look(self, bucket: str) -> None:
         """Raise OSError unless a bucket's own facts may be read, which Orbax does."""
         with _explained(f"{bucket}/", listing=True):
-            self._client().get_bucket(bucket, timeout=TIMEOUT, retry=_retry())
+            self._client().get_bucket(bucket, timeout=_timeout(), retry=_retry())
 
     def copy(self, old: str, new: str) -> None:
         """Make a copy of an object, which is not read here."""
@@ -161,14 +142,14 @@ class Objects:
                 source.blob(path),
                 self._client().bucket(to),
                 target,
-                timeout=TIMEOUT,
+                timeout=_timeout(),
                 retry=_retry(),
             )
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there."""
         with _explained(name), contextlib.suppress(FileNotFoundError), _explained(name):
-            self._blob(name).delete(timeout=TIMEOUT, retry=_retry())
+            self._blob(name).delete(timeout=_timeout(), retry=_retry())
 
     def _blob(self, name: str, generation: int | None = None):
         bucket, _, path = name.partition("/")
@@ -226,23 +207,14 @@ def _retry():
     return DEFAULT_RETRY.with_timeout(PATIENCE).with_delay(initial=0.5, maximum=20.0)
 
 
-@contextlib.contextmanager
-def _explained(name: str, listing: bool = False) -> Iterator[None]:
+def _timeout() -> tuple[float, float]:
+    return CONNECT, silence()
+
+
+def _explained(name: str, listing: bool = False):
     """Make an OSError, which names the object, of what the client raises."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename or error.errno == ENOPKG:
-            raise
-        raise OSError(errno.EIO, _line(error), f"gs://{name}") from error
-    except Exception as error:
-        module = type(error).__module__.partition(".")[0]
-        if module not in ("google", "requests", "urllib3"):
-            raise
-        code, text = _told(error, name, listing)
-        if code is None:
-            raise Conflict(errno.ESTALE, "another process has changed it", f"gs://{name}") from None
-        raise OSError(code, text, f"gs://{name}") from error
+    told = functools.partial(_told, name=name, listing=listing)
+    return explained(f"gs://{name}", ("google", "requests", "urllib3"), told)
 
 
 # The second for Orbax, which asks what kind of bucket it is.
@@ -250,13 +222,13 @@ ROLES = "roles/storage.objectUser and roles/storage.legacyBucketReader"
 _SIGN_IN = "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS=FILE"
 
 
-def _told(error: Exception, name: str, listing: bool) -> tuple[int | None, str]:
-    """Return the errno and a text for what the client raised; no errno for a wrong generation."""
+def _told(error: Exception, name: str, listing: bool) -> tuple[int, str] | None:
+    """Return the errno and a text for what the client raised; None for a wrong generation."""
     code = getattr(error, "code", None)
     code = getattr(code, "value", code)  # of an HTTPStatus
     bucket = name.partition("/")[0]
     if code == 412:
-        return None, ""
+        return None
     if code == 404:
         if listing or "bucket" in str(error).lower():
             return errno.ENOENT, f"there is no bucket gs://{bucket}, or it is not yours to see"
@@ -264,12 +236,7 @@ def _told(error: Exception, name: str, listing: bool) -> tuple[int | None, str]:
     if code == 401 or type(error).__name__ == "DefaultCredentialsError":
         return errno.EACCES, f"no credentials for Google Cloud on this machine; {_SIGN_IN}"
     if code == 403:
-        return errno.EACCES, f"not allowed ({_line(error)}); ask for {ROLES}"
+        return errno.EACCES, f"not allowed ({one_line(error)}); ask for {ROLES}"
     if type(error).__name__ == "RefreshError":
-        return errno.EACCES, f"the credentials have expired ({_line(error)}); {_SIGN_IN}"
-    return errno.EIO, _line(error)
-
-
-def _line(error: Exception) -> str:
-    text = getattr(error, "message", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]
+        return errno.EACCES, f"the credentials have expired ({one_line(error)}); {_SIGN_IN}"
+    return errno.EIO, one_line(error)

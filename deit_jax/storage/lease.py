@@ -17,8 +17,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from deit_jax.storage.gcs import Conflict, Objects
+from deit_jax.storage.gcs import Objects
 from deit_jax.storage.local import LockedError
+from deit_jax.storage.objects import Conflict
 
 log = logging.getLogger("deit_jax")
 

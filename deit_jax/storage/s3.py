@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deit_jax.storage.gcs import ENOPKG, SILENCE, Conflict, Found
+from deit_jax.storage.objects import CONNECT, ENOPKG, Conflict, Found, explained, one_line, silence
 
 NO_PACKAGE = "s3:// needs another package; pip install 'deit_jax[s3]'"
 TRIES = 10
@@ -134,8 +134,8 @@ def _client(process: int):
     except ImportError:
         raise OSError(ENOPKG, NO_PACKAGE) from None
     settings = Config(
-        connect_timeout=10,
-        read_timeout=SILENCE,
+        connect_timeout=CONNECT,
+        read_timeout=silence(),
         retries={"max_attempts": TRIES, "mode": "adaptive"},
         max_pool_connections=64,
     )
@@ -146,29 +146,23 @@ def _code(error: Exception) -> str:
     return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
 
 
-@contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str):
     """Make an OSError, which names the object, of what the client raises."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename or error.errno == ENOPKG:
-            raise
-        raise OSError(errno.EIO, str(error), f"s3://{name}") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("botocore", "boto3", "s3transfer"):
-            raise
-        code, bucket = _code(error), name.partition("/")[0]
-        line = " ".join(str(error).split())[:200]
-        if code in CHANGED:
-            raise Conflict(errno.ESTALE, "another process has changed it", f"s3://{name}") from None
-        told = (errno.EIO, line)
-        if code == "NoSuchBucket":
-            told = (errno.ENOENT, f"there is no bucket s3://{bucket}, or it is not yours to see")
-        elif code in GONE:
-            told = (errno.ENOENT, os.strerror(errno.ENOENT))
-        elif type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-            told = (errno.EACCES, "no credentials for S3 on this machine; aws configure")
-        elif code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-            told = (errno.EACCES, f"not allowed ({line}); look at the rights of the credentials")
-        raise OSError(*told, f"s3://{name}") from error
+    told = functools.partial(_told, bucket=name.partition("/")[0])
+    return explained(f"s3://{name}", ("botocore", "boto3", "s3transfer"), told)
+
+
+def _told(error: Exception, bucket: str) -> tuple[int, str] | None:
+    """Return the errno and a text for what the client raised; None for a wrong generation."""
+    code, line = _code(error), one_line(error)
+    if code in CHANGED:
+        return None
+    if code == "NoSuchBucket":
+        return errno.ENOENT, f"there is no bucket s3://{bucket}, or it is not yours to see"
+    if code in GONE:
+        return errno.ENOENT, os.strerror(errno.ENOENT)
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return errno.EACCES, "no credentials for S3 on this machine; aws configure"
+    if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        return errno.EACCES, f"not allowed ({line}); look at the rights of the credentials"
+    return errno.EIO, line
