@@ -16,7 +16,7 @@ FLOORS = (
     ("workdir",),
     ("weights", "teachers"),
     ("train",),
-    ("analysis", "perf", "doctor", "tape"),
+    ("analysis", "perf", "doctor", "tape", "export"),
     ("cli",),
     ("__main__",),
 )
@@ -47,6 +47,7 @@ TOUCH_FILES = {
     "weights/load.py": "whether a source is a run, a file or a folder",
     "weights/locate.py": "whether a source is there or on the hub",
     "config/files.py": "which config files there are",
+    "export": "what other runtimes write and read by themselves",
     "analysis/report/page.py": "its own style sheet",
     "doctor/machine.py": "what the kernel says of the machine, and whether a disk can be written",
     "cli/compile_cache.py": "where compiled programs are kept",

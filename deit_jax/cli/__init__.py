@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": Entry("classify image files"),
     "embed": Entry("features of image files, as an array or a table"),
     "convert": Entry("bring weights from one format into another"),
+    "export": Entry("a model as a program of another runtime: ONNX, StableHLO, SavedModel"),
     "prepare": Entry("turn images into a TFDS data set, without TensorFlow"),
     "inspect": Entry("draw training images as the model is given them"),
     "bench": Entry("measure the training step, or the input pipeline", computes=True),

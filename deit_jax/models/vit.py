@@ -325,7 +325,7 @@ class VisionTransformer(nn.Module):
 
         In training `scales` is what `draw_scales` returns; drawn here where it is not given.
         """
-        expected = input_shape(self, self.image_size, len(images))
+        expected = input_shape(self, self.image_size, images.shape[0])
         if images.shape != expected:
             raise ValueError(f"expected images of shape {expected}, got {images.shape}")
         x = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)

@@ -1,0 +1,1 @@
+"""`deit export`: a model as a program that runs without this code."""
