@@ -56,6 +56,7 @@ TOUCH_FILES = {
     "perf/step_time.py": "traces, and a run that goes again",
 }
 # What knows PyTorch, imported where a torch teacher is asked for; open.py asks for it.
+OTHERS = ("deit_jax.export.savedmodel", "deit_jax.export.onnx_file")  # TensorFlow, onnxruntime
 TORCH = ("deit_jax.teachers.torch_", "deit_jax.teachers.open")
 
 
@@ -120,8 +121,8 @@ def test_file_is_small_and_imports_what_its_room_may(path):
         assert "absl.flags" not in names
         assert "from absl import flags" not in text
         assert "sys.stdout.write" not in text
-    foreign = {"tensorflow", "torch", "torchax", "timm", "transformers"}
-    if not module.startswith(TORCH):
+    foreign = {"tensorflow", "torch", "torchax", "timm", "transformers", "onnxruntime", "jax2onnx"}
+    if not module.startswith((*TORCH, *OTHERS)):
         assert not foreign & {name.partition(".")[0] for name in names}
     if module != "deit_jax.weights.metadata":  # which reads other people's config.json
         assert "config.get(" not in text

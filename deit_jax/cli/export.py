@@ -32,9 +32,8 @@ def main(argv: list[str]) -> None:
     command.choice("to", None, FORMATS, "format of DST, where its name does not say it")
     command.string("model", None, "SRC's model, where SRC does not say it")
     command.choice("heads", "fused", HEADS, "; ".join(f"{k} = {v}" for k, v in HEADS.items()))
-    command.choice(
-        "input", "normalised", INPUTS, "; ".join(f"{k} = {v}" for k, v in INPUTS.items())
-    )
+    inputs = "; ".join(f"{k} = {v}" for k, v in INPUTS.items())
+    command.choice("input", "normalised", INPUTS, inputs)
     command.boolean("preprocess", False, "take whole images as bytes: resize, crop and normalise")
     command.choice("layout", "NHWC", LAYOUTS, "order of the images' axes")
     command.choice("dtype", "float32", DTYPES, "of weights and computing; answers are float32")
@@ -66,11 +65,10 @@ def main(argv: list[str]) -> None:
         return
     with_ = ", ".join(f"{k} {v}" for k, v in made.made_with.items())
     print(f"{words[0]} ({opened.name}) -> {path} ({to}, {made.bytes:,} bytes; {with_})")
-    shape = " ".join(map(str, made.described["input"]["shape"]))
+    images, classes = made.described["input"], len(opened.classes)
+    shape = " ".join(map(str, images["shape"]))
     outputs = ", ".join(made.described["outputs"])
-    print(
-        f"images {made.described['input']['dtype']} [{shape}] -> {outputs} [b {len(opened.classes)}]"
-    )
+    print(f"images {images['dtype']} [{shape}] -> {outputs} [b {classes}]")
     _tell(made.verified)
 
 
@@ -84,7 +82,7 @@ def _tell(verified) -> None:
     )
     if verified.of_predict is not None:
         print(
-            f"`deit predict` rounds pixels while it resizes: {verified.of_predict:.1g} apart at most"
+            f"`deit predict` rounds pixels as it resizes: {verified.of_predict:.1g} apart at most"
         )
 
 

@@ -22,8 +22,8 @@ def flattened(
     Own gradients are left away, and with them the operations that have one become those of
     models/portable.py, or other `operations` by their names. Of what depends on the platform that
     computes it, what is for all is taken. Barriers, which only say in which order XLA computes, are
-    gone. With `shapes` it is traced at once, without what a converter puts in the place of functions
-    of JAX; else by the arguments' own.
+    gone. With `shapes` it is traced at once, before a converter puts something in the place of
+    JAX's functions; else by the arguments' own.
     """
     trace = jax.make_jaxpr(function, return_shape=True)
     early = trace(*shapes) if shapes else None

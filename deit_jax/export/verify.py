@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deit_jax.errors import UserError
@@ -13,7 +15,7 @@ from deit_jax.export.program import Program
 from deit_jax.models.preprocess import normalise
 from deit_jax.shapes import sides
 
-Run = Callable[[np.ndarray], dict[str, np.ndarray]]
+Run = Callable[[Any], dict[str, np.ndarray]]
 SIZES = ((260, 200), (97, 150))  # of whole images
 PIXELS = 0.5  # of 255: what a view may differ by from Pillow's on average, which rounds to bytes
 
@@ -40,7 +42,7 @@ def verify(program: Program, run: Run) -> Verified:
     for pixels in _images(program):
         whole = program.options.preprocess
         said = run(_given(program, pixels))
-        expected = answers(viewed(pixels, program.opened.view) if whole else pixels)
+        expected = answers(viewed(jnp.asarray(pixels), program.opened.view) if whole else pixels)
         if said.keys() != expected.keys():
             raise UserError(f"the exported program's outputs are {', '.join(said)}; not written")
         difference = max(_apart(said[k], expected[k]) for k in said)
@@ -118,7 +120,7 @@ def _seen_by_predict(program: Program, pixels: np.ndarray) -> np.ndarray:
     """Return Pillow's view of whole images; raise UserError where the program sees another."""
     view = program.opened.view
     views = np.stack([view(image, "image") for image in pixels])
-    apart = np.abs(np.asarray(viewed(pixels, view)) - views).mean()
+    apart = np.abs(np.asarray(viewed(jnp.asarray(pixels), view)) - views).mean()
     if apart > PIXELS:
         raise UserError(
             f"the exported program sees images {apart:.2g} of 255 apart from Pillow on average; "

@@ -17,7 +17,7 @@ def layer_norm(
 ) -> Float[Array, "*B D"]:
     """Return what kernels.layer_norm does."""
     norm = nn.LayerNorm(epsilon=NORM_EPSILON, dtype=x.dtype)
-    return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+    return jnp.asarray(norm.apply({"params": {"scale": scale, "bias": bias}}, x))
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
