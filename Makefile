@@ -3,6 +3,7 @@
 # make test         lint, types and all tests but the dear ones
 # make test-slow    those: whole runs that are killed, several processes, TPU compilations
 # make test-all     both
+# make docs         the documentation site, in build/site
 # Each makes its own virtual environment in .venv first. PYTHON=python3.12 chooses the interpreter;
 # TEST_TORCH=0 leaves out PyTorch, timm and transformers, the references of the parity tests;
 # TEST_TPU=0 the tests that compile for TPUs.
@@ -24,7 +25,7 @@ TRACKIO = trackio==0.43.0
 TRACKIO_NEEDS = brotli "gradio_client>=2,<3" "httpx<1" "orjson>=3,<4" python-multipart "starlette<2" \
 	"uvicorn<1"
 
-.PHONY: quickstart check test test-slow test-all lint types clean
+.PHONY: quickstart check test test-slow test-all lint types docs clean
 
 quickstart: .venv/installed
 	$(BIN)/deit train --config=configs/quickstart.py --workdir="$(WORKDIR)"
@@ -52,6 +53,11 @@ test-all: test test-slow
 types: .venv/installed-test
 	$(BIN)/mypy
 
+# Its theme tells whoever builds with it of its successor; there is nothing to do about that here.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "the site: build/site/index.html"
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,6 +76,10 @@ lint: .venv/installed-test
 	$(INSTALL_EDITABLE) ".[viz,test]"
 	$(BIN)/python -m pip install --quiet $(TRACKIO_NEEDS)
 	$(BIN)/python -m pip install --quiet --no-deps "$(TRACKIO)"
+	touch .venv/installed $@
+
+.venv/installed-docs: setup.cfg pyproject.toml .venv/bin/python
+	$(INSTALL_EDITABLE) ".[viz,docs]"
 	touch .venv/installed $@
 
 .venv/installed-torch-1: setup.cfg Makefile .venv/installed-test

@@ -126,4 +126,3 @@ def test_the_docs_hold_what_was_measured(evidence):
     render = evidence("render")
     text = "\n".join(render.section(*which, "cpu") for which in render.SECTIONS)
     assert text.strip() in (ROOT / "docs" / "results.md").read_text()
-    assert render.table3(render.Found("table3", "cpu")) in (ROOT / "README.md").read_text()

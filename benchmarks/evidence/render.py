@@ -2,8 +2,8 @@
 
     python benchmarks/evidence/render.py --scale=cpu
 
-Replaces what stands between `<!-- evidence -->` and `<!-- /evidence -->` in docs/results.md, the
-like between `<!-- evidence: table 3 -->` marks in README.md, and the pictures in docs/figures/.
+Replaces what stands between `<!-- evidence -->` and `<!-- /evidence -->` in docs/results.md, and
+the pictures in docs/figures/.
 """
 
 import argparse
@@ -320,14 +320,13 @@ def put(path: Path, mark: str, text: str) -> None:
 
 
 def main() -> None:
-    """Write docs/results.md, README.md and docs/figures."""
+    """Write docs/results.md and docs/figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scale", default="cpu")
     scale = parser.parse_args().scale
     figures.draw({name: Found(name, scale) for name, _, _ in SECTIONS}, ROOT / "docs" / "figures")
     text = "\n".join(section(*which, scale) for which in SECTIONS)
     put(ROOT / "docs" / "results.md", "evidence", text)
-    put(ROOT / "README.md", "evidence: table 3", table3(Found("table3", scale)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 __all__ = [
     "attention_maps",
+    "attention_on_image",
     "disagreement",
     "learned_cosine",
     "patch_filters",
