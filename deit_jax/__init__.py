@@ -1,6 +1,6 @@
 """DeiT in JAX/Flax: see README.md for the commands, docs/design.md for the architecture."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Teacher",
     "__version__",

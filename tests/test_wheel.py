@@ -1,10 +1,13 @@
 """The wheel alone is enough: installed, it trains, from anywhere, whatever else lies there."""
 
+import email
 import os
+import re
 import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,7 +15,10 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "runs", "__pycache__")
+LEFT_OUT = shutil.ignore_patterns(
+    *(".git", ".venv", ".*_cache", ".hypothesis", ".gpu", "build", "dist", "*.egg-info", "runs"),
+    "__pycache__",
+)
 MINE = """
 from deit_jax.configs import base, quickstart
 
@@ -27,13 +33,19 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Build the wheel from a copy of this checkout."""
+def dist(tmp_path_factory):
+    """Build both packages of a copy of this checkout as a release does, the wheel of the sdist."""
     source, dist = tmp_path_factory.mktemp("source") / "deit_jax", tmp_path_factory.mktemp("dist")
     shutil.copytree(ROOT, source, ignore=LEFT_OUT)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={dist}"]
-    subprocess.run([*command, str(source)], check=True)
-    (built,) = dist.iterdir()
+    subprocess.run([sys.executable, source / ".github/package.py", "some/one", "v7"], check=True)
+    subprocess.run([sys.executable, "-m", "build", f"--outdir={dist}", str(source)], check=True)
+    return dist
+
+
+@pytest.fixture(scope="module")
+def wheel(dist):
+    """Return the wheel."""
+    (built,) = dist.glob("*.whl")
     return built
 
 
@@ -83,6 +95,35 @@ def test_it_holds_the_rooms_and_the_configs_and_nothing_else(wheel):
     assert files == {name for name in names if name.startswith("deit_jax/")}
     held = zipfile.ZipFile(wheel).read("deit_jax/configs/__init__.py").decode()
     assert held == (ROOT / "configs/__init__.py").read_text()
+
+
+def test_pypi_takes_both_packages_and_shows_links_that_go_somewhere(dist, wheel):
+    files = sorted(map(str, dist.iterdir()))
+    assert len(files) == 2
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], check=True)
+    (name,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/METADATA"))
+    said = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    assert said["Name"] == "deit_jax"
+    assert "Homepage, https://github.com/some/one" in said.get_all("Project-URL")
+    readme = said.get_payload()
+    assert "https://github.com/some/one/blob/v7/docs/start.md" in readme
+    for target in re.findall(r"\]\(([^)]+)\)", readme):
+        assert target.startswith("https://"), target
+    licence = name.replace("METADATA", "licenses/LICENSE")
+    assert zipfile.ZipFile(wheel).read(licence) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_source_distribution_has_all_that_tests_and_docs_need(dist):
+    (built,) = dist.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        held = {n.partition("/")[2] for n in archive.getnames()}
+    for folder in ("configs", "docs", "launch", "tests", "benchmarks", "deit_jax"):
+        files = [p for p in (ROOT / folder).rglob("*") if p.is_file()]
+        wanted = {p.relative_to(ROOT).as_posix() for p in files if "__pycache__" not in p.parts}
+        assert wanted <= held
+    top = ("LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile", "mkdocs.yml", "setup.cfg")
+    assert held.issuperset(top)
+    assert not [name for name in held if name.endswith(".pyc")]
 
 
 def test_a_strangers_config_trains_and_becomes_a_workdir_again(deit, elsewhere):
