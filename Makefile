@@ -21,6 +21,10 @@ TORCH = torch==2.13.0
 # torchax from touching jax.
 TORCH_PEERS = torchvision==0.28.0 timm==1.0.31 torchax==0.0.13
 # Trackio asks for an older Pillow, which the tests of decoding shall not get.
+# It asks for an Orbax of another time, and uses none here.
+JAX2ONNX = jax2onnx==0.17.1
+# TensorFlow lies beside the others, so that no test finds it where nobody has it.
+TENSORFLOW = tensorflow-cpu==2.21.0 astunparse gast google-pasta h5py keras namex optree wrapt
 TRACKIO = trackio==0.43.0
 TRACKIO_NEEDS = brotli "gradio_client>=2,<3" "httpx<1" "orjson>=3,<4" python-multipart "starlette<2" \
 	"uvicorn<1"
@@ -45,7 +49,7 @@ check: $(INSTALLED) lint types
 test: $(INSTALLED) lint types
 	$(PYTEST) -n 2 --dist loadfile
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) .venv/installed-tensorflow
 	$(PYTEST) -n 2 --dist loadfile -m "slow and not long"
 
 test-all: test test-slow
@@ -75,8 +79,13 @@ lint: .venv/installed-test
 .venv/installed-test: setup.cfg pyproject.toml Makefile .venv/bin/python
 	$(INSTALL_EDITABLE) ".[viz,test]"
 	$(BIN)/python -m pip install --quiet $(TRACKIO_NEEDS)
-	$(BIN)/python -m pip install --quiet --no-deps "$(TRACKIO)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(TRACKIO)" "$(JAX2ONNX)"
 	touch .venv/installed $@
+
+.venv/installed-tensorflow: Makefile .venv/installed-test
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/tensorflow $(TENSORFLOW) \
+		|| echo "TensorFlow has no wheel for this Python: the test of its format is left out"
+	touch $@
 
 .venv/installed-docs: setup.cfg pyproject.toml .venv/bin/python
 	$(INSTALL_EDITABLE) ".[viz,docs]"

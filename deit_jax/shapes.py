@@ -1,5 +1,7 @@
 """Sizes of images, the side of a square or (height, width), and numbers for their channels."""
 
+from typing import Any
+
 Size = int | tuple[int, int]
 
 
@@ -24,6 +26,9 @@ def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return tuple(values) * channels if len(values) == 1 else tuple(values)
 
 
-def input_shape(model, size: Size, batch: int = 1) -> tuple[int, int, int, int]:
-    """Return the shape [B H W C] of images for a model; colour, where it does not say otherwise."""
+def input_shape(model, size: Size, batch: Any = 1) -> tuple[Any, int, int, int]:
+    """Return the shape [B H W C] of images for a model; colour, where it does not say otherwise.
+
+    `batch` is a number, or a symbol that stands for any.
+    """
     return (batch, *sides(size), getattr(model, "in_channels", 3))

@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
     if len(words) != 2:
         raise UsageError("give SRC and DST; see `deit export --help`")
     values, path = command.flags, to_path(words[1])
-    options = Options(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Options)})
-    options = dataclasses.replace(options, platforms=tuple(values.platforms))
+    given = {f.name: getattr(values, f.name) for f in dataclasses.fields(Options)}
+    options = Options(**given | {"platforms": tuple(values.platforms)})
     _check(values)
     from deit_jax.analysis.classify import open_classifier
     from deit_jax.export.write import check_packages, export, format_of
@@ -81,9 +81,7 @@ def _tell(verified) -> None:
         f"largest ({verified.allowed:g} allowed)"
     )
     if verified.of_predict is not None:
-        print(
-            f"`deit predict` rounds pixels as it resizes: {verified.of_predict:.1g} apart at most"
-        )
+        print(f"`deit predict`, which rounds pixels: {verified.of_predict:.1g} apart at most")
 
 
 def _check(values) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -31,7 +32,9 @@ def flattened(
     def flat(*arguments):
         of = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         traced, shape = early or trace(*of)
-        said = _run(traced.jaxpr, traced.consts, jax.tree.leaves(arguments), operations)
+        with jax.ensure_compile_time_eval():
+            consts = [jnp.asarray(x) for x in traced.consts]
+        said = _run(traced.jaxpr, consts, jax.tree.leaves(arguments), operations)
         return jax.tree.unflatten(jax.tree.structure(shape), said)
 
     return flat

@@ -1,11 +1,11 @@
 """Whether an exported program, run by its own runtime, answers as the model does here."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deit_jax.errors import UserError
@@ -38,11 +38,13 @@ def verify(program: Program, run: Run) -> Verified:
     them, and `of_predict` is how far answers are from those to Pillow's views.
     """
     allowed, answers = DTYPES[program.options.dtype], _model(program)
+    see = jax.jit(functools.partial(viewed, view=program.opened.view))
     worst, count, of_predict = 0.0, 0, None
     for pixels in _images(program):
         whole = program.options.preprocess
         said = run(_given(program, pixels))
-        expected = answers(viewed(jnp.asarray(pixels), program.opened.view) if whole else pixels)
+        seen = see(pixels) if whole else pixels
+        expected = answers(seen)
         if said.keys() != expected.keys():
             raise UserError(f"the exported program's outputs are {', '.join(said)}; not written")
         difference = max(_apart(said[k], expected[k]) for k in said)
@@ -50,8 +52,8 @@ def verify(program: Program, run: Run) -> Verified:
             raise UserError(_refusal(program, difference, allowed))
         worst, count = max(worst, difference), count + len(pixels)
         if whole:
-            seen = answers(_seen_by_predict(program, pixels))
-            apart = max(_apart(said[k], seen[k]) for k in said)
+            predicted = answers(_seen_by_predict(program, pixels, np.asarray(seen)))
+            apart = max(_apart(said[k], predicted[k]) for k in said)
             of_predict = max(of_predict or 0.0, apart)
     return Verified(count, worst, allowed, of_predict)
 
@@ -116,11 +118,11 @@ def _model(program: Program) -> Run:
     return answers
 
 
-def _seen_by_predict(program: Program, pixels: np.ndarray) -> np.ndarray:
+def _seen_by_predict(program: Program, pixels: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """Return Pillow's view of whole images; raise UserError where the program sees another."""
     view = program.opened.view
     views = np.stack([view(image, "image") for image in pixels])
-    apart = np.abs(np.asarray(viewed(jnp.asarray(pixels), view)) - views).mean()
+    apart = np.abs(seen - views).mean()
     if apart > PIXELS:
         raise UserError(
             f"the exported program sees images {apart:.2g} of 255 apart from Pillow on average; "
