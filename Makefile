@@ -39,8 +39,8 @@ PYTEST = TEST_TORCH=$(TEST_TORCH) $(BIN)/python -m pytest
 INSTALLED = .venv/installed-test .venv/installed-torch-$(TEST_TORCH)
 
 # What has a test of its own for every function, and trains nothing.
-QUICK = $(patsubst %,tests/test_%.py,attention augment config_files distributed front hlo idx_source losses \
-	mixing noise optim originals pixels pos_embed sources storage style trajectory wds_source \
+QUICK = $(patsubst %,tests/test_%.py,attention augment config_files distributed docs front hlo idx_source losses \
+	mixing noise optim originals pixels pos_embed release sources storage style trajectory wds_source \
 	workdir)
 
 check: $(INSTALLED) lint types

@@ -1,6 +1,7 @@
 """README and docs/: links go somewhere, command lines are understood, nothing is said twice."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "docs/site"))
 try:
     import fields
     import links
+    import notebooks
     import reference
 finally:
     sys.path.pop(0)
@@ -56,6 +58,18 @@ def test_links_go_somewhere(page):
         assert (ROOT / file).exists(), f"{page}: {target}"
         if anchor:
             assert anchor in slugs(text_of(file)), f"{page}: {target}: no such heading"
+
+
+def test_readme_leads_to_every_page_and_the_code_names_pages_that_there_are():
+    linked = {
+        links.file_of(target, "README.md")[0] for target in links.targets(text_of("README.md"))
+    }
+    assert {page for page in PAGES if page.startswith("docs/")} <= linked
+    for folder in ("deit_jax", "configs", "benchmarks", "launch"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".py", ".sh", ".yaml"):
+                for page in re.findall(r"\bdocs/\w+\.md\b", path.read_text()):
+                    assert (ROOT / page).exists(), f"{path}: {page}"
 
 
 def test_slugs_are_those_of_github():
@@ -108,6 +122,29 @@ def test_a_field_is_read_with_its_comment_default_and_choices(tmp_path):
     assert values["optim.b1"] == ("0.9", "0 … below 1")
     assert values["model.image_size"] == ("None", "1 … 16384, or (height, width), or None")
     assert values["augment.crop_ratio"][1] == "2 numbers, each 0.001 … 1000"
+
+
+def test_a_notebook_is_a_page_of_its_text_programs_and_outputs():
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "Text"]},
+        {
+            "cell_type": "code",
+            "source": "print(1)",
+            "outputs": [
+                {"output_type": "stream", "text": ["1\n"]},
+                {"output_type": "display_data", "data": {"image/png": "QUJD\n"}},
+                {"output_type": "execute_result", "data": {"text/plain": ["2"]}},
+            ],
+        },
+        {"cell_type": "code", "source": "", "outputs": []},
+    ]
+    page = notebooks.page(json.dumps({"cells": cells}))
+    assert notebooks.headed(page, "x.ipynb").startswith(
+        "# Title\n\n*This page is a [notebook](x.ipynb): run it yourself.*\nText\n"
+    )
+    assert "````python\nprint(1)\n````\n\n````text\n1\n````\n" in page
+    assert "](data:image/png;base64,QUJD)" in page
+    assert page.endswith("````text\n2\n````\n")
 
 
 def command_lines(page):

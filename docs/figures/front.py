@@ -13,6 +13,7 @@ import dataclasses
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -49,8 +50,8 @@ def opened_images(weights: str, images: list[str], examples: str):
 def look(opened, shown) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the attention [B rows columns] of each token and the probabilities of its head."""
     mean, std = (np.asarray(numbers, np.float32) for numbers in (opened.mean, opened.std))
-    images = (shown.astype(np.float32) / 255 - mean) / std
-    params = opened.variables["params"]
+    images = jnp.asarray((shown.astype(np.float32) / 255 - mean) / std)
+    params = jax.tree.map(jnp.asarray, opened.variables["params"])
     heads = jax.device_get(opened.model.apply({"params": params}, images))
     maps = analysis.attention_maps(opened.model, params, images)[:, -1].mean(axis=1)
     rows, columns = opened.model.grid_size
@@ -76,14 +77,14 @@ def draw(opened, pictures, seen, answers, truth):
     figure, axes = plt.subplots(
         3, len(pictures), figsize=(1.85 * len(pictures) + 0.5, 6.5), squeeze=False
     )
-    figure.subplots_adjust(0.045, 0.045, 0.995, 0.965, wspace=0.06, hspace=0.17)
+    figure.subplots_adjust(0.045, 0.05, 0.995, 0.995, wspace=0.06, hspace=0.16)
+    style = {"fontsize": 11, "labelpad": 4}
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for column, picture in enumerate(pictures):
         axes[0, column].imshow(picture)
-        if truth:
-            axes[0, column].set_title(truth[column], color=INK, fontsize=11, pad=4)
+        axes[0, column].set_xlabel(truth[column] if truth else "", **style, color=INK)
         for row, (token, colour) in enumerate(COLOURS.items(), 1):
             probability = answers[token][column]
             best = int(probability.argmax())
@@ -91,9 +92,9 @@ def draw(opened, pictures, seen, answers, truth):
             axis.imshow(lit(picture, seen[token][column], colour))
             said = f"{opened.classes[best].split(',')[0]}  {probability[best]:.0%}"
             tint = tuple(0.82 * value / 255 for value in colour)
-            axis.set_xlabel(said, color=tint, fontsize=11, fontweight="bold", labelpad=4)
+            axis.set_xlabel(said, **style, color=tint, fontweight="bold")
     for row, name in enumerate(["image", *COLOURS]):
-        axes[row, 0].set_ylabel(name, color=INK, fontsize=11, labelpad=6)
+        axes[row, 0].set_ylabel(name, **style, color=INK)
     return figure
 
 

@@ -4,10 +4,15 @@ import os
 import re
 
 import links
+import notebooks
 import reference
 from mkdocs.structure.files import File, Files
 
 _DOCS = links.ROOT / "docs"
+_NO_GUIDES = {
+    *links.PAGES.values(),
+    *("design.md", "results.md", "reliability.md", "faq.md"),
+}
 
 
 def on_config(config):
@@ -24,8 +29,12 @@ def on_files(files: Files, *, config) -> Files:
     """Add the pages that are not in docs/, and the files that pages name."""
     texts = {page: (links.ROOT / file).read_text() for file, page in links.PAGES.items()}
     texts |= {f.src_uri: (_DOCS / f.src_uri).read_text() for f in files.documentation_pages()}
+    for file in files.media_files():
+        if file.src_uri.endswith(".ipynb"):
+            text = notebooks.page((_DOCS / file.src_uri).read_text())
+            texts[links.place(f"docs/{file.src_uri}")] = text
     made = {"config.md": reference.config_page(), "api.md": reference.api_page()}
-    guides = {uri: text for uri, text in texts.items() if uri not in ("config.md", "changelog.md")}
+    guides = {uri: text for uri, text in texts.items() if uri not in _NO_GUIDES}
     made["commands.md"] = reference.commands_page(guides)
     pages = {**texts, **made}
     for uri in pages.keys() - {f.src_uri for f in files}:
@@ -42,7 +51,7 @@ def _add_files(pages: dict[str, str], files: Files, config) -> None:
     while ahead:
         source = ahead.pop()
         text = pages.get(links.place(source)) or (links.ROOT / source).read_text()
-        for target in links.targets(text) if source.endswith(".md") else []:
+        for target in links.targets(text) if source.endswith((".md", ".ipynb")) else []:
             if links.is_outside(target):
                 continue
             file, _ = links.file_of(target, source)
@@ -64,9 +73,11 @@ def _page_of(file: str, place: str, config) -> File:
 def on_page_markdown(markdown: str, *, page, config, files) -> str:
     """Turn links as they are in the repository to what they are on the site."""
     source = links.source_of(page.file.src_uri)
-    if page.file.src_uri in ("config.md", "commands.md", "api.md") or not source.endswith(".md"):
+    made = page.file.src_uri in ("config.md", "commands.md", "api.md")
+    if made or not source.endswith((".md", ".ipynb")):
         return markdown
-    return links.apart(links.to_site(markdown, source))
+    text = links.apart(links.to_site(markdown, source))
+    return notebooks.headed(text, source.rpartition("/")[2]) if ".ipynb" in source else text
 
 
 def on_page_content(html: str, *, page, config, files) -> str:

@@ -59,8 +59,8 @@ def place(file: str) -> str:
     if file in PAGES:
         return PAGES[file]
     if file.startswith("docs/"):
-        return file.removeprefix("docs/")
-    plain = file.endswith((".json", ".png", ".svg", ".ipynb"))
+        return file.removeprefix("docs/").replace(".ipynb", ".md")
+    plain = file.endswith((".json", ".png", ".svg"))
     return f"{FILES}/{file}" + ("" if plain or file.endswith(".md") else ".md")
 
 
@@ -69,7 +69,10 @@ def source_of(place: str) -> str:
     for file, page in PAGES.items():
         if page == place:
             return file
-    return place.removeprefix(f"{FILES}/") if place.startswith(f"{FILES}/") else f"docs/{place}"
+    if place.startswith(f"{FILES}/"):
+        return place.removeprefix(f"{FILES}/")
+    notebook = f"docs/{place.removesuffix('.md')}.ipynb"
+    return notebook if (ROOT / notebook).exists() else f"docs/{place}"
 
 
 def to_site(markdown: str, source: str) -> str:
