@@ -28,6 +28,10 @@ TENSORFLOW = tensorflow-cpu==2.21.0 astunparse gast google-pasta h5py keras name
 TRACKIO = trackio==0.43.0
 TRACKIO_NEEDS = brotli "gradio_client>=2,<3" "httpx<1" "orjson>=3,<4" python-multipart "starlette<2" \
 	"uvicorn<1"
+# So does Gradio, the page of `deit demo`.
+GRADIO = gradio==6.31.0 hf-gradio==0.4.1
+GRADIO_NEEDS = "fastapi<1" gradio_client==2.7.2 groovy jinja2 "pandas<4" pydub "safehttpx<0.2" semantic-version \
+	"tomlkit<0.15" "typer<1" 'audioop-lts<=0.2.2; python_version >= "3.13"'
 
 .PHONY: quickstart check test test-slow test-all lint types docs clean
 
@@ -80,6 +84,8 @@ lint: .venv/installed-test
 	$(INSTALL_EDITABLE) ".[viz,test]"
 	$(BIN)/python -m pip install --quiet $(TRACKIO_NEEDS)
 	$(BIN)/python -m pip install --quiet --no-deps "$(TRACKIO)" "$(JAX2ONNX)"
+	$(BIN)/python -m pip install --quiet $(GRADIO_NEEDS)
+	$(BIN)/python -m pip install --quiet --no-deps $(GRADIO)
 	touch .venv/installed $@
 
 .venv/installed-tensorflow: Makefile .venv/installed-test

@@ -137,3 +137,11 @@ def here(tmp_path, monkeypatch):
         return tmp_path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """Return the workdir of a student that reads digits, with its teacher, made in seconds."""
+    from tests.fitted import write_run
+
+    return write_run(tmp_path_factory.mktemp("fitted") / "student")

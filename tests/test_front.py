@@ -21,6 +21,7 @@ FIELDS = default_fields()
 HEAVY = (
     *("jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "tensorflow", "torch", "numpy"),
     *("grain", "cv2", "sklearn", "matplotlib", "jaxtyping", "einops", "tqdm", "safetensors", "PIL"),
+    "gradio",
 )
 PROGRAM = """
 import contextlib, io, json, sys
@@ -81,6 +82,9 @@ MISTAKES = [  # (words, what the line must hold)
         ["predict", "--weights=x", "--top_k=3", "a.jpg"],
         "--top_k: no such flag; did you mean --topk?",
     ),
+    (["demo"], "--weights=… is missing"),
+    (["demo", "--weights=x", "--examples=-1"], "--examples=-1"),
+    (["demo", "--weights=x", "--space=d", "--share"], "leave --share out"),
     (["embed", "--weights=x"], "--out=… is missing"),
     (["embed", "--weights=x", "--features=cl", "--out=x.npy", "i"], "--features=cl"),
     (["convert", "a"], "give SRC and DST"),

@@ -17,6 +17,7 @@ FLOORS = (
     ("weights", "teachers"),
     ("train",),
     ("analysis", "perf", "doctor", "tape", "export"),
+    ("demo",),
     ("cli",),
     ("__main__",),
 )
@@ -49,6 +50,7 @@ TOUCH_FILES = {
     "config/files.py": "which config files there are",
     "export": "what other runtimes write and read by themselves",
     "analysis/report/page.py": "its own style sheet",
+    "demo/page.py": "its own style sheet",
     "doctor/machine.py": "what the kernel says of the machine, and whether a disk can be written",
     "cli/compile_cache.py": "where compiled programs are kept",
     "cli/platforms.py": "device files and the driver's",

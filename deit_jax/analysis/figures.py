@@ -169,7 +169,7 @@ def _look(seen: _Seen, opened, dataset: Dataset, workdir: PurePath, images: int)
     if note:
         figures["notes"]["classes"] = note
     numbers = predictions.spaced(len(source), images)
-    teacher = _teacher(opened, workdir, figures["notes"])
+    teacher = run_teacher(opened, workdir, figures["notes"])
     given = (opened, teacher, source, numbers, figures["name"])
     said: predictions.Predictions | None = None
     answers: dict[str, Any]
@@ -205,7 +205,7 @@ def _look(seen: _Seen, opened, dataset: Dataset, workdir: PurePath, images: int)
     seen.classes, seen.said = opened.classes, said
 
 
-def _teacher(opened, workdir: PurePath, notes: dict[str, str]):
+def run_teacher(opened, workdir: PurePath, notes: dict[str, str]):
     """Return the run's (teacher, params), None without one or where its weights are not found."""
     try:
         spec = teacher_spec(opened.run.config)

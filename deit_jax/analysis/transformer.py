@@ -69,7 +69,7 @@ def attention(
             {
                 "example": int(number),
                 "name": source.describe(int(number)),
-                "class": _class_of(source[int(number)]["label"], opened.classes),
+                "class": class_of(source[int(number)]["label"], opened.classes),
                 "last_layer": rounded(last),
                 "rollout": rounded(mixed),
             }
@@ -77,7 +77,7 @@ def attention(
     return {"tokens": list(TOKENS[:prefix]), "layer": model.depth, "images": found}
 
 
-def _class_of(label: int | np.ndarray, classes: Sequence[str]) -> str:
+def class_of(label: int | np.ndarray, classes: Sequence[str]) -> str:
     """Return the name of an image's class, or those of its several."""
     if isinstance(label, int):
         return classes[label]

@@ -18,6 +18,7 @@ COMMANDS = {
     "analyze": Entry("the figures of that page as JSON"),
     "predict": Entry("classify image files"),
     "embed": Entry("features of image files, as an array or a table"),
+    "demo": Entry("a page to drop images on: answers, attention, where the tokens disagree"),
     "convert": Entry("bring weights from one format into another"),
     "export": Entry("a model as a program of another runtime: ONNX, StableHLO, SavedModel"),
     "prepare": Entry("turn images into a TFDS data set, without TensorFlow"),

@@ -46,6 +46,11 @@ def document(page: Element) -> str:
     return "<!DOCTYPE html>\n" + ElementTree.tostring(page, encoding="unicode", method="html")
 
 
+def inline(part: Element) -> str:
+    """Return an element as HTML, for a page that somebody else makes."""
+    return ElementTree.tostring(part, encoding="unicode", method="html")
+
+
 def data_uri(pixels: UInt8[np.ndarray, "H W C"], kind: str = "PNG") -> str:
     """Return an image as the address of itself."""
     file = io.BytesIO()
