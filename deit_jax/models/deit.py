@@ -11,7 +11,7 @@ DEIT_NAMES = (
     ("blocks.#.ls1.gamma", "blocks.#.gamma_1"),
     ("blocks.#.ls2.gamma", "blocks.#.gamma_2"),
 )
-# Hugging Face, without the leading "deit." or "vit.": as in files, then as modules of
+# Hugging Face, without the leading "deit.", "vit." or "beit.": as in files, then as modules of
 # transformers 5, whose state_dict() differs from what it saves.
 HUGGING_FACE_NAMES = (
     ("cls_token", "embeddings.cls_token"),
@@ -26,6 +26,8 @@ HUGGING_FACE_NAMES = (
     ("blocks.#.norm2", "encoder.layer.#.layernorm_after", "layers.#.layernorm_after"),
     ("blocks.#.mlp.fc1", "encoder.layer.#.intermediate.dense", "layers.#.mlp.fc1"),
     ("blocks.#.mlp.fc2", "encoder.layer.#.output.dense", "layers.#.mlp.fc2"),
+    ("blocks.#.ls1.gamma", "encoder.layer.#.lambda_1", "layers.#.lambda_1"),  # BEiT's
+    ("blocks.#.ls2.gamma", "encoder.layer.#.lambda_2", "layers.#.lambda_2"),
     ("norm", "layernorm"),
     ("head", "cls_classifier", "classifier"),
     ("head_dist", "distillation_classifier"),
@@ -124,5 +126,5 @@ FAMILY = Family(
     heads=("head", "head_dist"),
     stem="patch_embed/proj",
     aliases=DEIT_NAMES + HUGGING_FACE_NAMES + GOOGLE_NAMES,
-    rewrite=lambda name, model: re.sub(r"^(deit|vit)\.", "", name),
+    rewrite=lambda name, model: re.sub(r"^(deit|vit|beit)\.", "", name),
 )

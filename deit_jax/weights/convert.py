@@ -51,12 +51,22 @@ def convert(
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    reading = dataclasses.asdict(opened.reading)
-    oblong = isinstance(opened.image_size, tuple)
-    unsaid = [f"model.image_size={opened.image_size} just covered"] if oblong else []
-    unsaid += [f"data.{k}={reading[k]}" for k, v in _PLAIN.items() if reading[k] != v]
+    unsaid = _unsaid(opened, to)
     if opened.multi_label and to == "deit":
         log.warning("%s cannot say that its classes are answered each by itself (sigmoid)", path)
-    if unsaid and to != "deit_jax":
-        log.warning("%s cannot say %s: prepare its images so", path, ", ".join(unsaid))
+    if said := ", ".join(unsaid):
+        log.warning("%s cannot tell other programs %s: prepare its images so", path, said)
     return to
+
+
+def _unsaid(opened: LoadedWeights, to: str) -> list[str]:
+    """Return how a run reads its images, where a format cannot tell other programs."""
+    if to == "deit_jax":
+        return []
+    reading, says = dataclasses.asdict(opened.reading), EXPORTERS[to].says
+    oblong = isinstance(opened.image_size, tuple) and "oblong" not in says
+    unsaid = [f"model.image_size={opened.image_size} just covered"] if oblong else []
+    for key, plain in _PLAIN.items():
+        if reading[key] != plain and not {key, f"{key}={reading[key]}"} & {*says}:
+            unsaid.append(f"data.{key}={reading[key]}")
+    return unsaid

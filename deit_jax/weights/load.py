@@ -221,7 +221,8 @@ def _open(
         raise ValueError(f"checkpoint={checkpoint} is of a run, and this is none; leave it out")
     here = local(path)  # Orbax reads a run where it is; what is in a bucket is copied else
     part = readers.read_part(here, Wanted(ema, key))
-    metadata, flat, notes = _told_of(part, read_metadata(here)), part.tensors, part.notes
+    metadata, notes = _told_of(part, read_metadata(here)), part.notes
+    flat = torch_names.without_zero_position(part.tensors)
     asked = _described(model)[0]
     name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
     flat, left_out = torch_names.without_hidden_head(flat, anew)
@@ -244,7 +245,7 @@ def _open(
         mean=_convention(metadata.mean or spec.mean, channels, "mean"),
         std=_convention(metadata.std or spec.std, channels, "std"),
         crop_ratio=metadata.crop_ratio or spec.crop_ratio,
-        reading=dataclasses.replace(PLAIN, channels=channels, fill=(0,) * channels),
+        reading=metadata.read_as(channels, metadata.mean or spec.mean),
         multi_label=metadata.multi_label,
         notes=(*notes, *left_out, *metadata.notes),
     )

@@ -12,10 +12,20 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from deit_jax.data.decode import PLAIN, Reading
 from deit_jax.models import limits, registry
-from deit_jax.shapes import Size, simplest
+from deit_jax.shapes import Size, per_channel, simplest
 
 METADATA = "deit_jax"  # the key under which a safetensors file of ours describes its model
+READING = ("resize", "exif", "bits")  # fields of data that it tells
+CROP_MODES = {"center": "crop", "squash": "squash", "border": "pad"}  # timm's, and ours
+# Our fields that have another name among the arguments of timm's VisionTransformer.
+TIMM_FIELDS = {
+    **{"image_size": "img_size", "width": "embed_dim", "layer_scale": "init_values"},
+    "in_channels": "in_chans",
+}
+# Others of timm's that change no answer.
+_HARMLESS = ("num_classes", "drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate")
 # What a source that contradicts itself can make the code that believes it raise.
 DISBELIEF = (
     ArithmeticError,
@@ -42,6 +52,7 @@ class Metadata:
     std: tuple[float, ...] | None = None
     crop_ratio: float | None = None
     multi_label: bool | None = None
+    reading: dict[str, Any] = dataclasses.field(default_factory=dict)  # of READING
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -58,9 +69,30 @@ class Metadata:
             _must(value is None or fine, key, value, "numbers, one per channel")
         if self.image_size is not None:
             limits.check_sides(self.image_size)
+        self._check_reading()
         ratio = self.crop_ratio
         fine = ratio is None or (_is_number(ratio) and 0.1 <= ratio <= 2)
         _must(fine, "crop_ratio", ratio, "a number between 0.1 and 2")
+
+    def _check_reading(self) -> None:
+        reading = self.reading
+        known = isinstance(reading, dict) and {*READING} >= reading.keys()
+        _must(known, "reading", reading, f"an object of {', '.join(READING)}")
+        resize, exif, bits = (reading.get(k, getattr(PLAIN, k)) for k in READING)
+        _must(resize in CROP_MODES.values(), "resize", resize, "crop, squash or pad")
+        _must(isinstance(exif, bool), "exif", exif, "true or false")
+        whole = isinstance(bits, int) and not isinstance(bits, bool) and 0 <= bits <= 32
+        _must(whole, "bits", bits, "a number of bits")
+
+    def read_as(self, channels: int, mean: tuple[float, ...]) -> Reading:
+        """Return how images are read for the weights; padding has their mean colour."""
+        fill = tuple(round(255 * x) for x in per_channel(mean, channels)) if mean else ()
+        fill = (
+            fill
+            if self.reading.get("resize") == "pad" and len(fill) == channels
+            else (0,) * channels
+        )
+        return dataclasses.replace(PLAIN, channels=channels, fill=fill, **self.reading)
 
 
 def in_one_line(error: Exception) -> str:
@@ -116,7 +148,7 @@ def read_metadata(path: Path) -> Metadata:
         return Metadata(format="PyTorch file")
     described = _read_object(described, f"the metadata {METADATA!r}")
     known = {"name", "overrides", "classes", "image_size", "mean", "std", "crop_ratio"}
-    unknown = sorted(described.keys() - known - {"multi_label"})
+    unknown = sorted(described.keys() - known - {"multi_label", "reading"})
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r:.60} in the metadata {METADATA!r}")
     if isinstance(described.get("overrides"), dict):
@@ -127,9 +159,10 @@ def read_metadata(path: Path) -> Metadata:
 
 def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     """Read the two JSON files; fields that config.json leaves out have transformers' defaults."""
-    if described["model_type"] not in ("deit", "vit"):
+    kind = described["model_type"]
+    if kind not in ("deit", "vit") and not _is_deit3(described):
         raise ValueError(
-            f"model_type {described['model_type']!r} in config.json is not deit or vit; "
+            f"model_type {kind!r} in config.json is not deit or vit, nor a DeiT III as a beit; "
             "`deit convert … --to=teacher` makes a teacher of it"
         )
     for key, value in {"hidden_act": "gelu", "qkv_bias": True}.items():
@@ -161,11 +194,11 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     hidden = described.get("intermediate_size", 3072)
     limits.check_whole("intermediate_size", hidden, 64 * limits.WIDTH)
     mlp_ratio = hidden / fields["width"]
-    distilled = described["model_type"] == "deit"
-    names = registry.list_models("deit_*_distilled_*" if distilled else "deit_*_patch*")
-    specs = {
-        n: s.kwargs for n in names if (s := registry.specs()[n]).kwargs["distilled"] == distilled
-    }
+    distilled = kind == "deit"
+    pattern = {"deit": "deit_*_distilled_*", "beit": "deit3_*"}.get(kind, "deit_*_patch*")
+    names, all_specs = registry.list_models(pattern), registry.specs()
+    specs = {n: all_specs[n].kwargs for n in names}
+    specs = {n: s for n, s in specs.items() if s.get("distilled", False) == distilled}
     name = max(specs, key=lambda n: sum(specs[n][k] == v for k, v in fields.items()))
     labels = described.get("id2label") or {}
     _must(isinstance(labels, dict), "id2label", labels, "an object of names")
@@ -173,6 +206,8 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     if any(text.startswith("LABEL_") for text in classes):  # transformers' own placeholders
         classes = []
     inputs = _preprocessor(folder)
+    reading, read = _processor_reading(inputs)
+    notes = (*(() if epsilon == 1e-6 else (note,)), *read)
     return Metadata(
         format="Hugging Face folder",
         name=name,
@@ -182,7 +217,18 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
         std=_tuple(inputs.get("image_std")),
         crop_ratio=_crop_ratio(inputs),
         multi_label=_PROBLEMS.get(str(described.get("problem_type"))),
-        notes=() if epsilon == 1e-6 else (note,),
+        reading=reading,
+        notes=notes,
+    )
+
+
+def _is_deit3(described: dict[str, Any]) -> bool:
+    """Return whether a config.json is of a BEiT that computes what DeiT III does."""
+    fields = {"use_absolute_position_embeddings": True, "use_mean_pooling": False}
+    fields |= {"use_relative_position_bias": False, "use_shared_relative_position_bias": False}
+    fields |= {"use_mask_token": False}
+    return described["model_type"] == "beit" and all(
+        described.get(key) is value for key, value in fields.items()
     )
 
 
@@ -194,6 +240,27 @@ def _preprocessor(folder: Path) -> dict[str, Any]:
     """Return what a folder says of how its images are made, {} where it says nothing."""
     file = folder / "preprocessor_config.json"
     return _read_object(file.read_text(), file.name) if file.is_file() else {}
+
+
+_RESAMPLE = {0: "nearest", 1: "Lanczos", 2: "bilinear", 4: "box", 5: "Hamming"}  # Pillow's numbers
+
+
+def _processor_reading(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return how a processor has images read, and notes on what is done otherwise here.
+
+    One that crops nothing and knows height and width, as ViT's does, squashes the whole image.
+    """
+    way = inputs.get("resample")
+    notes: tuple[str, ...] = ()
+    if isinstance(way, int) and way in _RESAMPLE:
+        said = f"resample {way} ({_RESAMPLE[way]}) in preprocessor_config.json"
+        notes = (f"{said}; images are resized bicubic here",)
+    size = inputs.get("size")
+    of_vit = str(inputs.get("image_processor_type") or inputs.get("feature_extractor_type"))
+    square = isinstance(size, int) and of_vit.startswith(("ViT", "DeiT"))
+    whole = square or (isinstance(size, dict) and "height" in size)
+    squash = whole and not inputs.get("do_center_crop") and inputs.get("do_resize", True)
+    return ({"resize": "squash"} if squash else {}), notes
 
 
 def _crop_ratio(inputs: dict[str, Any]) -> float | None:
@@ -220,12 +287,52 @@ def _timm_metadata(described: dict[str, Any]) -> Metadata:
     if "input_size" in inputs:
         size = inputs["input_size"]
         _must(isinstance(size, list) and len(size) == 3, "input_size", size, "three numbers")
+    reading, notes = _timm_reading(inputs)
     return Metadata(
         format="timm folder",
         name=architecture.partition(".")[0].removeprefix("tf_"),
-        classes=described.get("label_names"),
+        overrides=_timm_fields(described.get("model_args", {})),
+        classes=_timm_names(described.get("label_names")),
         image_size=size and simplest((size[1], size[2])),
         mean=_tuple(inputs.get("mean")),
         std=_tuple(inputs.get("std")),
         crop_ratio=inputs.get("crop_pct"),
+        multi_label=_PROBLEMS.get(str(described.get("problem_type"))),
+        reading=reading,
+        notes=notes,
     )
+
+
+def _timm_fields(arguments: Any) -> dict[str, Any]:
+    """Return create_model's overrides in timm's model_args; raise ValueError for what is none."""
+    _must(_names(arguments) or isinstance(arguments, dict), "model_args", arguments, "an object")
+    ours = {theirs: name for name, theirs in TIMM_FIELDS.items()}
+    known = {*ours, *("depth", "num_heads", "patch_size", "mlp_ratio")}
+    given = {k: _tuple(v) for k, v in arguments.items() if k not in _HARMLESS}
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"model_args.{unknown[0]} in config.json is not known to deit_jax")
+    return {ours.get(k, k): simplest(v) if k == "img_size" else v for k, v in given.items()}
+
+
+def _timm_names(names: Any) -> list[str] | None:
+    """Return timm's label_names as a list, from one or from an object by number."""
+    if isinstance(names, dict):
+        numbers = [str(i) for i in range(len(names))]
+        _must(sorted(names) == sorted(numbers), "label_names", names, "a name for each class")
+        return [names[i] for i in numbers]
+    return names
+
+
+def _timm_reading(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return how timm's config has images read, and notes on what is done otherwise here."""
+    notes, mode = [], inputs.get("crop_mode") or "center"
+    if (way := inputs.get("interpolation")) not in (None, "bicubic", "random"):
+        notes.append(f"interpolation {way} in config.json; images are resized bicubic here")
+    _must(mode in CROP_MODES, "crop_mode", mode, f"one of {', '.join(CROP_MODES)}")
+    if mode != "center" and inputs.get("crop_pct", 1) != 1:
+        notes.append(
+            f"crop_mode {mode} with crop_pct {inputs['crop_pct']} in config.json; here images are "
+            "cropped from the centre"
+        )
+        mode = "center"
+    return ({} if mode == "center" else {"resize": CROP_MODES[mode]}), tuple(notes)

@@ -269,24 +269,31 @@ def _fuse_qkv(flat: Flat) -> Flat:
     fused = {}
     for name, value in flat.items():
         match = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])(\.\w+)", name)
-        parts = [f"{match[1]}{part}{match[3]}" for part in "qkv"] if match else []
-        if not match or any(part not in flat for part in parts):
+        q, k, v = (f"{match[1]}{part}{match[3]}" if match else "" for part in "qkv")
+        unbiased = q in flat and v in flat and k not in flat and k.endswith("bias")  # BEiT's keys
+        if not match or any(part not in flat for part in (q, v, *(() if unbiased else (k,)))):
             fused[name] = value
         elif match[2] == "q":
-            fused[f"{match[1]}qkv{match[3]}"] = np.concatenate([flat[part] for part in parts])
+            keys = np.zeros_like(flat[q]) if unbiased else flat[k]
+            fused[f"{match[1]}qkv{match[3]}"] = np.concatenate([flat[q], keys, flat[v]])
     return fused
 
 
 def _to_hugging_face(flat: Flat) -> Flat:
-    """Rename a vision transformer as Hugging Face's files do; those with a dist_token are DeiT."""
+    """Rename a vision transformer as Hugging Face's files do.
+
+    Those with a dist_token are DeiT, those with layer scale BEiT, which has no bias of keys: it
+    adds the same to all scores of a query, and the softmax takes it out again.
+    """
     model = "deit" if "dist_token" in flat else "vit"
+    model = "beit" if "blocks.0.ls1.gamma" in flat else model
     split = {}
     for name, value in flat.items():
         if ".attn.qkv." in name:
-            parts = np.split(value, 3)
-            split |= {
-                name.replace("qkv", key): part for key, part in zip("qkv", parts, strict=True)
-            }
+            parts = dict(zip("qkv", np.split(value, 3), strict=True))
+            split |= {name.replace("qkv", key): part for key, part in parts.items()}
+            if model == "beit":
+                split.pop(name.replace("qkv.bias", "k.bias"), None)
         else:
             split[name] = value
     # Only a model with a second head calls the first one cls_classifier.
@@ -299,6 +306,27 @@ def _to_hugging_face(flat: Flat) -> Flat:
             raise ValueError(f"Hugging Face's {model} has no name for {name} {value.shape}")
         renamed[new if "classifier" in new else f"{model}.{new}"] = value
     return renamed
+
+
+_POSITIONS = "embeddings.position_embeddings"
+
+
+def with_class_position(flat: Flat) -> Flat:
+    """Return a Hugging Face folder's tensors with a position of zeros for the class token."""
+    name = next(n for n in flat if n.endswith(_POSITIONS))
+    zeros = np.zeros_like(flat[name][:, :1])
+    return flat | {name: np.concatenate([zeros, flat[name]], axis=1)}
+
+
+def without_zero_position(flat: Flat) -> Flat:
+    """Return a Hugging Face folder's tensors, a class position of zeros beside layer scale gone.
+
+    So DeiT III, whose class token has none, comes back as it went.
+    """
+    name = next((n for n in flat if n.endswith(_POSITIONS)), None)
+    if name is None or not any(".lambda_1" in n for n in flat) or flat[name][:, 0].any():
+        return flat
+    return flat | {name: flat[name][:, 1:]}
 
 
 def check(

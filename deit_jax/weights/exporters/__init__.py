@@ -13,11 +13,13 @@ class Exporter:
 
     `module` has `write(opened, path)`, which raises ValueError, before it writes, if the format
     cannot hold the model, and needs no PyTorch. It may have `call(opened, path)`, which returns how
-    others load what was written, Python for people to copy, or None.
+    others load what was written, Python for people to copy, or None. `says` is what other programs
+    learn of how images are read: oblong, resize=squash, resize=pad, exif, bits.
     """
 
     module: str
     suffixes: tuple[str, ...] = ()
+    says: tuple[str, ...] = ()
 
     @property
     def write(self) -> Callable[[Any, PurePath], None]:
@@ -32,7 +34,10 @@ class Exporter:
 
 EXPORTERS = {
     "timm": Exporter("deit_jax.weights.exporters.timm", (".safetensors",)),
+    "timm_folder": Exporter(
+        "deit_jax.weights.exporters.timm_folder", (), ("oblong", "resize=squash", "resize=pad")
+    ),
     "deit": Exporter("deit_jax.weights.exporters.deit", (".pth", ".pt")),
-    "huggingface": Exporter("deit_jax.weights.exporters.huggingface"),
+    "huggingface": Exporter("deit_jax.weights.exporters.huggingface", (), ("resize=squash",)),
     "deit_jax": Exporter("deit_jax.weights.exporters.run"),
 }

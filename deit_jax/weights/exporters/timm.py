@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from deit_jax.data.decode import PLAIN
 from deit_jax.storage import backend
 from deit_jax.weights.fit import LoadedWeights, architecture, default_classes
-from deit_jax.weights.metadata import METADATA
+from deit_jax.weights.metadata import METADATA, READING, TIMM_FIELDS
 from deit_jax.weights.torch_names import to_torch
 
 
@@ -28,8 +29,15 @@ def write(opened: LoadedWeights, path: PurePath) -> None:
         described["classes"] = opened.classes
     if opened.multi_label:
         described["multi_label"] = True
+    if unusual := {k: v for k, v in how_read(opened).items() if v != getattr(PLAIN, k)}:
+        described["reading"] = unusual
     metadata = {"format": "pt", METADATA: json.dumps(described)}
     write_safetensors(to_torch(opened.variables), path, metadata)
+
+
+def how_read(opened: LoadedWeights) -> dict[str, Any]:
+    """Return what of the way in which images are read a file of weights tells."""
+    return {key: getattr(opened.reading, key) for key in READING}
 
 
 def write_safetensors(
@@ -39,17 +47,24 @@ def write_safetensors(
     backend(path).write(path, save(flat, metadata=metadata))
 
 
-# Our fields that have another name among the arguments of timm's VisionTransformer.
-_TIMM = {
-    **{"image_size": "img_size", "width": "embed_dim", "layer_scale": "init_values"},
-    "in_channels": "in_chans",
-}
-
-
 def call(opened: LoadedWeights, path: PurePath) -> str | None:
     """Return the Python call that gives timm's model with the file's weights.
 
     None where create_model has no such arguments: a convnet of other shapes than its name's.
+    """
+    called = as_called(opened)
+    if called is None:
+        return None
+    name, arguments = called
+    arguments = {"num_classes": len(opened.classes)} | arguments
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}, {given})"
+
+
+def as_called(opened: LoadedWeights) -> tuple[str, dict[str, Any]] | None:
+    """Return timm's name of a model and what create_model must be told besides its classes.
+
+    None where it has no such model.
     """
     name, fields = opened.name, architecture(opened.model, opened.name)
     if not hasattr(opened.model, "grid_size"):
@@ -58,7 +73,4 @@ def call(opened: LoadedWeights, path: PurePath) -> str | None:
         name = f"tf_{name}" if name.startswith("efficientnet_lite") else name
     elif not {"dist_head", "class_position", "distilled"}.isdisjoint(fields):
         return None
-    arguments = {"num_classes": len(opened.classes)}
-    arguments |= {_TIMM.get(key, key): fields[key] for key in sorted(fields)}
-    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"timm.create_model({name!r}, checkpoint_path={str(path)!r}, {given})"
+    return name, {TIMM_FIELDS.get(key, key): fields[key] for key in sorted(fields)}

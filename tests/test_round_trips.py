@@ -1,0 +1,156 @@
+"""timm and transformers know our models' classes, crop and way of resizing, and we theirs."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deit_jax.data.decode import Reading
+from deit_jax.data.preprocess import preprocess
+from deit_jax.errors import UserError
+from deit_jax.weights import convert
+from deit_jax.weights.load import open_model
+from tests.test_convert import DISTILLED, FAMILIES, PLAIN, SMALL, logits, opened
+from tests.timm_reference import import_timm, import_transformers
+
+DEIT3 = "deit3_small_patch16_224"
+PHOTOGRAPH = Image.fromarray(
+    np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+).resize((300, 200))
+MEAN = (0.1, 0.2, 0.3)
+FILL = tuple(round(255 * x) for x in MEAN)
+READINGS = [Reading("crop"), Reading("squash"), Reading("pad", fill=FILL)]
+
+
+@pytest.fixture(scope="module")
+def timm():
+    return import_timm()
+
+
+def answers(model, images):
+    import torch
+
+    with torch.no_grad():
+        said = model.eval()(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+    return getattr(said, "logits", said).numpy()
+
+
+@pytest.mark.parametrize("index", [1, 2, 4])
+def test_timm_loads_a_folder_by_itself(index, tmp_path, timm):
+    """What a name, classes, shapes and weights are: nothing is said to create_model."""
+    name, overrides = FAMILIES[index]
+    first = opened(name, overrides)
+    assert convert.convert(first, tmp_path / "m", "timm_folder") == "timm_folder"
+    model = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
+    images, heads = logits(first.model, first.variables, first.image_size)
+    np.testing.assert_allclose(answers(model, images), heads.fused(), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reading", READINGS, ids=lambda r: r.resize)
+@pytest.mark.parametrize("size", [32, (32, 48)])
+def test_timm_prepares_images_as_we_do(reading, size, tmp_path, timm):
+    overrides = SMALL | {"image_size": size}
+    first = dataclasses.replace(opened(PLAIN, overrides), reading=reading, crop_ratio=0.8)
+    convert.convert(first, tmp_path / "m", "timm_folder")
+    model = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    theirs = transform(PHOTOGRAPH).numpy().transpose(1, 2, 0)
+    np.testing.assert_allclose(theirs, preprocess(PHOTOGRAPH, first.spec)[0], atol=1e-5)
+    back = open_model(tmp_path / "m")
+    assert back.view == dataclasses.replace(first, crop_ratio=back.crop_ratio).view
+    assert back.crop_ratio == (0.8 if reading.resize == "crop" else 1.0)
+
+
+def test_timms_own_folders_are_read_as_timm_means_them(tmp_path, timm):
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=3, img_size=64, depth=2)
+    names = ["wolf", "fox", "dog"]
+    told = {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"}
+    model.pretrained_cfg |= told
+    timm.models.save_for_hf(
+        model, tmp_path, model_config={"label_names": names}, safe_serialization=True
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"] = {"img_size": 64, "depth": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = open_model(tmp_path)
+    assert found.classes == names
+    assert (found.image_size, found.reading.resize) == (64, "squash")
+    assert any("interpolation bilinear in config.json" in note for note in found.notes)
+    images, heads = logits(found.model, found.variables, 64)
+    np.testing.assert_allclose(answers(model, images), heads.fused(), atol=1e-4)
+    config["model_args"]["act_layer"] = "quick_gelu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"model_args\.act_layer in config\.json is not known"):
+        open_model(tmp_path)
+
+
+def test_transformers_reads_the_folder_that_timm_reads(tmp_path):
+    transformers = import_transformers()
+    first = dataclasses.replace(opened(DISTILLED, SMALL), multi_label=True)
+    convert.convert(first, tmp_path / "m", "timm_folder")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "m")
+    assert type(model).__name__ == "TimmWrapperForImageClassification"
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    assert model.config.problem_type == "multi_label_classification"
+    images, heads = logits(first.model, first.variables)
+    np.testing.assert_allclose(answers(model, images), heads.fused(), atol=1e-4)
+    assert open_model(tmp_path / "m").multi_label
+
+
+def test_deit_iii_is_a_beit_to_transformers(tmp_path):
+    transformers = import_transformers()
+    first = opened(DEIT3, SMALL)
+    convert.convert(first, tmp_path / "m")
+    model, info = transformers.BeitForImageClassification.from_pretrained(
+        tmp_path / "m", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    images, heads = logits(first.model, first.variables)
+    np.testing.assert_allclose(answers(model, images), heads.fused(), atol=1e-4)
+    model.save_pretrained(tmp_path / "theirs")
+    back = open_model(tmp_path / "theirs")
+    assert (back.name, back.model, back.classes) == (first.name, first.model, first.classes)
+    np.testing.assert_allclose(logits(back.model, back.variables)[1].cls, heads.cls, atol=1e-4)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["use_relative_position_bias"] = True  # a BEiT of its own kind
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"'beit' in config\.json is not deit or vit, nor a DeiT III"
+    ):
+        open_model(tmp_path / "m")
+
+
+def test_a_class_token_without_a_position_has_one_of_zeros_in_transformers(tmp_path):
+    transformers = import_transformers()
+    first = opened(PLAIN, SMALL | {"class_position": False})
+    convert.convert(first, tmp_path / "m")
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "m")
+    images, heads = logits(first.model, first.variables)
+    np.testing.assert_allclose(answers(model, images), heads.cls, atol=1e-4)
+
+
+def test_what_transformers_squashes_is_squashed_here_and_back(tmp_path):
+    """ViT's own processor crops nothing: the whole image becomes a square."""
+    transformers = import_transformers()
+    convert.convert(opened(PLAIN, SMALL), tmp_path / "m")
+    own = transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, resample=3, image_mean=list(MEAN), image_std=[0.5] * 3
+    )
+    own.save_pretrained(tmp_path / "m")
+    found = open_model(tmp_path / "m")
+    assert found.reading.resize == "squash"
+    convert.convert(found, tmp_path / "again")
+    for folder in ("m", "again"):
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            tmp_path / folder, backend="pil"
+        )
+        theirs = processor(PHOTOGRAPH, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        np.testing.assert_allclose(theirs, preprocess(PHOTOGRAPH, found.spec)[0], atol=1e-5)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "m")
+    notes = open_model(tmp_path / "m").notes
+    assert any("resample 2 (bilinear) in preprocessor_config.json" in note for note in notes)
