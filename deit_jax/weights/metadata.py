@@ -165,24 +165,7 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
             f"model_type {kind!r} in config.json is not deit or vit, nor a DeiT III as a beit; "
             "`deit convert … --to=teacher` makes a teacher of it"
         )
-    for key, value in {"hidden_act": "gelu", "qkv_bias": True}.items():
-        if described.get(key, value) != value:
-            raise ValueError(
-                f"{key}={described[key]!r} in config.json; deit_jax has only {value!r}"
-            )
-    fields = {
-        "width": described.get("hidden_size", 768),
-        "depth": described.get("num_hidden_layers", 12),
-        "num_heads": described.get("num_attention_heads", 12),
-        "patch_size": described.get("patch_size", 16),
-        "image_size": described.get("image_size", 224),
-    }
-    fields["image_size"] = size = _tuple(fields["image_size"])
-    limits.check_sides(size)
-    for key, value in fields.items():
-        if key != "image_size":
-            limits.check_whole(key, value, limits.WIDTH)
-    fields["image_size"] = simplest(size)
+    fields = _hugging_face_fields(described)
     channels = described.get("num_channels", 3)
     limits.check_whole("num_channels", channels, limits.CHANNELS)
     epsilon = described.get("layer_norm_eps", 1e-12)
@@ -220,6 +203,29 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
         reading=reading,
         notes=notes,
     )
+
+
+def _hugging_face_fields(described: dict[str, Any]) -> dict[str, Any]:
+    """Return the model's sizes by our names; raise ValueError for what no model here has."""
+    for key, value in {"hidden_act": "gelu", "qkv_bias": True}.items():
+        if described.get(key, value) != value:
+            raise ValueError(
+                f"{key}={described[key]!r} in config.json; deit_jax has only {value!r}"
+            )
+    fields = {
+        "width": described.get("hidden_size", 768),
+        "depth": described.get("num_hidden_layers", 12),
+        "num_heads": described.get("num_attention_heads", 12),
+        "patch_size": described.get("patch_size", 16),
+        "image_size": described.get("image_size", 224),
+    }
+    fields["image_size"] = size = _tuple(fields["image_size"])
+    limits.check_sides(size)
+    for key, value in fields.items():
+        if key != "image_size":
+            limits.check_whole(key, value, limits.WIDTH)
+    fields["image_size"] = simplest(size)
+    return fields
 
 
 def _is_deit3(described: dict[str, Any]) -> bool:
