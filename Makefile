@@ -40,7 +40,7 @@ quickstart: .venv/installed
 
 # Whole files go to one process, as their tests share runs and compiled programs.
 PYTEST = TEST_TORCH=$(TEST_TORCH) $(BIN)/python -m pytest
-INSTALLED = .venv/installed-test .venv/installed-torch-$(TEST_TORCH)
+INSTALLED = .venv/installed-test .venv/installed-torch-$(TEST_TORCH) .venv/browser
 
 # What has a test of its own for every function, and trains nothing.
 QUICK = $(patsubst %,tests/test_%.py,attention augment config_files distributed docs front hlo idx_source losses \
@@ -103,6 +103,16 @@ lint: .venv/installed-test
 	touch $@
 
 .venv/installed-torch-0: .venv/installed-test
+	touch $@
+
+# A browser for the tests of pages: the machine's own, Debian's, or playwright's. Without any, they are skipped.
+BROWSERS = chromium chromium-browser google-chrome chrome microsoft-edge msedge
+.venv/browser: .venv/installed-test
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && break; done \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update --quiet=2 \
+	&& apt-get install --quiet=2 --yes --no-install-recommends chromium; } \
+	|| $(BIN)/playwright install chromium-headless-shell \
+	|| echo "no browser to be had: the tests of pages are skipped" >&2
 	touch $@
 
 clean:

@@ -5,6 +5,7 @@ that benchmarks/gpu_check.py names.
 """
 
 import os
+import shutil
 import sys
 
 if os.environ.get("TEST_GPU") == "1":
@@ -145,3 +146,18 @@ def digits_run(tmp_path_factory):
     from tests.fitted import write_run
 
     return write_run(tmp_path_factory.mktemp("fitted") / "student")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Return a headless browser of playwright's: the machine's own, or else the one it brings."""
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "microsoft-edge", "msedge")
+    found = next(filter(None, map(shutil.which, names)), None)
+    with api.sync_playwright() as driver:
+        own = driver.chromium.executable_path
+        if found is None and not os.path.exists(own):
+            pytest.skip("no browser: install chromium, or run `playwright install chromium`")
+        opened = driver.chromium.launch(executable_path=found or own, args=["--no-sandbox"])
+        yield opened
+        opened.close()

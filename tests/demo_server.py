@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ def local(host, *args, **options):
     return look_up(host, *args, **options)
 socket.getaddrinfo = local
 """
+APP = PROGRAM + "import runpy\nrunpy.run_path(sys.argv[2], run_name='__main__')\n"
 COMMAND = PROGRAM + "from deit_jax.__main__ import main\nsys.exit(main(sys.argv[2:]))\n"
 
 
@@ -65,7 +67,13 @@ class Served:
 def served(folder: Path, *words: str, program: str = COMMAND, environment=None):
     """Serve a page until the end of the block; `words` are those of the program."""
     log, asked = folder / "log", folder / "asked"
-    known = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **(environment or {})}
+    known = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+        "PYTHONUNBUFFERED": "1",
+        **(environment or {}),
+    }
     command = [sys.executable, "-c", program, str(asked), *words]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=known, cwd=folder)
@@ -74,6 +82,14 @@ def served(folder: Path, *words: str, program: str = COMMAND, environment=None):
     finally:
         process.terminate()
         process.wait(30)
+
+
+def served_app(folder: Path, space: Path):
+    """Serve the page of a Space until the end of the block."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        environment = {"GRADIO_SERVER_PORT": str(taken.getsockname()[1])}
+    return served(folder, str(space / "app.py"), program=APP, environment=environment)
 
 
 def _address(process: subprocess.Popen, log: Path) -> str:

@@ -1,5 +1,6 @@
 """`deit demo`: what its page says, against `deit predict` and attention written out in numpy."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import deit_jax
@@ -15,12 +17,15 @@ from deit_jax import __main__ as program
 from deit_jax.data.sources.registry import open_dataset
 from deit_jax.demo import pictures
 from deit_jax.demo.examples import write_examples
+from deit_jax.demo.models import Model
 from deit_jax.demo.session import Session, open_models
+from deit_jax.demo.space import open_session, open_space, write_space
+from deit_jax.demo.teachers import find_teacher
 from deit_jax.errors import UserError
 from deit_jax.models import vit
 from deit_jax.weights.fit import init_variables
 from deit_jax.weights.load import open_model
-from tests.demo_server import served
+from tests.demo_server import served, served_app
 from tests.tiny import make_tiny_config, save_weights
 
 gradio = pytest.importorskip("gradio", reason="it asks for an older Pillow: Makefile")
@@ -261,8 +266,6 @@ def test_a_bomb_is_refused(session, tmp_path):
 def test_weights_that_are_damaged_are_told_of(digits_run, session, tmp_path):
     opened = open_model(digits_run)
     opened.variables["params"]["norm"]["scale"] = np.full(48, np.nan, np.float32)
-    from deit_jax.demo.models import Model
-
     damaged = Session([Model(opened, "mine")], 3, tmp_path)
     answer = damaged.answer(str(session.folder / session.examples[0].file), 1)
     assert answer.error.endswith(".png: mine's answer is not finite; the weights are damaged")
@@ -284,3 +287,59 @@ def test_the_page_is_served_and_nobody_else_is_told(session, digits_run, tmp_pat
         page.process.send_signal(signal.SIGINT)
         assert page.process.wait(30) == 0
         assert page.asked == ""
+
+
+def test_a_space_answers_as_the_command_does(session, digits_run, tmp_path, capsys):
+    """Run app.py where the run is not, with images that are read in another way than usual."""
+    opened = open_model(digits_run)
+    read = dataclasses.replace(opened.reading, resize="pad", fill=(9, 9, 9), exif=True)
+    found = find_teacher(opened, "")[0]
+    model = Model(dataclasses.replace(opened, reading=read), "mine", found.loaded, "big one")
+    folder = tmp_path / "space"
+    assert write_space(str(folder), [model], [found], 4, 3) == folder
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(".gitattributes", "README.md", "app.py", "demo.json", "examples", "model.safetensors"),
+        *("requirements.txt", "teacher.safetensors", "thumbnails"),
+    ]
+    header = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    assert header["sdk"] == "gradio"
+    assert header["app_file"] == "app.py"
+    assert header["sdk_version"] == gradio.__version__
+    assert (folder / "requirements.txt").read_text() == f"deit_jax[demo]=={deit_jax.__version__}\n"
+    photo = tmp_path / "oblong.png"
+    Image.fromarray(np.arange(40 * 20 * 3, dtype=np.uint8).reshape(40, 20, 3)).save(photo)
+    expected = Session([model], 4, tmp_path).answer(str(photo), 1)
+    with served_app(tmp_path, folder) as page:
+        html, _, said = page.look(photo, 1)
+        assert page.asked == ""
+    assert said["models"].keys() == {"mine"}
+    for who in ("cls", "dist", "fused", "teacher"):
+        same(said["models"]["mine"][who], expected.json["models"]["mine"][who])
+    assert "teacher: big one" in html
+    words = ["demo", f"--weights={digits_run}", f"--space={folder}"]
+    assert program.main(words) == 1
+    assert f"--space={folder}: is not empty" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no demo\.json; `deit demo"):
+        open_space(tmp_path)
+
+
+def test_any_teacher_goes_into_a_space(digits_run, tmp_path):
+    """One that is no weights of ours, as a teacher folder."""
+    teacher = deit_jax.Teacher(
+        apply=lambda params, images: images.mean((1, 2)) @ params["w"],
+        params={"w": np.ones((3, 10), np.float32) * np.arange(10)},
+        classes=list("0123456789"),
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    )
+    deit_jax.write_teacher(teacher, tmp_path / "teacher")
+    models, found = open_models([str(digits_run)], teacher=str(tmp_path / "teacher"))
+    write_space(str(tmp_path / "space"), models, found, 10, 0)
+    Image.new("RGB", (16, 16), (51, 102, 0)).save(tmp_path / "a.png")
+    session = open_session(tmp_path / "space")
+    (said,) = session.answer(str(tmp_path / "a.png"), 1).json["models"].values()
+    powers = np.exp(0.6 * np.arange(10))  # the channels are 0.2, 0.4 and 0
+    assert [p["index"] for p in said["teacher"]] == list(range(10))[::-1]
+    np.testing.assert_allclose(
+        [p["probability"] for p in said["teacher"]], (powers / powers.sum())[::-1], rtol=1e-4
+    )

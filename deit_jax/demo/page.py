@@ -69,7 +69,7 @@ def build(session: Session):
     with gr.Blocks(
         title=f"{name}: DeiT", analytics_enabled=False, delete_cache=(HOUR, HOUR)
     ) as page:
-        gr.HTML(_header(session))
+        gr.HTML(_header(session), apply_default_css=False)
         with gr.Row():
             with gr.Column(scale=1, min_width=270):
                 file = gr.File(label="Image", height=150, elem_id="file")
@@ -84,7 +84,7 @@ def build(session: Session):
                     elem_id="block",
                 )
             with gr.Column(scale=3, min_width=310):
-                out = gr.HTML(start[0], elem_id="answer")
+                out = gr.HTML(start[0], elem_id="answer", apply_default_css=False)
         current, said = gr.State(start[1]), gr.JSON(visible=False)
         outputs = [out, current, said]
         known: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "look"}
@@ -111,7 +111,8 @@ def _gallery(gr, session: Session):
         buttons.append(element("button", image, caption, **known))
     title = element("h3", "Examples from the evaluation data")
     box = element("div", title, element("div", buttons, class_="examples"), class_="deit")
-    return gr.HTML(inline(box), elem_id="examples", js_on_load=ON_CLICK)
+    known = {"elem_id": "examples", "js_on_load": ON_CLICK, "apply_default_css": False}
+    return gr.HTML(inline(box), **known)
 
 
 def _header(session: Session) -> str:
@@ -155,14 +156,14 @@ def begin(page, host: str | None = None, port: int | None = None, share: bool = 
             share=share,
             inbrowser=False,
             prevent_thread_lock=True,
-            quiet=True,
+            quiet=log.isEnabledFor(logging.INFO),  # else Gradio prints the address, as in a Space
             ssr_mode=False,
             pwa=False,
             enable_monitoring=False,
             footer_links=[],
             max_file_size=LARGEST,
             theme=theme,
-            css=style(),
+            head=f"<style>{style()}</style>",  # `css` would not reach what is around our own HTML
         )
     except OSError as error:
         reason = " ".join(str(error).split())

@@ -157,6 +157,11 @@ def open_space(folder: Path):
 
     Raise UserError for a folder that `deit demo --space` did not write.
     """
+    return build(open_session(folder))
+
+
+def open_session(folder: Path) -> Session:
+    """Return what the page in a Space's folder answers with."""
     if not exists(folder / DESCRIPTION):
         raise UserError(
             f"{folder}: no {DESCRIPTION}; `deit demo --weights=… --space=DIR` writes it"
@@ -169,7 +174,7 @@ def open_space(folder: Path):
         )
     models = [_open(folder, entry) for entry in described["models"]]
     examples = [Example(**example) for example in described["examples"]]
-    return build(Session(models, described["topk"], folder, examples))
+    return Session(models, described["topk"], folder, examples)
 
 
 def _open(folder: Path, entry: dict[str, Any]) -> Model:
