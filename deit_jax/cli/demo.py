@@ -36,11 +36,13 @@ def main(argv: list[str]) -> None:
     values = command.flags
     if values.space and values.share:
         raise UsageError("--space=… writes a folder and serves nothing; leave --share out")
+    from deit_jax.cli import compile_cache
     from deit_jax.demo import page, space
     from deit_jax.demo.examples import write_examples
     from deit_jax.demo.session import Session, open_models
 
     page.require_gradio()  # before minutes of loading
+    compile_cache.enable()
     which = (values.checkpoint, values.ema, values.multi_label)
     models, teachers = open_models(values.weights, values.teacher, values.model, *which)
     if values.space:

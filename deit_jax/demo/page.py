@@ -1,6 +1,7 @@
 """The page itself, with Gradio, and the server: of `deit demo` and of a Space alike."""
 
 import contextlib
+import importlib
 import importlib.resources
 import logging
 import os
@@ -49,6 +50,8 @@ def build(session: Session):
     """Return the page as a gradio.Blocks, for `serve`; the models are compiled."""
     gr = require_gradio()
     session.warm_up()
+    with contextlib.suppress(ImportError):  # else Gradio does so at the first answer, for a second
+        importlib.import_module("matplotlib.pyplot")
     first = session.examples[0] if session.examples else None
     block = max(session.depth, 1)
 
@@ -107,12 +110,12 @@ def _gallery(gr, session: Session):
         image = element("img", src=picture, alt="", width="96", height="96")
         caption = element("span", example.truth)
         text = f"example {number + 1}: {example.truth}"
-        known = {"data_index": str(number), "type": "button", "aria_label": text}
-        buttons.append(element("button", image, caption, **known))
+        about = {"data_index": str(number), "type": "button", "aria_label": text}
+        buttons.append(element("button", image, caption, **about))
     title = element("h3", "Examples from the evaluation data")
     box = element("div", title, element("div", buttons, class_="examples"), class_="deit")
-    known = {"elem_id": "examples", "js_on_load": ON_CLICK, "apply_default_css": False}
-    return gr.HTML(inline(box), **known)
+    known: dict[str, Any] = {"elem_id": "examples", "js_on_load": ON_CLICK}
+    return gr.HTML(inline(box), apply_default_css=False, **known)
 
 
 def _header(session: Session) -> str:
