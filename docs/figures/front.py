@@ -34,8 +34,10 @@ SIDE = 224  # pixels of a picture, about
 def opened_images(weights: str, images: list[str], examples: str):
     """Return the weights, a source of images, their numbers, and their names where known."""
     opened = open_classifier(weights)
-    if not getattr(opened.model, "distilled", False):
-        raise SystemExit(f"--weights={weights}: {opened.name} has no distillation token")
+    if not (getattr(opened.model, "distilled", False) and opened.model.dist_head):
+        raise SystemExit(f"{opened.name} has no distillation token and head")
+    if opened.multi_label:
+        raise SystemExit(f"--weights={weights}: has several labels an image; this draws one answer")
     if images:
         source = named_images(images, opened.reading.channels)
         return opened, source, np.arange(len(source)), None
