@@ -17,7 +17,7 @@ FLOORS = (
     ("weights", "teachers"),
     ("train",),
     ("analysis", "perf", "doctor", "tape", "export"),
-    ("demo",),
+    ("demo", "share"),
     ("cli",),
     ("__main__",),
 )

@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": Entry("a page to drop images on: answers, attention, where the tokens disagree"),
     "convert": Entry("bring weights from one format into another"),
     "export": Entry("a model as a program of another runtime: ONNX, StableHLO, SavedModel"),
+    "share": Entry("publish a model on the Hugging Face hub, with a model card"),
     "prepare": Entry("turn images into a TFDS data set, without TensorFlow"),
     "inspect": Entry("draw training images as the model is given them"),
     "bench": Entry("measure the training step, or the input pipeline", computes=True),
