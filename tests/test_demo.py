@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import logging
 import re
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -231,6 +234,33 @@ def test_several_labels_have_probabilities_of_their_own(tmp_path):
     assert "&lt;b&gt;" in answer.html
     said = [p["probability"] for p in answer.json["models"]["w.safetensors"]["cls"]]
     assert said == pytest.approx([1 / (1 + np.exp(-x)) for x in (2, 1, -3)], abs=0.05)
+
+
+def test_what_is_missing_is_said(digits_run, tmp_path, monkeypatch, capsys, caplog):
+    """Gradio, a teacher, the data of a run."""
+    logger = logging.getLogger("deit_jax")  # which commands before have sent to their own stderr
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    moved = tmp_path / "moved"
+    shutil.copytree(digits_run, moved)
+    shutil.rmtree(moved / "teacher")
+    config = json.loads((moved / "config.json").read_text())
+    config["data"]["source"] = "folder:/nowhere"
+    (moved / "config.json").write_text(json.dumps(config))
+    models, _ = open_models([str(moved)])
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    answer = Session(models, 3, tmp_path).answer(str(tmp_path / "a.png"), 99)
+    assert "No teacher: " in answer.html
+    assert "--teacher=… names another" in answer.html
+    assert "Each head of block 2 of 2" in answer.html
+    caplog.clear()
+    assert write_examples([models[0].opened], 3, tmp_path) == []
+    assert f"no examples from {moved}: " in caplog.text
+    assert "/nowhere" in caplog.text
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert program.main(["demo", f"--weights={moved}"]) == 1
+    line = "deit demo: the page needs gradio: pip install 'deit_jax[demo]'\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(

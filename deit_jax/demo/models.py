@@ -41,8 +41,11 @@ class Look:
 class Model:
     """Weights that are ready to look at images, with a teacher or without.
 
-    `title` names them on the page. `several` says that each class has a probability of its own.
+    `title` names them on the page, `note` says what is missing there. `several` says that each
+    class has a probability of its own.
     """
+
+    note = ""
 
     def __init__(
         self,

@@ -37,9 +37,7 @@ def require_gradio() -> Any:
     try:
         import gradio
     except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "gradio_client"):
-            raise
-        raise UserError("the page needs Gradio: pip install 'deit_jax[demo]'") from error
+        raise UserError(f"the page needs {error.name}: pip install 'deit_jax[demo]'") from error
     return gradio
 
 

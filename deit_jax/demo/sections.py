@@ -28,6 +28,7 @@ def section(model: Model, look: Look, name: str, block: int, topk: int, truth: s
     parts: list = [
         element("h2", model.title),
         element("p", facts(model), class_="faint"),
+        element("p", model.note, class_="note") if model.note else None,
         answers.verdict(model, look, truth),
         element(
             "div", _photo(model, look, photo, name), answers.bars(model, look, topk), class_="top"
@@ -40,7 +41,7 @@ def section(model: Model, look: Look, name: str, block: int, topk: int, truth: s
             parts.append(element("p", ONE_TOKEN, class_="note"))
         elif "dist" not in look.probabilities:
             parts.append(element("p", NO_HEAD, class_="note"))
-        parts += [*_rollout(look), *_heads(look, min(block, model.depth))]
+        parts += [*_rollout(look), *_heads(look, min(max(block, 1), model.depth))]
     return element("section", parts, class_="model", style=f"--photo:url({photo})")
 
 

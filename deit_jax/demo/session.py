@@ -70,7 +70,7 @@ class Session:
         try:
             looks = self._looks(path)
         except UserError as error:
-            line = " ".join(str(error).split())
+            line = " ".join(str(error).replace(path, name).split())
             return Answer(_html(element("p", line, class_="error", role="alert")), {}, line)
         shown = f"example {PurePath(path).stem}" if truth else name
         parts = [
@@ -129,9 +129,10 @@ def open_models(
     models, teachers = [], []
     for weights, title in zip(opened, names, strict=True):
         found, note = find_teacher(weights, teacher)
-        if note:
-            log.warning("%s: no teacher: %s", weights.source, note)
         models.append(made(weights, title, found, multi_label))
+        if note:
+            log.info("%s: no teacher: %s", weights.source, note)
+            models[-1].note = f"No teacher: {note}."
         teachers.append(found)
     return models, teachers
 

@@ -1,6 +1,7 @@
 """A Hugging Face Space: a folder that holds the page with its weights, and runs by itself."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -36,7 +37,7 @@ if __name__ == "__main__":
     serve(page)
 '''
 CARD = """---
-title: {title}
+title: {quoted}
 emoji: 👁️
 colorFrom: blue
 colorTo: yellow
@@ -49,7 +50,7 @@ pinned: false
 
 # {title}
 
-Drop an image on the page: it shows what {models} say of it, and where the tokens look.
+Drop an image on the page: it shows the answers of {models}, and where the tokens look.
 Made by `deit demo --space` of [deit_jax](https://pypi.org/project/deit_jax/) {version}.
 On any machine:
 
@@ -148,7 +149,8 @@ def _card(entries: Sequence[dict[str, Any]], examples: bool) -> str:
     files += [("examples/", "images to click on")] if examples else []
     names = " and ".join(entry["title"] for entry in entries)
     rows = "\n".join(f"| {file} | {what} |" for file, what in files)
-    known = {"title": f"What {names} sees".replace('"', "'"), "models": names}
+    title = f"What {names} see{'s' if len(entries) == 1 else ''}"
+    known = {"title": title, "quoted": json.dumps(title, ensure_ascii=False), "models": names}
     return CARD.format(**known, gradio=metadata.version("gradio"), version=__version__, files=rows)
 
 

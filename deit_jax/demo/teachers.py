@@ -40,7 +40,8 @@ def find_teacher(
             message = str(error).replace("config.teacher.weights=", "--teacher=")
             raise UserError(message) from error
     if opened.run is None:
-        return None, ""
+        alone = getattr(opened.model, "distilled", False)
+        return None, "these weights bring none; --teacher=… names one" if alone else ""
     workdir, notes = to_path(opened.source), dict[str, str]()
     loaded, own = run_teacher(opened, workdir, notes), teacher_spec(opened.run.config)
     if loaded is None or own is None:
