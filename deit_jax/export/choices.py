@@ -23,8 +23,9 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 class Format:
     """A format that programs are written in: a file that ends in `suffix`, or a folder.
 
-    `module` has a class `Writer`, see export/base.py; `packages` are what it needs, as they are
-    imported, and `remedy` how they are installed.
+    `module` has `write(program, path)`, which returns what the program was made with, and
+    `open_program(path)`, which returns what runs it: a function of images that returns the outputs
+    by name. `packages` are what it needs, as they are imported, and `remedy` how they are installed.
     """
 
     module: str
