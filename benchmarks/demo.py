@@ -4,8 +4,9 @@
 
 The server is `deit demo` itself in a process of its own, with random weights of 1000 classes at
 224 pixels; the client asks over HTTP, one new picture after the other. "start" is from the command
-to the page, "first" the first picture's time, "median" and "slowest" those of the others.
-"photograph" is a JPEG file of 50 megapixels, "memory_mb" the most memory that the server ever had.
+to the page, with nothing compiled before, "first" the first picture's time, "median" and "slowest"
+those of the others. "photograph" is a JPEG file of 50 megapixels, "memory_mb" the most memory that
+the server ever had.
 """
 
 import argparse
@@ -64,7 +65,8 @@ def measure(words: list[str], files: list[Path], large: Path, folder: Path) -> d
     """Return the seconds of a server with these words, and its memory."""
     folder.mkdir()
     began = time.perf_counter()
-    with served(folder, "demo", *words, "--port=0") as page:
+    fresh = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with served(folder, "demo", *words, "--port=0", environment=fresh) as page:
         start = time.perf_counter() - began
         times = [timed(page, file) for file in files]
         photograph = timed(page, large)
