@@ -25,7 +25,7 @@ class Format:
 
     `module` has `write(program, path)`, which returns what the program was made with, and
     `open_program(path)`, which returns what runs it: a function of images that returns the outputs
-    by name. `packages` are what it needs, as they are imported, and `remedy` how they are installed.
+    by name. `packages` are what it needs, as imported, and `remedy` how they are installed.
     """
 
     module: str
