@@ -48,8 +48,8 @@ def write(program: Program, folder: Path) -> dict[str, str]:
 def open_program(folder: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Return what runs a program that was written, on this machine."""
     exported = export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
-    here = jax.default_backend()
-    if {here, {"gpu": "cuda"}.get(here)}.isdisjoint(exported.platforms):
+    here = "cpu" if "cpu" in exported.platforms else jax.default_backend()
+    if {here, *({"cuda", "rocm"} if here == "gpu" else ())}.isdisjoint(exported.platforms):
         raise UserError(
             f"--platforms={','.join(exported.platforms)}: this machine's is {here}, which cannot "
             "run the program to verify it; add it, or --noverify"

@@ -7,6 +7,7 @@ from deit_jax import __version__
 from deit_jax.config.serialize import default_fields, flatten
 from deit_jax.shapes import text as size_text
 from deit_jax.share.facts import HEADS, TEACHER, Facts
+from deit_jax.storage import exists, to_path
 from deit_jax.train.teacher_spec import sources_of
 
 SHOWN_CLASSES = 20
@@ -79,7 +80,7 @@ def _hub_data(facts: Facts) -> str:
         return "ILSVRC/imagenet-1k"
     name = source.removeprefix("hf:")
     is_name = name != source and name.count("/") == 1 and name[0] not in "/.~"
-    return name if is_name else ""
+    return name if is_name and not exists(to_path(name)) else ""
 
 
 def _what(facts: Facts) -> str:
@@ -122,8 +123,10 @@ def _results(facts: Facts, report: bool) -> str:
             rows.append(f"| {name} | {' | '.join(cells)} |")
     of = f"{found.images} images" if found.images else "images"
     part = f" of {found.of}" if found.of and found.of != found.images else ""
-    text = f"On {of}{part} of the split `{found.split}` of {_data_name(facts)}, which were not "
-    text += "trained on; one training, one seed."
+    seen = bool(facts.config) and facts.config["data"]["train_split"] == found.split  # type: ignore[index]
+    new = "**which were trained on**" if seen else "which were not trained on"
+    text = f"On {of}{part} of the split `{found.split}` of {_data_name(facts)}, {new}; one "
+    text += "training, one seed."
     return "\n".join(rows) + f"\n\n{text}" + (" More is in report.html." if report else "")
 
 
@@ -194,7 +197,7 @@ def _images(facts: Facts) -> str:
         lines.append("- Turned upright as the camera noted (EXIF) before.")
     if opened.multi_label:
         lines.append("- Several classes an image: each by a sigmoid of its own.")
-    shown = ", ".join(opened.classes[:SHOWN_CLASSES])
+    shown = ", ".join(" ".join(name.split()) for name in opened.classes[:SHOWN_CLASSES])
     more = len(opened.classes) - SHOWN_CLASSES
     lines.append(f"- Classes: {shown}{f', and {more} more in config.json' if more > 0 else ''}.")
     return "\n".join(lines)
