@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     from deit_jax.demo.session import Session, open_models
 
     page.require_gradio()  # before minutes of loading
+    port = values.port if values.space else page.free_port(values.host, values.port)
     compile_cache.enable()
     which = (values.checkpoint, values.ema, values.multi_label)
     models, teachers = open_models(values.weights, values.teacher, values.model, *which)
@@ -53,4 +54,4 @@ def main(argv: list[str]) -> None:
         opened = [model.opened for model in models]
         examples = write_examples(opened, values.examples, Path(folder))
         session = Session(models, values.topk, Path(folder), examples)
-        page.serve(page.build(session), values.host, values.port, values.share)
+        page.serve(page.build(session), values.host, port, values.share)

@@ -148,8 +148,6 @@ def begin(page, host: str | None = None, port: int | None = None, share: bool = 
     plain = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
     theme = gr.themes.Base(primary_hue="blue", radius_size="lg", font=plain, font_mono=mono)
-    if port == 0:
-        port = _free_port(host)
     try:
         _, here, there = page.launch(
             server_name=host,
@@ -173,10 +171,17 @@ def begin(page, host: str | None = None, port: int | None = None, share: bool = 
     return there or here
 
 
-def _free_port(host: str | None) -> int:
-    with socket.socket() as taken:
-        taken.bind((host or "127.0.0.1", 0))
-        return taken.getsockname()[1]
+def free_port(host: str, port: int) -> int:
+    """Return a port that can be served at, any for 0; raise UserError where it cannot be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+            return tried.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host={host} --port={port}: cannot be served at ({reason})") from error
 
 
 def style() -> str:

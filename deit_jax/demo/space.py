@@ -105,8 +105,7 @@ def _write_model(root: Path, name: str, model: Model) -> dict[str, Any]:
     EXPORTERS["timm"].write(model.opened, root / name)
     # What the file of weights has no words for: how its images are read.
     reading = dataclasses.asdict(model.opened.reading)
-    known = {"title": model.title, "weights": name, "several": model.several, "reading": reading}
-    return {**known, "image_size": model.opened.image_size}
+    return {"title": model.title, "weights": name, "several": model.several, "reading": reading}
 
 
 def _write_teacher(root: Path, name: str, found: Found, called: str) -> dict[str, Any]:
