@@ -65,7 +65,7 @@ def measure(words: list[str], files: list[Path], large: Path, folder: Path) -> d
     """Return the seconds of a server with these words, and its memory."""
     folder.mkdir()
     began = time.perf_counter()
-    fresh = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    fresh = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""}
     with served(folder, "demo", *words, "--port=0", environment=fresh) as page:
         start = time.perf_counter() - began
         times = [timed(page, file) for file in files]

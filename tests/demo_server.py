@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+QUICK = "--xla_backend_optimization_level=0"  # to compile
 ROOT = Path(__file__).parent.parent
 # Whatever it connects to is noted; what is not this machine is refused.
 PROGRAM = """
@@ -70,7 +71,7 @@ def served(folder: Path, *words: str, program: str = COMMAND, environment=None):
     known = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICK,
         "PYTHONUNBUFFERED": "1",
         **(environment or {}),
     }
