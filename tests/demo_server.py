@@ -94,9 +94,9 @@ def served_app(folder: Path, space: Path):
 
 
 def _address(process: subprocess.Popen, log: Path) -> str:
-    for _ in range(900):
+    for _ in range(3000):
         if found := re.search(r"http://[\d.]+:\d+", log.read_text()):
             return found[0]
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
-    raise AssertionError(f"no page after 90 s: {log.read_text()}")
+    raise AssertionError(f"no page after five minutes: {log.read_text()}")

@@ -70,6 +70,36 @@ def test_answers_are_those_of_predict(session, digits_run, capsys):
         same(said["teacher"], teaches)
 
 
+def test_odd_images_are_read_as_predict_reads_them(digits_run, tmp_path, capsys):
+    """A photograph that a camera held upright, 16 bits, a palette with transparency."""
+    turned = tmp_path / "turned"
+    shutil.copytree(digits_run, turned)
+    config = json.loads((turned / "config.json").read_text())
+    config["data"]["exif"] = True
+    (turned / "config.json").write_text(json.dumps(config))
+    rng, exif = np.random.default_rng(2), Image.Exif()
+    exif[274] = 6  # turn it a quarter
+    pixels = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels).resize((90, 60))
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    deep = rng.integers(0, 2**16, (30, 20)).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    photo.quantize(16).save(tmp_path / "palette.png", transparency=3)
+    files = [tmp_path / name for name in ("photo.jpg", "deep.png", "palette.png")]
+    answers = {}
+    for run in (digits_run, turned):
+        models, _ = open_models([str(run)])
+        session = Session(models, 10, tmp_path)
+        for file, expected in zip(
+            files, predicted(capsys, f"--weights={run}", *files), strict=True
+        ):
+            (said,) = session.answer(str(file), 1).json["models"].values()
+            same(said["fused"], expected)
+            answers.setdefault(file.name, []).append(expected)
+    assert answers["photo.jpg"][0] != answers["photo.jpg"][1]
+    assert answers["deep.png"][0] == answers["deep.png"][1]
+
+
 def test_examples_are_the_evaluation_data(session):
     config = make_tiny_config()
     source = open_dataset(config.data).eval
