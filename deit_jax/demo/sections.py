@@ -80,7 +80,8 @@ def _rollout(look: Look) -> list[Element]:
         legend = [element("span", "blue", class_="cls"), ": the class token reads more; "]
         most = pictures.largest_difference(first, second)
         legend += [element("span", "orange", class_="dist"), ": the distillation token does. "]
-        legend += [f"Full colour: {100 * most:.2g} % of all that it reads."]
+        share = f"{100 * most:.2g}" if most > 1e-5 else "less than 0.001"
+        legend += [f"Full colour: {share} % of all that it reads."]
         shown = data_uri(pictures.difference(first, second))
         figures.append(_figure(shown, "where the tokens disagree", legend, "difference"))
         words += (
