@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from deit_jax.export.choices import DTYPES, Options
 from deit_jax.export.flatten import flattened
 from deit_jax.export.program import program_of
 from deit_jax.models import kernels
+from deit_jax.storage.local import LocalDisk
 from tests.test_convert import DISTILLED, FAMILIES, PLAIN, SMALL, opened
 
 CLASSES = ("cat", "dog", "owl")
@@ -71,6 +73,8 @@ def test_every_family_answers_in_its_runtime_as_in_flax(name, overrides, to, tmp
     else:
         program = jax_export.deserialize(bytearray((path / "program.bin").read_bytes()))
         assert program.platforms == ("cpu", "cuda", "rocm", "tpu")
+        places = re.findall(rb"[\w./-]*/[\w-]+\.py", (path / "program.bin").read_bytes())
+        assert not places  # of this machine's source files
         said = jax.device_get(program.call(images))
     assert said.keys() == expected.keys()
     assert all(close(said[k], expected[k]) for k in said)
@@ -127,6 +131,17 @@ def test_a_file_that_takes_whole_images_answers_as_predict_does(tmp_path):
     for answers in (said, jax.device_get(program.call(image[None]))):
         for head, logits in expected.items():
             assert np.abs(answers[head] - logits).max() < 0.01 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize(("name", "overrides"), FAMILIES[2:4], ids=["deit3", "regnety"])
+def test_an_onnx_file_of_float16_runs(name, overrides, tmp_path):
+    weights = of(name, overrides)
+    made = write.export(weights, tmp_path / "m.onnx", options=Options(dtype="float16"))
+    assert 0 < made.verified.difference < DTYPES["float16"]
+    images = normalised(noise(3, weights.image_size))
+    said, expected = run_onnx(tmp_path / "m.onnx", images)["logits"], heads(weights, images)["cls"]
+    assert said.dtype == np.float32
+    assert np.abs(said - expected).max() < DTYPES["float16"] * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -217,7 +232,45 @@ def test_what_is_there_is_not_overwritten_unless_asked(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="no program that was exported"):
         write.export(weights, tmp_path / "mine", "stablehlo", force=True)
+    (tmp_path / "mine" / "metadata.json").write_text("{}")
+    (tmp_path / "mine" / "program.bin").write_text("")
+    with pytest.raises(UserError, match="no program that was exported"):
+        write.export(weights, tmp_path / "mine", "stablehlo", force=True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["m", "mine"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+    weights, path = of(PLAIN, SMALL), tmp_path / "m"
+    write.export(weights, path, "stablehlo")
+    before = (path / "program.bin").read_bytes()
+    rename = LocalDisk.rename
+
+    def denied(self, old, new):
+        if old.name.endswith("new.tmp"):
+            raise PermissionError(13, "denied")
+        rename(self, old, new)
+
+    monkeypatch.setattr(LocalDisk, "rename", denied)
+    with pytest.raises(UserError, match="cannot be written"):
+        write.export(weights, path, "stablehlo", Options(heads="apart"), force=True)
+    assert (path / "program.bin").read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == ["m"]
+
+
+def test_weights_beside_a_file_are_not_overwritten_and_not_left(tmp_path, monkeypatch):
+    weights, beside = of(PLAIN, SMALL), tmp_path / "m.onnx.data"
+    beside.write_text("mine")
+    with pytest.raises(UserError, match=r"m\.onnx\.data exists"):
+        write.export(weights, tmp_path / "m.onnx")
+    assert beside.read_text() == "mine"
+    beside.unlink()
+    monkeypatch.setattr("deit_jax.export.onnx_file.LARGEST", 10_000)
+    write.export(weights, tmp_path / "m.onnx")
+    assert beside.exists()
+    monkeypatch.undo()
+    write.export(weights, tmp_path / "m.onnx", force=True)
+    assert not beside.exists()
 
 
 def test_the_command_says_what_it_wrote_and_what_is_wrong(tmp_path, capsys, monkeypatch):
@@ -239,6 +292,12 @@ def test_the_command_says_what_it_wrote_and_what_is_wrong(tmp_path, capsys, monk
     assert fails(str(tmp_path / "m"), "--to=onnx")[1].endswith("name it ….onnx")
     assert "--opset is of ONNX" in fails(str(tmp_path / "m"), "--to=stablehlo", "--opset=18")[1]
     assert "choose among cpu" in fails(str(tmp_path / "m"), "--to=stablehlo", "--platforms=npu")[1]
+    monkeypatch.setattr(write.importlib.util, "find_spec", lambda name: "there")
+    for platforms, reason in (("tpu", "add cpu, or --noverify"), ("rocm", "has cpu, cuda and tpu")):
+        words = (str(tmp_path / "m"), "--to=savedmodel", f"--platforms={platforms}")
+        code, line = fails(*words)
+        assert code == 2
+        assert line.endswith(reason)
     assert "--dtype=float16" in fails(str(tmp_path / "x.onnx"), "--dtype=bfloat16")[1]
     monkeypatch.setattr(write.importlib.util, "find_spec", lambda name: None)
     code, line = fails(str(tmp_path / "x.onnx"))

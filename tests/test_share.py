@@ -89,7 +89,8 @@ def test_a_runs_folder_says_what_is_so_and_nothing_of_this_machine(run, tmp_path
     for file in folder.iterdir():
         content = file.read_bytes()
         assert b"secret-place" not in content, file.name
-    assert "…/photos" in (folder / "train_config.json").read_text()
+    config = json.loads((folder / "train_config.json").read_text())
+    assert config["data"]["source"] == "folder:…/photos"
 
 
 def test_what_was_shared_is_loaded_by_timm_transformers_and_here(run, tmp_path, capsys):
@@ -207,17 +208,32 @@ def test_bad_names_and_flags_are_one_line(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("value", "left"),
     [
-        ("folder:/home/ann/photos", "folder:…/photos"),
-        ("/data/runs/teacher,timm:resnet50", "…/teacher,timm:resnet50"),
+        ("folder:/home/ann/My Data/photos/", "folder:…/photos"),
+        ("/data/secret project/teacher,timm:resnet50", "…/teacher,timm:resnet50"),
         ("gs://bucket/run", "gs://bucket/run"),
+        ("folder:gs://bucket/run", "folder:gs://bucket/run"),
         ("hf:uoft-cs/cifar100", "hf:uoft-cs/cifar100"),
-        (r"C:\\Users\\ann\\photos".replace("\\\\", "\\"), "…/photos"),
+        (r"C:\Users\ann\My Data\photos", "…/photos"),
+        (r"folder:C:\Users\ann\photos", "folder:…/photos"),
+        (r"\\server\share\photos", "…/photos"),
         ("~/photos/cats", "…/cats"),
         ("torch:mine.models:build", "torch:mine.models:build"),
+        ("runs/teacher", "runs/teacher"),
+        ("see /home/ann/runs: no teacher", "see …/runs: no teacher"),
     ],
 )
 def test_places_of_this_machine_are_cut_to_their_ends(value, left):
-    assert without_places(f"see {value}", {"data": {"source": value}}, []) == f"see {left}"
+    assert without_places({"a": [value]}, ["/home/ann/runs"]) == {"a": [left]}
+
+
+def test_a_source_that_is_part_of_the_repositorys_name_stays_in_the_card(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    convert(opened(DISTILLED, SMALL), tmp_path / "me", "timm_folder")
+    words = ("me", NAME, "--dry-run", f"--folder={tmp_path / 'out'}")
+    assert share(capsys, *words)[0] == 0
+    assert f'"hf-hub:{NAME}"' in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_recipe_has_what_differs_and_what_everybody_asks_for():

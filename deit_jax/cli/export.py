@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     command.integer("batch", None, "images a call; any number if not given", lower_bound=1)
     command.words("platforms", list(PLATFORMS), "of stablehlo and savedmodel")
     command.integer("opset", None, "of ONNX; 20 if not given", lower_bound=17)
+    command.boolean("multi_label", False, "each class has a probability of its own")
     command.boolean("verify", True, "run the program again and compare its answers")
     add_checkpoint_flags(command)
     command.boolean("force", False, "overwrite DST")
@@ -57,7 +58,9 @@ def main(argv: list[str]) -> None:
     to = format_of(path, values.to)
     check_packages(to)
     _check_format(values, to)
-    opened = open_classifier(words[0], values.model, False, values.checkpoint, values.ema)
+    opened = open_classifier(
+        words[0], values.model, values.multi_label, values.checkpoint, values.ema
+    )
     made = export(opened, path, to, options, values.verify, values.force)
     if values.json:
         json.dump({"out": str(path), **dataclasses.asdict(made)}, sys.stdout)
@@ -86,15 +89,26 @@ def _tell(verified) -> None:
 
 def _check(values) -> None:
     """Raise UsageError for flags that contradict each other."""
-    unknown = [p for p in values.platforms if p not in PLATFORMS]
-    if unknown or not values.platforms:
-        said = ",".join(values.platforms)
-        raise UsageError(f"--platforms={said}: choose among {', '.join(PLATFORMS)}")
+    given = values.platforms
+    if not given or not set(given) <= set(PLATFORMS) or len(set(given)) < len(given):
+        said = ",".join(given)
+        raise UsageError(f"--platforms={said}: choose among {', '.join(PLATFORMS)}, each once")
 
 
 def _check_format(values, to: str) -> None:
     """Raise UsageError for flags that mean nothing to a format."""
     if values.opset is not None and to != "onnx":
         raise UsageError(f"--opset is of ONNX; leave it out with --to={to}")
+    if to == "savedmodel":
+        _check_tensorflow(values)
     if values["platforms"].present and to == "onnx":
         raise UsageError("--platforms: an ONNX file is for all; leave it out")
+
+
+def _check_tensorflow(values) -> None:
+    """Raise UsageError for platforms that TensorFlow does not name, or cannot run here."""
+    said = f"--platforms={','.join(values.platforms)}"
+    if values.platforms == ["rocm"]:
+        raise UsageError(f"{said}: TensorFlow has cpu, cuda and tpu")
+    if values.verify and "cpu" not in values.platforms:
+        raise UsageError(f"{said}: a SavedModel is verified on the CPU; add cpu, or --noverify")

@@ -63,3 +63,4 @@ class Options:
     batch: int | None = None  # None: any
     platforms: tuple[str, ...] = PLATFORMS
     opset: int | None = None
+    ema: bool = False  # whether the weights are a moving average: it is told, not done

@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from deit_jax.models.portable import OPERATIONS
 
 SMALL = 4096  # numbers
+PRODUCT = (((1,), (0,)), ((), ()))  # of two matrices
 
 
 def flattened(
@@ -84,6 +85,9 @@ def _operation(equation, inputs: list[Any], operations: dict[str, Callable]) -> 
         return inputs
     if name in operations:
         return [operations[name](*inputs)]
+    if name == "dot_general" and params["dimension_numbers"] == PRODUCT and inputs[0].ndim == 2:
+        # jax2onnx makes a Gemm of it, whose bias is of float32 whatever the rest is.
+        return [jnp.matmul(*inputs).astype(equation.outvars[0].aval.dtype)]
     if inside := _inside(name, params, inputs):
         called, inputs = inside
         if called.jaxpr.debug_info.func_name in operations:

@@ -43,7 +43,8 @@ def viewed(images: UInt8[Array, "B h w C"], view: EvalView) -> Float[Array, "B H
 def _resized(x, *axes):
     """Return images resized along axis after axis, each clipped to bytes as Pillow clips."""
     for equation, weights in axes:
-        x = jnp.clip(jnp.einsum(equation, x, weights), 0.0, 255.0)
+        # In full float32 on TPUs and GPUs too: a pixel has 8 bits, as many as bfloat16.
+        x = jnp.clip(jnp.einsum(equation, x, weights, precision="highest"), 0.0, 255.0)
     return x
 
 

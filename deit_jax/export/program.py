@@ -125,8 +125,11 @@ def _described(opened: LoadedWeights, model, options: Options, shape) -> dict[st
             "interpolation": "bicubic, antialiased",
             "mean": list(opened.mean),
             "std": list(opened.std),
+            "fill": list(opened.reading.fill) if opened.reading.resize == "pad" else None,
             "upright": opened.reading.exif,
+            "bits": opened.reading.bits,
         },
+        "weights": {"step": opened.run and opened.run.step, "ema": options.ema},
         "outputs": {name: outputs[name] for name in names},
     }
 

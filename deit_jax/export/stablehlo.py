@@ -13,6 +13,7 @@ from jax import export
 
 from deit_jax.errors import UserError
 from deit_jax.export.program import Program
+from deit_jax.models.locations import short_locations
 
 PROGRAM, MODULE = "program.bin", "module.mlirbc"
 # What keeps the weights in a file has offsets of 32 bits.
@@ -30,9 +31,10 @@ def write(program: Program, folder: Path) -> dict[str, str]:
             "--dtype=bfloat16 halves them"
         )
     try:
-        exported = export.export(jax.jit(program.of_images), platforms=options.platforms)(
-            program.symbolic()
-        )
+        with short_locations():
+            exported = export.export(jax.jit(program.of_images), platforms=options.platforms)(
+                program.symbolic()
+            )
     except ValueError as error:
         raise UserError(f"jax.export: {str(error).splitlines()[0]}") from error
     (folder / PROGRAM).write_bytes(exported.serialize())

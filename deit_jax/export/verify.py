@@ -38,7 +38,7 @@ def verify(program: Program, run: Run) -> Verified:
     and of more where any number is allowed; of whole images it is shown what `viewed` makes of
     them, and `of_predict` is how far answers are from those to Pillow's views.
     """
-    with on_cpu():
+    with on_cpu(), jax.default_matmul_precision("highest"):
         return _compared(program, run)
 
 

@@ -1,5 +1,6 @@
 """Write a model as a program of another runtime, verified, whole or not at all."""
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -11,10 +12,11 @@ from deit_jax.errors import UserError
 from deit_jax.export.choices import FORMATS, Options
 from deit_jax.export.program import program_of
 from deit_jax.export.verify import Verified, verify
-from deit_jax.storage import backend, exists, to_path, write_json
+from deit_jax.storage import backend, exists, read_json, replace_folder, to_path, write_json
 from deit_jax.weights.fit import LoadedWeights
 
 METADATA = "metadata.json"
+OF_FOLDERS = ("program.bin", "saved_model.pb")  # one of them is in a folder that was exported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,13 @@ class Exported:
 def format_of(destination: PurePath, to: str | None) -> str:
     """Return the format that a name or `to` asks for; raise UserError where they contradict."""
     by_suffix = {f.suffix: name for name, f in FORMATS.items() if f.suffix}
-    if to is None and destination.suffix not in by_suffix:
+    suffix = destination.suffix.lower()
+    if to is None and suffix not in by_suffix:
         raise UserError(f"{destination}: its name does not say what it shall be; give --to=…")
-    to = to or by_suffix[destination.suffix]
-    if FORMATS[to].suffix and destination.suffix != FORMATS[to].suffix:
+    to = to or by_suffix[suffix]
+    if FORMATS[to].suffix and suffix != FORMATS[to].suffix:
         raise UserError(f"{destination}: --to={to} makes a file; name it …{FORMATS[to].suffix}")
-    if not FORMATS[to].suffix and destination.suffix in by_suffix:
+    if not FORMATS[to].suffix and suffix in by_suffix:
         raise UserError(f"{destination}: --to={to} makes a folder; give it another name")
     return to
 
@@ -64,8 +67,9 @@ def export(
     path = to_path(destination)
     to = format_of(path, to)
     check_packages(to)
-    if exists(path) and not (force and _is_export(path, to)):
-        raise UserError(_in_the_way(path, to, force))
+    for there in _places(path, to):
+        if exists(there) and not (force and _is_export(there, to)):
+            raise UserError(_in_the_way(there, force))
     program = program_of(opened, options or Options())
     module = importlib.import_module(FORMATS[to].module)
     with tempfile.TemporaryDirectory() as name:
@@ -82,14 +86,24 @@ def export(
     return Exported(to, size, whole, made_with, verified)
 
 
+def _places(path: PurePath, to: str) -> list[PurePath]:
+    """Return what an export may write: large weights of a file lie beside it."""
+    return [path, *([path.with_name(f"{path.name}.data")] if FORMATS[to].suffix else [])]
+
+
 def _is_export(path: PurePath, to: str) -> bool:
     """Return whether what is at a path was written by `deit export`, so that it may be replaced."""
+    disk = backend(path)
     if FORMATS[to].suffix:
-        return not backend(path).is_folder(path)
-    return exists(path / METADATA)
+        return not disk.is_folder(path)
+    if not exists(path / METADATA) or not set(OF_FOLDERS) & set(disk.names(path)):
+        return False
+    with contextlib.suppress(UserError, OSError):
+        return str(read_json(path / METADATA).get("written_by")).startswith("deit_jax ")
+    return False
 
 
-def _in_the_way(path: PurePath, to: str, force: bool) -> str:
+def _in_the_way(path: PurePath, force: bool) -> str:
     if force:
         return f"{path}: is there and is no program that was exported; choose another name"
     return f"{path} exists; choose another name, or --force to write it anew"
@@ -101,11 +115,12 @@ def _put(made: Path, path: PurePath, described: dict[str, Any]) -> int:
     disk.make_folder(path.parent)
     if made.is_dir():
         return _put_folder(made, path, described)
-    size = 0
-    for file in sorted(made.parent.iterdir(), reverse=True):  # the file itself after its weights
+    files = sorted(made.parent.iterdir(), reverse=True)  # the file itself after its weights
+    for file in files:
         disk.write(path.with_name(file.name), file.read_bytes())
-        size += file.stat().st_size
-    return size
+    if len(files) == 1:
+        disk.remove(path.with_name(f"{path.name}.data"))  # of the file that was there
+    return sum(file.stat().st_size for file in files)
 
 
 def _put_folder(made: Path, path: PurePath, described: dict[str, Any]) -> int:
@@ -120,10 +135,7 @@ def _put_folder(made: Path, path: PurePath, described: dict[str, Any]) -> int:
             disk.make_folder(target.parent)
             disk.write(target, file.read_bytes())
         write_json(new / METADATA, described)
-        if disk.exists(path):
-            disk.rename(path, old)
-        disk.rename(new, path)
+        replace_folder(new, path, old)
     finally:
         disk.remove(new)
-        disk.remove(old)
     return sum(file.stat().st_size for file in files)

@@ -247,7 +247,7 @@ def _cell(value: Any) -> str:
 def _limits(facts: Facts) -> str:
     lines = []
     if facts.measured is None:
-        lines.append("Nothing: no accuracy of these very weights is known.")
+        lines.append("These very weights: no accuracy of them is known.")
     else:
         lines.append(
             "Any other data than the split above: how it does on other cameras, places or years, "

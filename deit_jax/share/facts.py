@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from deit_jax.workdir import records
 
 HEADS = {"fused": "both heads", "cls": "class head", "dist": "distillation head"}
 TEACHER = "teacher"
-# An absolute path in a config's value, also behind `folder:`; no address such as gs://…
-PLACE = re.compile(r"(?<![\w/~])/[^/\s,:][^\s,:]*|(?<!\w)[A-Za-z]:\\[^\s,]+|~/[^\s,:]+")
+# An absolute path, behind nothing or `folder:` and the like; no address such as gs://…
+_PLACE = re.compile(
+    r"((?:[A-Za-z_]{2,}:)*)((?:[A-Za-z]:)?[\\/](?![\\/])|\\\\|~[\\/])(.*)", re.DOTALL
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a model card is made of; `config` and what follows are None without a run."""
+    """What a card is made of; `config`, its paths cut, and what follows are None of no run."""
 
     opened: LoadedWeights
     ema: bool
@@ -68,8 +70,9 @@ def facts_of(opened: LoadedWeights, source: str, ema: bool, figures: dict | None
         return Facts(opened, ema)
     workdir = to_path(source)
     config = to_json(opened.run.config)
+    shown = without_places(config, places_of(workdir, config))
     measured = _of_results(opened, workdir, ema, config) or _of_report(figures, config)
-    return Facts(opened, ema, measured, config, records.data_card(workdir))
+    return Facts(opened, ema, measured, shown, records.data_card(workdir))
 
 
 def _of_results(
@@ -106,16 +109,39 @@ def _split(recorded: dict[str, Any]) -> str:
     return str(recorded["data"]["eval_split"])
 
 
-def without_places(text: str, recorded: dict[str, Any] | None, others: Iterable[str]) -> str:
-    """Return a text without the folders of this machine: a path's last part is left of it.
+def without_places(value: Any, known: Iterable[str] = ()) -> Any:
+    """Return JSON without the folders of this machine: of a path its last part is left.
 
-    Those that a recorded config names, wherever in its values, and `others`.
+    A text that is a path, or several with commas between, also behind `folder:` and the like, is
+    cut by itself; in other texts the `known` places are. Addresses, as gs://…, stay.
     """
-    values = [v for v in flatten(recorded or {}).values() if isinstance(v, str)]
-    places = {found for value in values for found in PLACE.findall(value)}
-    places |= {place for place in others if place}
-    for place in sorted(places, key=len, reverse=True):
-        name = re.split(r"[\\/]", place.rstrip("\\/"))[-1]
-        if len(place) > 1 and name:
-            text = text.replace(place, f"…/{name}")
-    return text
+    if isinstance(value, dict):
+        return {key: without_places(x, known) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(x, known) for x in value]
+    if not isinstance(value, str):
+        return value
+    cut = ",".join(map(_cut, value.split(",")))
+    if cut == value:
+        for place in sorted(known, key=len, reverse=True):
+            cut = cut.replace(place, _cut(place))
+    return cut
+
+
+def _cut(text: str) -> str:
+    found = _PLACE.fullmatch(text)
+    return f"{found[1]}…/{_last(text)}" if found else text
+
+
+def _last(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def places_of(workdir: PurePath, recorded: dict[str, Any]) -> list[str]:
+    """Return the places of this machine that a run's records may name."""
+    texts = [v for v in flatten(recorded).values() if isinstance(v, str)]
+    parts = (_PLACE.fullmatch(part) for text in texts for part in text.split(","))
+    places = {match[2] + match[3] for match in parts if match}
+    if isinstance(workdir, Path):
+        places |= {str(workdir.absolute()), str(workdir.resolve()), str(Path.home())}
+    return [place for place in places if len(place) > 1]

@@ -1,15 +1,14 @@
 """The files of a hub repository: weights, their config, a card, and what goes with a run."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path, PurePath
 from typing import Any
 
 from deit_jax.errors import UserError
 from deit_jax.share.card import card
-from deit_jax.share.facts import Facts, facts_of, without_places
-from deit_jax.storage import backend, exists, read_text, to_path, write_text
+from deit_jax.share.facts import Facts, facts_of, places_of, without_places
+from deit_jax.storage import backend, exists, read_text, to_path, write_json, write_text
 from deit_jax.weights.exporters import EXPORTERS
 from deit_jax.weights.fit import LoadedWeights
 from deit_jax.weights.load import open_model
@@ -59,7 +58,7 @@ def write_folder(source: str, folder: Path, wanted: Wanted) -> list[str]:
         _write_records(to_path(source), folder, facts)
     report = exists(folder / REPORT)
     text = card(facts, wanted.repository, wanted.onnx, report, wanted.licence)
-    write_text(folder / "README.md", _clean(text, facts, source))
+    write_text(folder / "README.md", text)
     lines = (f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE)
     write_text(folder / ".gitattributes", "".join(lines))
     return sorted(name for name, _ in backend(folder).files(folder))
@@ -77,8 +76,8 @@ def _write_report(
     figures = found.figures["runs"][0]
     for note in figures["notes"].values():
         log.warning("report: %s", note)
-    known = facts_of(opened, str(workdir), wanted.ema)
-    write_text(folder / REPORT, _clean(page(found), known, str(workdir)))
+    found.figures = without_places(found.figures, places_of(workdir, figures["config"]))
+    write_text(folder / REPORT, page(found))
     if found.pictures[0]:
         log.warning(
             "%s holds %d images of the evaluation data; may they be published? --noreport leaves "
@@ -97,14 +96,6 @@ def _write_onnx(opened: LoadedWeights, folder: Path) -> None:
 
 
 def _write_records(workdir: PurePath, folder: Path, facts: Facts) -> None:
-    write_text(folder / CONFIG, _clean(json.dumps(facts.config, indent=2), facts, str(workdir)))
+    write_json(folder / CONFIG, facts.config)
     if exists(workdir / RESULTS):
         write_text(folder / RESULTS, read_text(workdir / RESULTS))
-
-
-def _clean(text: str, facts: Facts, source: str) -> str:
-    """Return a text without the folders of this machine."""
-    places = [source, str(Path.home())]
-    path = to_path(source)
-    places += [str(path.resolve())] if isinstance(path, Path) else []
-    return without_places(text, facts.config, [p for p in places if "/" in p or "\\" in p])

@@ -162,6 +162,24 @@ def read_lines(path: PurePath) -> list[dict[str, Any]]:
     return records
 
 
+def replace_folder(new: PurePath, path: PurePath, old: PurePath) -> None:
+    """Give a folder the name of another, which is gone then; on an error the other keeps its name.
+
+    `old` is a name that is free, for the moment between.
+    """
+    disk = backend(path)
+    there = disk.exists(path)
+    if there:
+        disk.rename(path, old)
+    try:
+        disk.rename(new, path)
+    except OSError:
+        if there:
+            disk.rename(old, path)
+        raise
+    disk.remove(old)
+
+
 def exists(path: PurePath) -> bool:
     """Return whether there is a file or a folder."""
     return backend(path).exists(path)

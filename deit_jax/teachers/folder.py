@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_tensors
 import deit_jax
 from deit_jax.errors import UserError
 from deit_jax.shapes import Size, simplest
-from deit_jax.storage import backend, exists, local, to_path, write_json
+from deit_jax.storage import backend, exists, local, replace_folder, to_path, write_json
 from deit_jax.teachers.programs import DTYPES, Programs, check_says, programs_of
 from deit_jax.teachers.teacher import Teacher
 
@@ -152,12 +152,9 @@ def _write(path: PurePath, contents: dict[str, bytes], described: dict[str, Any]
         for name, data in contents.items():
             disk.write(new / name, data)
         write_json(new / DESCRIPTION, described)
-        if disk.exists(path):
-            disk.rename(path, old)
-        disk.rename(new, path)
+        replace_folder(new, path, old)
     finally:
         disk.remove(new)
-        disk.remove(old)
 
 
 def read_description(path: str | PurePath) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jax import export
 
 from deit_jax.errors import UserError
 from deit_jax.models.liveness import peak_bytes
+from deit_jax.models.locations import short_locations
 from deit_jax.models.operations import multiply_accumulates
 from deit_jax.shapes import sides
 from deit_jax.teachers.teacher import FEATURES, LOGITS, Teacher
@@ -82,7 +83,8 @@ def _exported(teacher: Teacher, call, shapes) -> bytes:
     try:
         shape = export.symbolic_shape(f"b, {height_width}, {teacher.channels}")
         images = jax.ShapeDtypeStruct(shape, jnp.float32)
-        exported = export.export(jax.jit(call), platforms=PLATFORMS)(shapes, images)
+        with short_locations():
+            exported = export.export(jax.jit(call), platforms=PLATFORMS)(shapes, images)
         if any(x.shape[0] != shape[0] for x in exported.out_avals):
             raise ValueError("its answers are not one an image")
         return bytes(exported.serialize())
