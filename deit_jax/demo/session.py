@@ -159,4 +159,4 @@ def titles(sources: Sequence[str]) -> list[str]:
     for i, source in enumerate(sources):
         if source in sources[:i]:
             raise UserError(f"--weights: {source} is given twice; leave one of them out")
-    return records.names([to_path(source) for source in sources])
+    return records.names([to_path(source) for source in sources], "--weights")

@@ -63,8 +63,10 @@ On any machine:
 
 The examples are images of the data that the model was evaluated on: may they be published?
 """
-LARGE_FILES = (
-    "*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.bin filter=lfs diff=lfs merge=lfs -text\n"
+# The hub takes no bytes by git but through LFS.
+LARGE_FILES = "".join(
+    f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n"
+    for ending in ("safetensors", "bin", "png", "jpg", "jpeg", "npy", "webp", "tif", "tiff")
 )
 
 

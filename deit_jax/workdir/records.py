@@ -16,17 +16,17 @@ WINDOWS = sys.platform == "win32"
 TABLE = re.compile(r"eval/((?:ema\.)?)(cls|dist|fused)\.(top[15]|mAP)")
 
 
-def names(workdirs: Sequence[PurePath]) -> list[str]:
+def names(workdirs: Sequence[PurePath], flag: str = "--workdir") -> list[str]:
     """Return the shortest ends of the paths that tell them apart; raise UserError on a repetition.
 
-    `runs/a/small` and `runs/b/small` are `a/small` and `b/small`.
+    It names the `flag`. `runs/a/small` and `runs/b/small` are `a/small` and `b/small`.
     """
     paths = [(p.resolve() if isinstance(p, Path) else p).parts for p in workdirs]
     found = []
     for path, parts in zip(workdirs, paths, strict=True):
         others = [p for p in paths if p is not parts]
         if parts in others:
-            raise UserError(f"--workdir: {path} is given twice")
+            raise UserError(f"{flag}: {path} is given twice")
         lengths = range(1, len(parts) + 1)
         least = next(n for n in lengths if all(p[-n:] != parts[-n:] for p in others))
         found.append("/".join(parts[-least:]))
