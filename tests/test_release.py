@@ -62,8 +62,11 @@ def test_workflows_and_templates_are_yaml_and_run_what_there_is():
     for path in sorted((ROOT / ".github").rglob("*.yml")):
         read = yaml.safe_load(path.read_text())
         for job in read.get("jobs", {}).values():
-            assert job["runs-on"]
-            assert job["steps"]
+            if "uses" in job:
+                assert (ROOT / job["uses"]).is_file()
+            else:
+                assert job["runs-on"]
+                assert job["steps"]
     release = (ROOT / ".github/workflows/release.yml").read_text()
     assert "id-token: write" in release
     made = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
