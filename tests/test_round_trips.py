@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,8 +11,10 @@ from PIL import Image
 from deit_jax.data.decode import Reading
 from deit_jax.data.preprocess import preprocess
 from deit_jax.errors import UserError
+from deit_jax.shapes import sides
 from deit_jax.weights import convert
 from deit_jax.weights.load import open_model
+from deit_jax.weights.metadata import read_metadata
 from tests.test_convert import DISTILLED, FAMILIES, PLAIN, SMALL, logits, opened
 from tests.timm_reference import import_timm, import_transformers
 
@@ -65,6 +68,36 @@ def test_timm_prepares_images_as_we_do(reading, size, tmp_path, timm):
     assert back.crop_ratio == (0.8 if reading.resize == "crop" else 1.0)
 
 
+TIMMS = [
+    (PLAIN, {"img_size": 64, "depth": 2}, 64),
+    (DISTILLED, {"img_size": (32, 64), "depth": 2, "pos_drop_rate": 0.1}, (32, 64)),
+    (DEIT3, {"img_size": 64, "depth": 2, "no_embed_class": False, "drop_path_rate": 0.1}, 64),
+    (DEIT3, {"img_size": (64, 32), "depth": 2, "class_token": True, "qkv_bias": True}, (64, 32)),
+    ("vit_tiny_patch16_224", {"depth": 1, "dynamic_img_size": True, "weight_init": ""}, 224),
+    ("vit_tiny_patch16_224", {"depth": 1, "img_size": 64, "in_chans": 1}, 64),
+    ("regnety_002", {"drop_path_rate": 0.1}, 224),
+    ("tf_efficientnet_lite0", {}, 224),
+]
+
+
+@pytest.mark.parametrize(("name", "told", "size"), TIMMS)
+def test_what_timm_saves_is_read_as_it_is(name, told, size, tmp_path, timm):
+    """Nothing in the folder is changed: timm writes all of its arguments by itself."""
+    model = timm.create_model(name, num_classes=3, **told)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert {"num_classes", "in_chans", "global_pool"} <= said["model_args"].keys()
+    found = open_model(tmp_path)
+    assert (found.name, found.image_size) == (name.removeprefix("tf_"), size)
+    assert found.mean == tuple(said["pretrained_cfg"]["mean"])
+    if name == DEIT3:
+        assert found.model.class_position == ("no_embed_class" in told)
+    shape = (2, *sides(size), told.get("in_chans", 3))
+    images = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    heads = jax.jit(found.model.apply)(found.variables, images)
+    np.testing.assert_allclose(answers(model, images), heads.fused(), atol=2e-4, rtol=1e-4)
+
+
 def test_timms_own_folders_are_read_as_timm_means_them(tmp_path, timm):
     model = timm.create_model("deit_tiny_patch16_224", num_classes=3, img_size=64, depth=2)
     names = ["wolf", "fox", "dog"]
@@ -73,19 +106,35 @@ def test_timms_own_folders_are_read_as_timm_means_them(tmp_path, timm):
     timm.models.save_for_hf(
         model, tmp_path, model_config={"label_names": names}, safe_serialization=True
     )
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["model_args"] = {"img_size": 64, "depth": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config))
     found = open_model(tmp_path)
     assert found.classes == names
     assert (found.image_size, found.reading.resize) == (64, "squash")
     assert any("interpolation bilinear in config.json" in note for note in found.notes)
-    images, heads = logits(found.model, found.variables, 64)
-    np.testing.assert_allclose(answers(model, images), heads.fused(), atol=1e-4)
-    config["model_args"]["act_layer"] = "quick_gelu"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"model_args\.act_layer in config\.json is not known"):
-        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        (PLAIN, "act_layer", "quick_gelu", "in config.json; deit_jax has only gelu"),
+        (PLAIN, "global_pool", "avg", "deit_jax has only token"),
+        (PLAIN, "reg_tokens", 4, "deit_jax has only 0"),
+        (PLAIN, "qkv_bias", None, "deit_jax has only True"),
+        (PLAIN, "swiglu", True, "in config.json is not known to deit_jax"),
+        ("regnety_002", "global_pool", "max", "deit_jax has only avg"),
+        ("regnety_002", "img_size", 64, "in config.json is not known to deit_jax"),
+    ],
+)
+def test_what_no_model_here_does_is_refused_in_timms_folders(name, key, value, said, tmp_path):
+    described = {"architecture": name, "model_args": {key: value}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=rf"^model_args\.{key}.*{said}$"):
+        read_metadata(tmp_path)
+
+
+def test_timms_other_lite_networks_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "efficientnet_lite0.ra_in1k"}')
+    with pytest.raises(ValueError, match=r"efficientnet_lite0 in config\.json pads images as PyT"):
+        read_metadata(tmp_path)
 
 
 def test_transformers_reads_the_folder_that_timm_reads(tmp_path):

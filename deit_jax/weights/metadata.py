@@ -15,17 +15,11 @@ from safetensors import SafetensorError, safe_open
 from deit_jax.data.decode import PLAIN, Reading
 from deit_jax.models import limits, registry
 from deit_jax.shapes import Size, per_channel, simplest
+from deit_jax.weights.claims import are_names, as_tuple, is_number, must
+from deit_jax.weights.timm_config import CROP_MODES, of_timm
 
 METADATA = "deit_jax"  # the key under which a safetensors file of ours describes its model
 READING = ("resize", "exif", "bits")  # fields of data that it tells
-CROP_MODES = {"center": "crop", "squash": "squash", "border": "pad"}  # timm's, and ours
-# Our fields that have another name among the arguments of timm's VisionTransformer.
-TIMM_FIELDS = {
-    **{"image_size": "img_size", "width": "embed_dim", "layer_scale": "init_values"},
-    "in_channels": "in_chans",
-}
-# Others of timm's that change no answer.
-_HARMLESS = ("num_classes", "drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate")
 # What a source that contradicts itself can make the code that believes it raise.
 DISBELIEF = (
     ArithmeticError,
@@ -57,32 +51,32 @@ class Metadata:
 
     def __post_init__(self):
         name, classes = self.name, self.classes
-        _must(name is None or isinstance(name, str), "name", name, "a string")
-        _must(_names(self.overrides), "overrides", self.overrides, "fields of the model")
-        _must(classes is None or _names(classes), "classes", classes, "a list of names")
+        must(name is None or isinstance(name, str), "name", name, "a string")
+        must(are_names(self.overrides), "overrides", self.overrides, "fields of the model")
+        must(classes is None or are_names(classes), "classes", classes, "a list of names")
         several = self.multi_label
-        _must(several is None or isinstance(several, bool), "multi_label", several, "true or false")
+        must(several is None or isinstance(several, bool), "multi_label", several, "true or false")
         for key, low in (("mean", -math.inf), ("std", 0.0)):
             value = getattr(self, key)
             fine = isinstance(value, tuple) and len(value) > 0
-            fine = fine and all(_is_number(x) and x > low for x in value)
-            _must(value is None or fine, key, value, "numbers, one per channel")
+            fine = fine and all(is_number(x) and x > low for x in value)
+            must(value is None or fine, key, value, "numbers, one per channel")
         if self.image_size is not None:
             limits.check_sides(self.image_size)
         self._check_reading()
         ratio = self.crop_ratio
-        fine = ratio is None or (_is_number(ratio) and 0.1 <= ratio <= 2)
-        _must(fine, "crop_ratio", ratio, "a number between 0.1 and 2")
+        fine = ratio is None or (is_number(ratio) and 0.1 <= ratio <= 2)
+        must(fine, "crop_ratio", ratio, "a number between 0.1 and 2")
 
     def _check_reading(self) -> None:
         reading = self.reading
         known = isinstance(reading, dict) and {*READING} >= reading.keys()
-        _must(known, "reading", reading, f"an object of {', '.join(READING)}")
+        must(known, "reading", reading, f"an object of {', '.join(READING)}")
         resize, exif, bits = (reading.get(k, getattr(PLAIN, k)) for k in READING)
-        _must(resize in CROP_MODES.values(), "resize", resize, "crop, squash or pad")
-        _must(isinstance(exif, bool), "exif", exif, "true or false")
+        must(resize in CROP_MODES.values(), "resize", resize, "crop, squash or pad")
+        must(isinstance(exif, bool), "exif", exif, "true or false")
         whole = isinstance(bits, int) and not isinstance(bits, bool) and 0 <= bits <= 32
-        _must(whole, "bits", bits, "a number of bits")
+        must(whole, "bits", bits, "a number of bits")
 
     def read_as(self, channels: int, mean: tuple[float, ...]) -> Reading:
         """Return how images are read for the weights; padding has their mean colour."""
@@ -101,20 +95,6 @@ def in_one_line(error: Exception) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def _must(fine: bool, key: str, value: Any, what: str) -> None:
-    if not fine:
-        raise ValueError(f"{key}={str(value)[:60]} in what it says of itself: must be {what}")
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def _names(values: Any) -> bool:
-    return isinstance(values, list | dict) and all(isinstance(value, str) for value in values)
-
-
 def _read_object(text: str, where: str) -> dict[str, Any]:
     """Return the object in a JSON text; raise ValueError if it holds anything else."""
     try:
@@ -126,11 +106,6 @@ def _read_object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _tuple(value: Any) -> Any:
-    """Return a list as a tuple; what is none is for Claims to refuse."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def read_metadata(path: Path) -> Metadata:
     """Return what a file or folder says about itself; raise ValueError for what it should not."""
     if (path / "config.json").is_file():
@@ -138,7 +113,7 @@ def read_metadata(path: Path) -> Metadata:
         if "model_type" in config:
             return _hugging_face_metadata(path, config)
         if "architecture" in config:
-            return _timm_metadata(config)
+            return Metadata(format="timm folder", **of_timm(config, _PROBLEMS))
     if path.is_dir():
         return Metadata(format="folder")
     try:
@@ -152,8 +127,10 @@ def read_metadata(path: Path) -> Metadata:
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r:.60} in the metadata {METADATA!r}")
     if isinstance(described.get("overrides"), dict):
-        described["overrides"] = {k: _tuple(v) for k, v in described["overrides"].items()}
-    described |= {k: _tuple(described[k]) for k in ("mean", "std", "image_size") if k in described}
+        described["overrides"] = {k: as_tuple(v) for k, v in described["overrides"].items()}
+    described |= {
+        k: as_tuple(described[k]) for k in ("mean", "std", "image_size") if k in described
+    }
     return Metadata(format="safetensors file", **described)
 
 
@@ -169,7 +146,7 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     channels = described.get("num_channels", 3)
     limits.check_whole("num_channels", channels, limits.CHANNELS)
     epsilon = described.get("layer_norm_eps", 1e-12)
-    _must(_is_number(epsilon), "layer_norm_eps", epsilon, "a number")
+    must(is_number(epsilon), "layer_norm_eps", epsilon, "a number")
     if epsilon > 1e-5:
         raise ValueError(f"layer_norm_eps={epsilon} in config.json; deit_jax has only 1e-6")
     # transformers' copies of DeiT say 1e-12, but the weights were trained with 1e-6.
@@ -184,7 +161,7 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     specs = {n: s for n, s in specs.items() if s.get("distilled", False) == distilled}
     name = max(specs, key=lambda n: sum(specs[n][k] == v for k, v in fields.items()))
     labels = described.get("id2label") or {}
-    _must(isinstance(labels, dict), "id2label", labels, "an object of names")
+    must(isinstance(labels, dict), "id2label", labels, "an object of names")
     classes = [str(labels[str(i)]) for i in range(len(labels)) if str(i) in labels]
     if any(text.startswith("LABEL_") for text in classes):  # transformers' own placeholders
         classes = []
@@ -196,8 +173,8 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
         name=name,
         overrides=fields | {"mlp_ratio": mlp_ratio, "in_channels": channels},
         classes=classes or None,
-        mean=_tuple(inputs.get("image_mean")),
-        std=_tuple(inputs.get("image_std")),
+        mean=as_tuple(inputs.get("image_mean")),
+        std=as_tuple(inputs.get("image_std")),
         crop_ratio=_crop_ratio(inputs),
         multi_label=_PROBLEMS.get(str(described.get("problem_type"))),
         reading=reading,
@@ -219,7 +196,7 @@ def _hugging_face_fields(described: dict[str, Any]) -> dict[str, Any]:
         "patch_size": described.get("patch_size", 16),
         "image_size": described.get("image_size", 224),
     }
-    fields["image_size"] = size = _tuple(fields["image_size"])
+    fields["image_size"] = size = as_tuple(fields["image_size"])
     limits.check_sides(size)
     for key, value in fields.items():
         if key != "image_size":
@@ -275,70 +252,11 @@ def _crop_ratio(inputs: dict[str, Any]) -> float | None:
     def side(key):
         value = inputs.get(key)
         sides = value.values() if isinstance(value, dict) else [value]
-        _must(all(n is None or (_is_number(n) and n > 0) for n in sides), key, value, "a size")
+        must(all(n is None or (is_number(n) and n > 0) for n in sides), key, value, "a size")
         return min(sides, default=None)
 
     size, crop = side("size"), side("crop_size")
     if size is None or not inputs.get("do_center_crop"):
         return None if size is None else 1.0
-    _must(crop is not None, "crop_size", crop, "a size")
+    must(crop is not None, "crop_size", crop, "a size")
     return crop / size
-
-
-def _timm_metadata(described: dict[str, Any]) -> Metadata:
-    inputs, size = described.get("pretrained_cfg", {}), None
-    _must(isinstance(inputs, dict), "pretrained_cfg", inputs, "an object of fields")
-    architecture = described["architecture"]
-    _must(isinstance(architecture, str), "architecture", architecture, "a string")
-    if "input_size" in inputs:
-        size = inputs["input_size"]
-        _must(isinstance(size, list) and len(size) == 3, "input_size", size, "three numbers")
-    reading, notes = _timm_reading(inputs)
-    return Metadata(
-        format="timm folder",
-        name=architecture.partition(".")[0].removeprefix("tf_"),
-        overrides=_timm_fields(described.get("model_args", {})),
-        classes=_timm_names(described.get("label_names")),
-        image_size=size and simplest((size[1], size[2])),
-        mean=_tuple(inputs.get("mean")),
-        std=_tuple(inputs.get("std")),
-        crop_ratio=inputs.get("crop_pct"),
-        multi_label=_PROBLEMS.get(str(described.get("problem_type"))),
-        reading=reading,
-        notes=notes,
-    )
-
-
-def _timm_fields(arguments: Any) -> dict[str, Any]:
-    """Return create_model's overrides in timm's model_args; raise ValueError for what is none."""
-    _must(_names(arguments) or isinstance(arguments, dict), "model_args", arguments, "an object")
-    ours = {theirs: name for name, theirs in TIMM_FIELDS.items()}
-    known = {*ours, *("depth", "num_heads", "patch_size", "mlp_ratio")}
-    given = {k: _tuple(v) for k, v in arguments.items() if k not in _HARMLESS}
-    if unknown := sorted(given.keys() - known):
-        raise ValueError(f"model_args.{unknown[0]} in config.json is not known to deit_jax")
-    return {ours.get(k, k): simplest(v) if k == "img_size" else v for k, v in given.items()}
-
-
-def _timm_names(names: Any) -> list[str] | None:
-    """Return timm's label_names as a list, from one or from an object by number."""
-    if isinstance(names, dict):
-        numbers = [str(i) for i in range(len(names))]
-        _must(sorted(names) == sorted(numbers), "label_names", names, "a name for each class")
-        return [names[i] for i in numbers]
-    return names
-
-
-def _timm_reading(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return how timm's config has images read, and notes on what is done otherwise here."""
-    notes, mode = [], inputs.get("crop_mode") or "center"
-    if (way := inputs.get("interpolation")) not in (None, "bicubic", "random"):
-        notes.append(f"interpolation {way} in config.json; images are resized bicubic here")
-    _must(mode in CROP_MODES, "crop_mode", mode, f"one of {', '.join(CROP_MODES)}")
-    if mode != "center" and inputs.get("crop_pct", 1) != 1:
-        notes.append(
-            f"crop_mode {mode} with crop_pct {inputs['crop_pct']} in config.json; here images are "
-            "cropped from the centre"
-        )
-        mode = "center"
-    return ({} if mode == "center" else {"resize": CROP_MODES[mode]}), tuple(notes)

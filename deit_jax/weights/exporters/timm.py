@@ -10,7 +10,8 @@ from safetensors.numpy import save
 from deit_jax.data.decode import PLAIN
 from deit_jax.storage import backend
 from deit_jax.weights.fit import LoadedWeights, architecture, default_classes
-from deit_jax.weights.metadata import METADATA, READING, TIMM_FIELDS
+from deit_jax.weights.metadata import METADATA, READING
+from deit_jax.weights.timm_config import TIMM_FIELDS
 from deit_jax.weights.torch_names import to_torch
 
 

@@ -8,7 +8,7 @@ from deit_jax.shapes import sides
 from deit_jax.storage import backend, write_json
 from deit_jax.weights.exporters import timm
 from deit_jax.weights.fit import LoadedWeights, default_classes
-from deit_jax.weights.metadata import CROP_MODES
+from deit_jax.weights.timm_config import CROP_MODES
 
 
 def call(opened: LoadedWeights, folder: PurePath) -> str:
