@@ -112,6 +112,33 @@ def test_timms_own_folders_are_read_as_timm_means_them(tmp_path, timm):
     assert any("interpolation bilinear in config.json" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("form", ["flat", "flat label_names", "nested"])
+def test_older_forms_of_timms_folders_say_the_same_to_timm_and_here(form, tmp_path, timm):
+    """Without pretrained_cfg its fields stand in config.json itself, names as `labels`."""
+    names, inputs = ["wolf", "fox", "dog"], {"mean": list(MEAN), "std": [0.4, 0.5, 0.6]}
+    inputs |= {"crop_pct": 0.8, "crop_mode": "center", "num_classes": 3, "num_features": 192}
+    inputs |= {"input_size": [3, 224, 224], "interpolation": "bicubic"}
+    described = {"architecture": "vit_tiny_patch16_224"}
+    key = "labels" if form == "flat" else "label_names"
+    inputs[key] = names
+    if form == "nested":
+        del inputs["num_features"]
+        described["pretrained_cfg"] = inputs
+    else:
+        described |= inputs
+    whole = opened("vit_tiny_patch16_224", {})
+    convert.convert(whole, tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(described))
+    model = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
+    assert list(model.pretrained_cfg["label_names"]) == names
+    found = open_model(tmp_path / "m")
+    assert (found.name, found.classes, found.crop_ratio) == (whole.name, names, 0.8)
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    theirs = transform(PHOTOGRAPH).numpy().transpose(1, 2, 0)
+    np.testing.assert_allclose(theirs, preprocess(PHOTOGRAPH, found.spec)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "key", "value", "said"),
     [

@@ -40,7 +40,8 @@ def of_timm(described: dict[str, Any], problems: dict[str, bool]) -> dict[str, A
 
     `problems` is what the words of `problem_type` mean.
     """
-    inputs, size = described.get("pretrained_cfg", {}), None
+    # Old folders have no pretrained_cfg: its fields stand in config.json itself, names as `labels`.
+    inputs, size = described.get("pretrained_cfg", described), None
     must(isinstance(inputs, dict), "pretrained_cfg", inputs, "an object of fields")
     architecture = described["architecture"]
     must(isinstance(architecture, str), "architecture", architecture, "a string")
@@ -49,10 +50,13 @@ def of_timm(described: dict[str, Any], problems: dict[str, bool]) -> dict[str, A
         must(isinstance(size, list) and len(size) == 3, "input_size", size, "three numbers")
     reading, notes = _reading(inputs)
     name = _name(architecture)
+    called = described.get("label_names") or inputs.get("label_names")
+    if inputs is described:
+        called = described.get("labels") or called
     return {
         "name": name,
         "overrides": _fields(described.get("model_args", {}), name),
-        "classes": _class_names(described.get("label_names")),
+        "classes": _class_names(called),
         "image_size": size and simplest((size[1], size[2])),
         "mean": as_tuple(inputs.get("mean")),
         "std": as_tuple(inputs.get("std")),
