@@ -201,13 +201,45 @@ def test_deit_iii_is_a_beit_to_transformers(tmp_path):
         open_model(tmp_path / "m")
 
 
-def test_a_class_token_without_a_position_has_one_of_zeros_in_transformers(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(PLAIN, "ViTForImageClassification"), (DISTILLED, "DeiTForImageClassificationWithTeacher")],
+)
+def test_a_class_token_without_a_position_has_one_of_zeros_in_transformers(name, kind, tmp_path):
     transformers = import_transformers()
-    first = opened(PLAIN, SMALL | {"class_position": False})
+    first = opened(name, SMALL | {"class_position": False})
     convert.convert(first, tmp_path / "m")
-    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "m")
+    model, info = getattr(transformers, kind).from_pretrained(
+        tmp_path / "m", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     images, heads = logits(first.model, first.variables)
-    np.testing.assert_allclose(answers(model, images), heads.cls, atol=1e-4)
+    np.testing.assert_allclose(answers(model, images), heads.fused(), atol=1e-4)
+    back = open_model(tmp_path / "m")
+    np.testing.assert_allclose(
+        logits(back.model, back.variables)[1].fused(), heads.fused(), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [32, (32, 64)])
+@pytest.mark.parametrize("position", [True, False])
+def test_layer_scale_keeps_a_class_position_and_the_lack_of_one(position, size, tmp_path):
+    transformers = import_transformers()
+    fields = {"layer_scale": 1e-4, "class_position": position, "image_size": size}
+    first = opened(DEIT3, SMALL | fields)
+    convert.convert(first, tmp_path / "m")
+    if size == 32:  # BEiT takes squares alone
+        model, info = transformers.BeitForImageClassification.from_pretrained(
+            tmp_path / "m", output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        images, heads = logits(first.model, first.variables)
+        np.testing.assert_allclose(answers(model, images), heads.fused(), atol=1e-4)
+    back = open_model(tmp_path / "m")
+    assert back.model == first.model
+    images = np.random.default_rng(1).normal(size=(1, *sides(size), 3)).astype(np.float32)
+    ours, theirs = (jax.jit(m.model.apply)(m.variables, images).cls for m in (first, back))
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
 def test_what_transformers_squashes_is_squashed_here_and_back(tmp_path):

@@ -221,8 +221,8 @@ def _open(
         raise ValueError(f"checkpoint={checkpoint} is of a run, and this is none; leave it out")
     here = local(path)  # Orbax reads a run where it is; what is in a bucket is copied else
     part = readers.read_part(here, Wanted(ema, key))
-    metadata, notes = _told_of(part, read_metadata(here)), part.notes
-    flat = torch_names.without_zero_position(part.tensors)
+    flat, positions = torch_names.without_zero_position(part.tensors)
+    metadata, notes = _told_of(part, read_metadata(here), positions), part.notes
     asked = _described(model)[0]
     name, overrides = _identify(flat, metadata, model, default, (metadata.image_size, image_size))
     flat, left_out = torch_names.without_hidden_head(flat, anew)
@@ -251,10 +251,10 @@ def _open(
     )
 
 
-def _told_of(part: readers.Part, metadata: Metadata) -> Metadata:
+def _told_of(part: readers.Part, metadata: Metadata, positions: dict[str, Any]) -> Metadata:
     """Return what a source says of itself with what its arrays tell."""
     if not part.format or metadata.name:
-        return metadata
+        return dataclasses.replace(metadata, overrides=metadata.overrides | positions)
     notes, half = metadata.notes, metadata.mean
     if part.googles and half is None:
         half = family.HALF

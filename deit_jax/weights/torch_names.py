@@ -311,22 +311,25 @@ def _to_hugging_face(flat: Flat) -> Flat:
 _POSITIONS = "embeddings.position_embeddings"
 
 
-def with_class_position(flat: Flat) -> Flat:
-    """Return a Hugging Face folder's tensors with a position of zeros for the class token."""
+def with_class_position(flat: Flat, prefix: int) -> Flat:
+    """Return a Hugging Face folder's tensors with positions of zeros for `prefix` tokens."""
     name = next(n for n in flat if n.endswith(_POSITIONS))
-    zeros = np.zeros_like(flat[name][:, :1])
+    zeros = np.zeros_like(flat[name], shape=(1, prefix, flat[name].shape[-1]))
     return flat | {name: np.concatenate([zeros, flat[name]], axis=1)}
 
 
-def without_zero_position(flat: Flat) -> Flat:
+def without_zero_position(flat: Flat) -> tuple[Flat, dict[str, Any]]:
     """Return a Hugging Face folder's tensors, a class position of zeros beside layer scale gone.
 
-    So DeiT III, whose class token has none, comes back as it went.
+    So DeiT III, whose class token has none, comes back as it went. With layer scale the override
+    `class_position` says whether there is one.
     """
     name = next((n for n in flat if n.endswith(_POSITIONS)), None)
-    if name is None or not any(".lambda_1" in n for n in flat) or flat[name][:, 0].any():
-        return flat
-    return flat | {name: flat[name][:, 1:]}
+    if name is None or not any(".lambda_1" in n for n in flat):
+        return flat, {}
+    if flat[name][:, 0].any():
+        return flat, {"class_position": True}
+    return flat | {name: flat[name][:, 1:]}, {"class_position": False}
 
 
 def check(

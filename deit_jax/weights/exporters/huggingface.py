@@ -31,7 +31,7 @@ def write(opened: LoadedWeights, folder: PurePath) -> None:
     opened.check_convention()
     flat = to_torch(opened.variables, "huggingface")
     if not model.class_position:
-        flat = with_class_position(flat)
+        flat = with_class_position(flat, model.num_prefix_tokens)
     backend(folder).make_folder(folder)
     write_safetensors(flat, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", _hugging_face_config(opened))
