@@ -11,8 +11,10 @@ from PIL import Image
 from deit_jax.data.decode import Reading
 from deit_jax.data.preprocess import preprocess
 from deit_jax.errors import UserError
+from deit_jax.models import registry
 from deit_jax.shapes import sides
 from deit_jax.weights import convert
+from deit_jax.weights.exporters import timm as timm_lib
 from deit_jax.weights.load import open_model
 from deit_jax.weights.metadata import read_metadata
 from tests.test_convert import DISTILLED, FAMILIES, PLAIN, SMALL, logits, opened
@@ -50,6 +52,29 @@ def test_timm_loads_a_folder_by_itself(index, tmp_path, timm):
     assert model.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
     images, heads = logits(first.model, first.variables, first.image_size)
     np.testing.assert_allclose(answers(model, images), heads.fused(), atol=2e-4, rtol=1e-4)
+
+
+def test_timm_knows_every_name_that_is_written(timm):
+    first = opened(PLAIN, SMALL)
+    for name in registry.list_models():
+        of_name = dataclasses.replace(first, name=name, model=registry.create_model(name))
+        written, _ = timm_lib.as_called(of_name)
+        assert timm.is_model(written), name
+
+
+def test_a_size_that_timm_has_no_name_for_is_an_argument(tmp_path, timm):
+    first = opened("deit3_medium_patch16_384", {"depth": 1})
+    convert.convert(first, tmp_path / "m", "timm_folder")
+    convert.convert(first, tmp_path / "w.safetensors")
+    called = timm_lib.call(first, tmp_path / "w.safetensors")
+    assert "('deit3_medium_patch16_224'," in called
+    assert "img_size=384" in called
+    model = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
+    images, heads = logits(first.model, first.variables, 384)
+    np.testing.assert_allclose(answers(model, images), heads.fused(), atol=2e-4, rtol=1e-4)
+    again = eval(called, {"timm": timm})  # what is printed for people to copy
+    np.testing.assert_allclose(answers(again, images), heads.fused(), atol=2e-4, rtol=1e-4)
+    assert open_model(tmp_path / "m").model == first.model
 
 
 @pytest.mark.parametrize("reading", READINGS, ids=lambda r: r.resize)

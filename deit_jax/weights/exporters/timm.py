@@ -14,6 +14,9 @@ from deit_jax.weights.metadata import METADATA, READING
 from deit_jax.weights.timm_config import TIMM_FIELDS
 from deit_jax.weights.torch_names import to_torch
 
+# Names that timm does not have, and the same model of another image size, which it has.
+_OTHER_SIZE = {"deit3_medium_patch16_384": "deit3_medium_patch16_224"}
+
 
 def write(opened: LoadedWeights, path: PurePath) -> None:
     """Write a safetensors file with timm's names; its metadata describes the model to us."""
@@ -67,7 +70,8 @@ def as_called(opened: LoadedWeights) -> tuple[str, dict[str, Any]] | None:
 
     None where it has no such model.
     """
-    name, fields = opened.name, architecture(opened.model, opened.name)
+    name = _OTHER_SIZE.get(opened.name, opened.name)
+    fields = architecture(opened.model, name)
     if not hasattr(opened.model, "grid_size"):
         if fields.keys() - {"in_channels"}:
             return None
