@@ -13,7 +13,7 @@ SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "n
 OLDEST_PYTHON = (3, 11)
 EXTRAS_OF_PEOPLE = (
     *("viz", "fast", "cuda", "tpu", "plan", "hub", "gcs", "s3", "tiff", "torch", "teacher"),
-    *("wandb", "mlflow", "trackio", "demo"),
+    *("wandb", "mlflow", "trackio", "demo", "onnx", "savedmodel"),
 )
 
 
