@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from deit_jax.weights import convert
 from deit_jax.weights.exporters import timm as timm_lib
 from deit_jax.weights.load import open_model
 from deit_jax.weights.metadata import read_metadata
+from deit_jax.weights.processors import of_processor
 from tests.test_convert import DISTILLED, FAMILIES, PLAIN, SMALL, logits, opened
 from tests.timm_reference import import_timm, import_transformers
 
@@ -287,3 +289,101 @@ def test_what_transformers_squashes_is_squashed_here_and_back(tmp_path):
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "m")
     notes = open_model(tmp_path / "m").notes
     assert any("resample 2 (bilinear) in preprocessor_config.json" in note for note in notes)
+
+
+# Of a kind of model, what preprocessor_config.json says, and the beginnings of the notes on it.
+SQUASHED = "preprocessor_config.json has images squashed to 256x256 before the crop; here they"
+PROCESSORS = [
+    ("vit", {"image_processor_type": "ViTImageProcessor", "resample": 3}, []),
+    ("vit", {"image_processor_type": "ViTImageProcessorFast", "resample": 3}, []),
+    ("vit", {"size": 224, "resample": 3}, []),
+    ("vit", {"size": [224, 224], "resample": 3, "do_center_crop": None, "crop_size": None}, []),
+    (
+        "vit",
+        {"feature_extractor_type": "ViTFeatureExtractor", "do_normalize": False, "resample": 3},
+        [],
+    ),
+    ("vit", {"do_rescale": False, "resample": 3}, []),
+    ("vit", {"do_rescale": False, "do_normalize": False, "resample": 3}, []),
+    ("vit", {"rescale_factor": 1 / 127.5, "image_mean": list(MEAN), "resample": 3}, []),
+    ("vit", {"image_processor_type": "BitImageProcessor"}, []),
+    ("vit", {"image_processor_type": "BitImageProcessor", "size": 236}, []),
+    ("vit", {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True}, []),
+    ("vit", {"image_processor_type": "DeiTImageProcessor"}, [SQUASHED]),
+    ("deit", {}, [SQUASHED]),
+    ("deit", {"size": 256, "crop_size": 224, "image_mean": list(MEAN)}, [SQUASHED]),
+    ("deit", {"do_center_crop": False, "size": {"height": 224, "width": 224}}, []),
+    ("beit", {}, []),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return a folder for transformers of each kind of model, without its processor's file."""
+    made = {}
+    for kind, name in (("vit", PLAIN), ("deit", DISTILLED), ("beit", DEIT3)):
+        made[kind] = tmp_path_factory.mktemp(kind) / "m"
+        convert.convert(opened(name, {"depth": 1}), made[kind])
+        (made[kind] / "preprocessor_config.json").unlink()
+    return made
+
+
+@pytest.mark.parametrize(("kind", "told", "notes"), PROCESSORS)
+def test_what_a_processor_leaves_out_its_type_decides(kind, told, notes, folders):
+    transformers = import_transformers()
+    (folders[kind] / "preprocessor_config.json").write_text(json.dumps(told))
+    found = open_model(folders[kind])
+    assert [note[: len(SQUASHED)] for note in found.notes] == notes
+    processor = transformers.AutoImageProcessor.from_pretrained(folders[kind], backend="pil")
+    image = PHOTOGRAPH.resize((300, 300)) if notes else PHOTOGRAPH
+    theirs = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    ours = preprocess(image, found.spec)[0]
+    assert ours.shape == (224, 224, 3)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"image_processor_type": "ViTImageProcessor"}, r"resample 2 \(bilinear\) in prep"),
+        ({"do_resize": False, "resample": 3}, r"do_resize false in .*; images are resized here"),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "resample": 3},
+            r"ConvNextImageProcessor in .* is not known here: read as ViTImageProcessor",
+        ),
+        (None, r"no preprocessor_config\.json: mean \(0\.485, .* and std .* of images assumed"),
+    ],
+)
+def test_what_is_done_otherwise_than_by_a_processor_is_said(told, said, folders):
+    file = folders["vit"] / "preprocessor_config.json"
+    file.unlink(missing_ok=True)
+    if told is not None:
+        file.write_text(json.dumps(told))
+    (note,) = open_model(folders["vit"]).notes
+    assert re.match(said, note)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"size": {"longest_edge": 224}},
+        {"size": "large"},
+        {"do_rescale": "no"},
+        {"rescale_factor": 0},
+        {"image_mean": ["a"]},
+        {"image_std": None},
+        {"resample": 9},
+    ],
+)
+def test_a_processor_that_is_not_understood_is_refused_by_key(told, folders):
+    (folders["vit"] / "preprocessor_config.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=rf"{next(iter(told))}=.* in what it says of itself"):
+        open_model(folders["vit"])
+
+
+def test_no_crop_loses_a_pixel_of_the_resized_side():
+    """The side that images are resized to is the crop's, divided and without its fraction."""
+    for crop in (32, 64, 192, 224, 256, 384):
+        for side in range(crop, 3 * crop):
+            told = {"size": side, "crop_size": crop, "do_center_crop": True}
+            assert int(crop / of_processor(told, "deit")["crop_ratio"]) == side

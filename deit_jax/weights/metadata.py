@@ -16,6 +16,7 @@ from deit_jax.data.decode import PLAIN, Reading
 from deit_jax.models import limits, registry
 from deit_jax.shapes import Size, per_channel, simplest
 from deit_jax.weights.claims import are_names, as_tuple, is_number, must
+from deit_jax.weights.processors import of_processor
 from deit_jax.weights.timm_config import CROP_MODES, of_timm
 
 METADATA = "deit_jax"  # the key under which a safetensors file of ours describes its model
@@ -165,20 +166,15 @@ def _hugging_face_metadata(folder: Path, described: dict[str, Any]) -> Metadata:
     classes = [str(labels[str(i)]) for i in range(len(labels)) if str(i) in labels]
     if any(text.startswith("LABEL_") for text in classes):  # transformers' own placeholders
         classes = []
-    inputs = _preprocessor(folder)
-    reading, read = _processor_reading(inputs)
-    notes = (*(() if epsilon == 1e-6 else (note,)), *read)
+    inputs = _preprocessor(folder, kind, name)
+    inputs["notes"] = (*(() if epsilon == 1e-6 else (note,)), *inputs["notes"])
     return Metadata(
         format="Hugging Face folder",
         name=name,
         overrides=fields | {"mlp_ratio": mlp_ratio, "in_channels": channels},
         classes=classes or None,
-        mean=as_tuple(inputs.get("image_mean")),
-        std=as_tuple(inputs.get("image_std")),
-        crop_ratio=_crop_ratio(inputs),
         multi_label=_PROBLEMS.get(str(described.get("problem_type"))),
-        reading=reading,
-        notes=notes,
+        **inputs,
     )
 
 
@@ -219,44 +215,11 @@ def _is_deit3(described: dict[str, Any]) -> bool:
 _PROBLEMS = {"multi_label_classification": True, "single_label_classification": False}
 
 
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    """Return what a folder says of how its images are made, {} where it says nothing."""
+def _preprocessor(folder: Path, model_type: str, name: str) -> dict[str, Any]:
+    """Return what a folder says of how its images are made; a note where it says nothing."""
     file = folder / "preprocessor_config.json"
-    return _read_object(file.read_text(), file.name) if file.is_file() else {}
-
-
-_RESAMPLE = {0: "nearest", 1: "Lanczos", 2: "bilinear", 4: "box", 5: "Hamming"}  # Pillow's numbers
-
-
-def _processor_reading(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return how a processor has images read, and notes on what is done otherwise here.
-
-    One that crops nothing and knows height and width, as ViT's does, squashes the whole image.
-    """
-    way = inputs.get("resample")
-    notes: tuple[str, ...] = ()
-    if isinstance(way, int) and way in _RESAMPLE:
-        said = f"resample {way} ({_RESAMPLE[way]}) in preprocessor_config.json"
-        notes = (f"{said}; images are resized bicubic here",)
-    size = inputs.get("size")
-    of_vit = str(inputs.get("image_processor_type") or inputs.get("feature_extractor_type"))
-    square = isinstance(size, int) and of_vit.startswith(("ViT", "DeiT"))
-    whole = square or (isinstance(size, dict) and "height" in size)
-    squash = whole and not inputs.get("do_center_crop") and inputs.get("do_resize", True)
-    return ({"resize": "squash"} if squash else {}), notes
-
-
-def _crop_ratio(inputs: dict[str, Any]) -> float | None:
-    """Return the side of the crop by that of the resized image, in a preprocessor_config.json."""
-
-    def side(key):
-        value = inputs.get(key)
-        sides = value.values() if isinstance(value, dict) else [value]
-        must(all(n is None or (is_number(n) and n > 0) for n in sides), key, value, "a size")
-        return min(sides, default=None)
-
-    size, crop = side("size"), side("crop_size")
-    if size is None or not inputs.get("do_center_crop"):
-        return None if size is None else 1.0
-    must(crop is not None, "crop_size", crop, "a size")
-    return crop / size
+    if file.is_file():
+        return of_processor(_read_object(file.read_text(), file.name), model_type)
+    spec = registry.get_spec(name)
+    note = f"no {file.name}: mean {spec.mean} and std {spec.std} of images assumed"
+    return {"notes": (note,)}

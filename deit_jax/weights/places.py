@@ -180,7 +180,7 @@ def _prefixes(tensors: Mapping[str, Any]) -> list[tuple[str, Family]]:
 def _first_layers() -> tuple[tuple[re.Pattern[str], Family], ...]:
     """Return what finds the prefix before the weights of each family's first layer, in all names.
 
-    Hugging Face's own `deit.` and `vit.`, which the heads go without, are no prefix.
+    Hugging Face's own `deit.`, `vit.` and `beit.`, which the heads go without, are no prefix.
     """
     patterns = []
     for family in registry.FAMILIES.values():
@@ -189,7 +189,7 @@ def _first_layers() -> tuple[tuple[re.Pattern[str], Family], ...]:
             continue
         patterns.append((rf"(.*\.)?{re.escape(stem)}\.weight", family))
         for row in family.aliases:
-            own = r"(?:(?:deit|vit)\.)?" if row[0] == stem else ""
+            own = r"(?:(?:deit|vit|beit)\.)?" if row[0] == stem else ""
             also = [rf"(.*?\.)??{own}{re.escape(a)}\.weight" for a in row[1:] if row[0] == stem]
             patterns += [(pattern, family) for pattern in also]
     return tuple((re.compile(pattern, re.DOTALL), family) for pattern, family in patterns)
