@@ -30,7 +30,7 @@ TRACKIO_NEEDS = brotli "gradio_client>=2,<3" "httpx<1" "orjson>=3,<4" python-mul
 	"uvicorn<1"
 # So does Gradio, the page of `deit demo`.
 GRADIO = gradio==6.31.0 hf-gradio==0.4.1
-GRADIO_NEEDS = "fastapi<1" gradio_client==2.7.2 groovy jinja2 "pandas<4" pydub "safehttpx<0.2" semantic-version \
+GRADIO_NEEDS = "fastapi<1" gradio_client==2.7.2 groovy jinja2 "pandas<4" pydub pytz "safehttpx<0.2" semantic-version \
 	"tomlkit<0.15" "typer<1" 'audioop-lts<=0.2.2; python_version >= "3.13"'
 
 .PHONY: quickstart check test test-slow test-all lint types docs clean
