@@ -91,7 +91,7 @@ def test_it_holds_the_rooms_and_the_configs_and_nothing_else(wheel):
     assert tops == {"deit_jax", f"{wheel.name.split('-py3')[0]}.dist-info"}
     files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "deit_jax").rglob("*.py")}
     files |= {f"deit_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
-    files |= {"deit_jax/analysis/report/style.css"}
+    files |= {"deit_jax/analysis/report/style.css", "deit_jax/demo/style.css"}
     assert files == {name for name in names if name.startswith("deit_jax/")}
     held = zipfile.ZipFile(wheel).read("deit_jax/configs/__init__.py").decode()
     assert held == (ROOT / "configs/__init__.py").read_text()
