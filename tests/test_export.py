@@ -284,6 +284,10 @@ def test_the_command_says_what_it_wrote_and_what_is_wrong(tmp_path, capsys, monk
     assert said["described"]["classes"] == list(CLASSES)
     assert said["verified"]["difference"] <= 1e-5
 
+    words = ["export", source, str(tmp_path / "several.onnx"), "--multi_label", "--json"]
+    assert __main__.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["described"]["probabilities"] == "sigmoid"
+
     def fails(*words):
         code = __main__.main(["export", source, *words])
         return code, capsys.readouterr().err.strip()

@@ -1,18 +1,23 @@
 """`deit share`: a repository that timm, transformers and we load, and a card that is true."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
 from deit_jax import __main__
-from deit_jax.share.card import recipe
-from deit_jax.share.facts import without_places
+from deit_jax.data.decode import Reading
+from deit_jax.export import write
+from deit_jax.export.choices import Options
+from deit_jax.share.card import _teacher, _use, recipe
+from deit_jax.share.facts import Facts, without_places
 from deit_jax.share.upload import check_name
 from deit_jax.weights.convert import convert
 from deit_jax.weights.load import open_model
@@ -234,6 +239,42 @@ def test_a_source_that_is_part_of_the_repositorys_name_stays_in_the_card(
     words = ("me", NAME, "--dry-run", f"--folder={tmp_path / 'out'}")
     assert share(capsys, *words)[0] == 0
     assert f'"hf-hub:{NAME}"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_teacher_on_a_tape_is_not_said_to_have_been_trained():
+    teacher = {"weights": "", "epochs": 0.0, "model": {"name": "regnety_160"}}
+    assert _teacher({"teacher": teacher}) == "a teacher whose answers were on a label tape"
+    assert "a regnety_160 that was trained" in _teacher({"teacher": teacher | {"epochs": 2.0}})
+    assert _teacher({"teacher": teacher | {"weights": "runs/r160"}}) == "`r160`"
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_cards_program_for_onnx_answers_as_predict_does(
+    channels, tmp_path, monkeypatch, capsys
+):
+    """It is run as it stands there, on a photograph taken with a camera held sideways."""
+    from PIL import Image
+
+    reading = Reading(exif=True, channels=channels, fill=(0,) * channels)
+    first = opened(DISTILLED, SMALL | {"in_channels": channels})
+    first = dataclasses.replace(
+        first, reading=reading, mean=(0.5,) * channels, std=(0.5,) * channels
+    )
+    write.export(first, tmp_path / "model.onnx", options=Options(preprocess=True))
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).resize((90, 60))
+    exif = image.getexif()
+    exif[274] = 6
+    image.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    text = _use(Facts(first, ema=False), NAME, onnx=True)
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(text.split("```python\n")[-1].split("```")[0], found)
+    view = first.view((tmp_path / "photo.jpg").read_bytes(), "photo")
+    pixels = ((view[None] / 255 - 0.5) / 0.5).astype(np.float32)
+    expected = jax.jit(first.model.apply)(first.variables, pixels).fused()
+    assert np.abs(found["logits"] - expected).max() < 0.02 * np.abs(expected).max()
+    assert capsys.readouterr().out.strip() == first.classes[int(expected.argmax())]
 
 
 def test_a_recipe_has_what_differs_and_what_everybody_asks_for():

@@ -61,6 +61,8 @@ def main(argv: list[str]) -> None:
     opened = open_classifier(
         words[0], values.model, values.multi_label, values.checkpoint, values.ema
     )
+    if values.multi_label:
+        opened = dataclasses.replace(opened, multi_label=True)
     made = export(opened, path, to, options, values.verify, values.force)
     if values.json:
         json.dump({"out": str(path), **dataclasses.asdict(made)}, sys.stdout)

@@ -105,6 +105,8 @@ def _half_to_even(n):
     return _round(n, 2)
 
 
+# Not jax.image.scale_and_translate: it takes whole axes, and the ends of very long images are left
+# out here.
 def _weights(
     size: Any, part: tuple[Any, Any], count: int, new: Any, start: Any
 ) -> tuple[Float[Array, "out in"], Bool[Array, "out"]]:

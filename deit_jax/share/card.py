@@ -102,6 +102,8 @@ def _what(facts: Facts) -> str:
 
 def _teacher(recorded: dict[str, Any]) -> str:
     given = recorded["teacher"]["weights"]
+    if not given and not recorded["teacher"]["epochs"]:
+        return "a teacher whose answers were on a label tape"
     if not given:
         name = recorded["teacher"]["model"]["name"]
         return f"a {name} that was trained on the same images first"
@@ -136,6 +138,13 @@ def _percent(value: Any) -> str:
 
 def _use(facts: Facts, repository: str, onnx: bool) -> str:
     probabilities = "sigmoid" if facts.opened.multi_label else "softmax"
+    reading, opening = facts.opened.reading, 'Image.open("photo.jpg")'
+    opening = f"ImageOps.exif_transpose({opening})" if reading.exif else opening
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(reading.channels)
+    image = (
+        f'np.asarray({opening}.convert("{mode}"))[None]' if mode else 'np.load("image.npy")[None]'
+    )
+    image += "[..., None]" if mode == "L" else ""
     text = f"""timm:
 
 ```python
@@ -167,10 +176,10 @@ onnxruntime, any image as bytes; resizing, cropping and normalising are in the f
 ```python
 import json
 import numpy as np, onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx")
-image = np.asarray(Image.open("photo.jpg").convert("RGB"))[None]
+image = {image}  # bytes [1 height width channels]
 logits = session.run(["logits"], {{"images": image}})[0]  # {probabilities} gives probabilities
 names = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 print(names[logits[0].argmax()])
