@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # for configs, wherever this is started
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import portalocker  # noqa: E402
 
 from deit_jax.cli import compile_cache, huge_pages, platforms  # noqa: E402
 from deit_jax.configs import base, deit, teacher  # noqa: E402
@@ -86,6 +87,13 @@ SOFT = Arm(
 HARD = Arm("hard", {**PLAIN, "distill.kind": "hard"}, teacher="convnet")
 TOKEN = Arm("token", {"distill.kind": "hard"}, teacher="convnet")
 TWO_CLASS_TOKENS = Arm("two-class-tokens", {"distill.kind": "none", "loss.heads": "both"})
+
+# Three times as long. The token's run records what the teacher says of its views, which are those
+# of every run of the same seed; hard distillation learns from that tape.
+LONG = {"epochs": 3.0}
+NONE_LONG = Arm("none-3x", NONE.changes | LONG)
+TOKEN_LONG = Arm("token-3x", TOKEN.changes | LONG | {"teacher.tape": "record"}, TOKEN.teacher)
+HARD_LONG = Arm("hard-3x", HARD.changes | LONG | {"teacher.tape": "replay"}, tape=TOKEN_LONG)
 
 
 def student_config(scale: Scale, data: Path):
@@ -178,7 +186,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 class Study:
     """The runs of one table at one scale, and the file of what they measured."""
 
-    def __init__(self, table: str, expectation: str, description: str):
+    def __init__(self, table: str, expectation: str, description: str, seeds: int = 0):
         options = _options(description)
         platforms.choose()
         huge_pages.restart()
@@ -186,14 +194,15 @@ class Study:
         self.scale = SCALES[options.scale]
         if options.epochs:
             self.scale = dataclasses.replace(self.scale, epochs=options.epochs)
-        self.seeds = range(options.seeds or self.scale.seeds)
+        if seeds and options.scale == "cpu":  # a table may ask for more
+            self.scale = dataclasses.replace(self.scale, seeds=seeds)
+        self.seeds = options.only or range(options.seeds or self.scale.seeds)
         self.runs = Path(options.runs) / options.scale
         self.data = subset(self.scale, options.data, self.runs / "data")
         self.images = self.scale.images or 60_000
         self.out = options.out
         self.file = Path(options.out or RESULTS) / f"{table}-{options.scale}.json"
-        self.found = json.loads(self.file.read_text()) if self.file.exists() else {"arms": {}}
-        self.found |= {
+        self.head = {
             "table": table,
             "expectation": expectation,
             "scale": {"name": options.scale, **dataclasses.asdict(self.scale)},
@@ -207,25 +216,37 @@ class Study:
         """
         for seed in self.seeds:
             for arm in arms:
-                done = self.found["arms"].setdefault(arm.name, {"seeds": {}})
-                done["changes"] = {k: v for k, v in arm.changes.items() if k != "data.dir"}
-                done |= {"teacher": arm.teacher, "start": arm.start.name if arm.start else ""}
-                if str(seed) in done["seeds"]:
+                if str(seed) in self.known(arm)["seeds"]:
                     continue
                 results = self.train(arm, seed)
                 values = {k: v["top1"] for k, v in results.items() if "top1" in _dict(v)}
                 values["ema"] = {k: v["top1"] for k, v in _dict(results.get("ema")).items()}
                 values |= measure(self, arm, seed) if measure else {}
-                done["seeds"][str(seed)] = {**values, **conditions()}
-                self.write()
+                self.write(arm, seed, {**values, **conditions()})
         print(f"results: {self.file}")
 
-    def write(self) -> None:
-        """Write the results file whole or not at all."""
+    def known(self, arm: Arm) -> dict:
+        """Return what is written of an arm, its row's settings as they are now."""
+        found = json.loads(self.file.read_text())["arms"] if self.file.exists() else {}
+        changes = {k: v for k, v in arm.changes.items() if k != "data.dir"}
+        start = arm.start.name if arm.start else ""
+        return found.get(arm.name, {"seeds": {}}) | {
+            "changes": changes,
+            "teacher": arm.teacher,
+            "start": start,
+        }
+
+    def write(self, arm: Arm, seed: int, values: dict) -> None:
+        """Add a run to the results file, whole or not at all; two tables' halves may run at once."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.found, indent=1) + "\n")
-        temporary.replace(self.file)
+        with portalocker.Lock(self.runs / f"{self.table}.lock", timeout=60):
+            arms = json.loads(self.file.read_text())["arms"] if self.file.exists() else {}
+            done = self.known(arm)
+            seeds = done["seeds"] | {str(seed): values}
+            arms[arm.name] = done | {"seeds": {s: seeds[s] for s in sorted(seeds, key=int)}}
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"arms": arms, **self.head}, indent=1) + "\n")
+            temporary.replace(self.file)
 
     def workdir(self, name: str, seed: int) -> Path:
         """Return where a run is kept."""
@@ -288,6 +309,10 @@ def _dict(value) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def _options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -295,6 +320,7 @@ def _options(description: str) -> argparse.Namespace:
     scale = "gpu" if jax.default_backend() == "gpu" else "cpu"
     parser.add_argument("--scale", choices=sorted(SCALES), default=scale)
     parser.add_argument("--seeds", type=int, help="how many, from 0; the scale's if left out")
+    parser.add_argument("--only", type=_seeds, help="these seeds, as 0,2,4, beside another process")
     parser.add_argument("--epochs", type=float, help="of a student; the scale's if left out")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "evidence"), help="where runs are")
     parser.add_argument("--data", default="", help="folder of the idx files, if not Debian's")
