@@ -237,7 +237,7 @@ class Study:
         }
 
     def write(self, arm: Arm, seed: int, values: dict) -> None:
-        """Add a run to the results file, whole or not at all; two tables' halves may run at once."""
+        """Add a run to the results file, whole or not at all; another process may be at it too."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with portalocker.Lock(self.runs / f"{self.table}.lock", timeout=60):
             arms = json.loads(self.file.read_text())["arms"] if self.file.exists() else {}
@@ -260,11 +260,15 @@ class Study:
 
     def train(self, arm: Arm, seed: int) -> dict:
         """Train a run, or what is missing of it, and return its results."""
+        for other in filter(None, (arm.start, arm.tape)):
+            self.train(other, seed)
+        return train_once(self.config(arm, seed), self.workdir(arm.name, seed))
+
+    def config(self, arm: Arm, seed: int):
+        """Return the config of a run, whose teacher is trained first."""
         config = student_config(self.scale, self.data)
         if arm.teacher:
             config.teacher.weights = str(self.teacher(arm.teacher))
-        for other in filter(None, (arm.start, arm.tape)):
-            self.train(other, seed)
         if arm.start:
             config.init.weights = str(self.workdir(arm.start.name, seed))
         if arm.tape:
@@ -272,7 +276,7 @@ class Study:
         changes = dict(arm.changes)
         config.epochs *= changes.pop("epochs", 1.0)  # in those of the scale
         config.update_from_flattened_dict(changes)
-        return train_once(finish(config, self.images, seed), self.workdir(arm.name, seed))
+        return finish(config, self.images, seed)
 
 
 def train_once(config, workdir: Path) -> dict:
@@ -320,7 +324,7 @@ def _options(description: str) -> argparse.Namespace:
     scale = "gpu" if jax.default_backend() == "gpu" else "cpu"
     parser.add_argument("--scale", choices=sorted(SCALES), default=scale)
     parser.add_argument("--seeds", type=int, help="how many, from 0; the scale's if left out")
-    parser.add_argument("--only", type=_seeds, help="these seeds, as 0,2,4, beside another process")
+    parser.add_argument("--only", type=_seeds, help="seeds, as 0,2,4, beside another process")
     parser.add_argument("--epochs", type=float, help="of a student; the scale's if left out")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "evidence"), help="where runs are")
     parser.add_argument("--data", default="", help="folder of the idx files, if not Debian's")
