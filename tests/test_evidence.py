@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
 
+from deit_jax.train.experiment import resolve
+from deit_jax.weights.load import open_model
+from tests import timm_reference
 from tests.test_sources import open_data
 
 ROOT = Path(__file__).parent.parent
@@ -98,28 +102,132 @@ def test_what_is_finished_is_not_trained_again(toy):
     assert (toy / "runs" / "toy" / "token-0" / "history.jsonl").read_text() == history
 
 
+@pytest.fixture(scope="module")
+def timm_side():
+    """Return the study's part in timm and PyTorch, which a test may go without."""
+    timm_reference.import_timm()
+    sys.path.insert(0, str(EVIDENCE))
+    module = importlib.import_module("timm_side")
+    sys.path.remove(str(EVIDENCE))
+    return module
+
+
+@pytest.fixture
+def recipe(toy, evidence):
+    """Return the toy study's config of a student, its data and the workdir of its teacher."""
+    study = evidence("study")
+    runs = toy / "runs" / "toy"
+    config = study.student_config(study.SCALES["toy"], runs / "data")
+    return study.finish(config, 200, 0), study.open_dataset(config.data), runs / "teacher-convnet-0"
+
+
+@pytest.mark.slow
+def test_the_teacher_says_the_same_in_timm(timm_side, recipe, evidence):
+    config, dataset, workdir = recipe
+    study = evidence("study")
+    sizes = study.teacher_config("convnet", study.SCALES["toy"], "").model
+    network = timm_side.teacher(workdir, sizes, 10)
+    images = next(iter(timm_side.eval_loader(config, dataset.eval)))[0][:64]
+    opened = open_model(workdir)
+    own = opened.model.apply(
+        opened.variables, jax.numpy.asarray(images.permute(0, 2, 3, 1)), train=False
+    )
+    with timm_side.torch.inference_mode():
+        theirs = network(images).numpy()
+    np.testing.assert_allclose(own.fused(), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_timm_is_given_the_recipe(timm_side, recipe, evidence):
+    config, dataset, _ = recipe
+    config.teacher.weights = "given"
+    sizes = evidence("study").teacher_config("convnet", evidence("study").SCALES["toy"], "").model
+    run = timm_side.Training(config, dataset, timm_side.Convnet(sizes, 10))
+    ours = resolve(config, 10, len(dataset.train), whole=True)
+    assert len(run.loader) * config.epochs == ours.total_steps
+    labels = np.concatenate([labels for _, labels in run.loader])
+    np.testing.assert_array_equal(labels[:180].reshape(-1, 3).std(1), 0)  # three copies in a row
+    rates = []
+    for _ in range(2):
+        for images, labels in run.loader:
+            rates.append(run.optimizer.param_groups[0]["lr"])
+            run.update(images, labels)
+    np.testing.assert_allclose(rates, [ours.schedule(i) for i in range(len(rates))], rtol=1e-5)
+    leaves = jax.tree.leaves(jax.eval_shape(ours.new_state).params)
+    sizes = sorted(np.prod(leaf.shape) for leaf in leaves)
+    assert sizes == sorted(p.numel() for p in run.model.parameters())
+
+
+@pytest.mark.slow
+def test_timm_goes_on_from_its_last_epoch(timm_side, recipe, evidence, tmp_path, capsys):
+    config, _, workdir = recipe
+    sizes = evidence("study").teacher_config("convnet", evidence("study").SCALES["toy"], "").model
+    first = timm_side.train_once(config, workdir, sizes, tmp_path / "run")
+    assert "epoch 2/2" in capsys.readouterr().out
+    assert timm_side.train_once(config, workdir, sizes, tmp_path / "run") == first
+    assert "epoch" not in capsys.readouterr().out
+    assert first["fused"] > 0
+
+
 def test_spread_is_mean_and_standard_error(evidence):
-    spread, values = evidence("render").spread, [81.2, 83.0, 80.5, 82.25]
+    spread, values = evidence("found").spread, [81.2, 83.0, 80.5, 82.25]
     assert spread(values, 2) == f"{np.mean(values):.2f} ± {stats.sem(values):.2f}"
     assert spread(values[:1], 1, sign=True) == "+81.2"
     assert spread([], 2) == "owed"
 
 
+def test_an_interval_holds_the_truth_in_19_of_20_studies(evidence):
+    bounds, rng = evidence("found").bounds, np.random.default_rng(0)
+    ends = np.array([bounds(rng.normal(0.4, 1.3, 5)) for _ in range(4000)])
+    held = np.mean((ends[:, 1] < 0.4) & (ends[:, 2] > 0.4))
+    assert abs(held - 0.95) < 0.012  # three and a half standard errors
+
+
+def test_a_joint_interval_is_that_of_the_textbook(evidence):
+    own, other = [61.0, 63.5, 62.2, 60.9, 64.0], [60.5, 62.0, 61.1]
+    parts = [np.var(v, ddof=1) / len(v) for v in (own, other)]
+    free = sum(parts) ** 2 / sum(
+        p**2 / (len(v) - 1) for p, v in zip(parts, (own, other), strict=True)
+    )
+    mean, half = np.mean(own) - np.mean(other), stats.t.ppf(0.975, free) * sum(parts) ** 0.5
+    assert evidence("found").joint(own, other) == (
+        f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    )
+
+
+def test_power_is_how_often_a_test_finds_the_difference(evidence):
+    power, rng = evidence("power"), np.random.default_rng(0)
+    for seeds, difference, deviation in ((5, 0.9, 0.5), (8, 0.5, 0.5), (11, 0.5, 0.52)):
+        studies = rng.normal(difference, deviation, (20_000, seeds))
+        found = np.mean(stats.ttest_1samp(studies, 0.0, axis=1).pvalue < 0.05)
+        assert power.power(seeds, difference, deviation) == pytest.approx(found, abs=0.012)
+    # Cohen (1988), table 2.4.1: about 33 pairs find a difference of half a deviation.
+    assert abs(power.seeds_for(0.5, 1.0) - 34) <= 1
+
+
+def test_deviations_are_pooled_about_their_own_means(evidence):
+    groups = [[1.0, 2.0, 3.0], [10.0, 14.0]]
+    deviation, free = evidence("power").pooled(groups)
+    assert free == 3
+    assert deviation == pytest.approx(np.sqrt((2 * np.var(groups[0], ddof=1) + 8.0) / 3))
+
+
 def test_differences_are_between_runs_of_the_same_seed(evidence, monkeypatch, tmp_path):
-    render = evidence("render")
-    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    found = evidence("found")
+    monkeypatch.setattr(found, "RESULTS", tmp_path)
     own, other = [80.0, 82.0, 85.0], [79.0, 82.5, 83.0, 50.0]
     arms = {
         name: {"seeds": {str(i): {"fused": v} for i, v in enumerate(values)}}
         for name, values in (("own", own), ("other", other))
     }
     (tmp_path / "t-cpu.json").write_text(json.dumps({"arms": arms, "scale": {"seeds": 4}}))
-    found, paired = render.Found("t", "cpu"), np.subtract(own, other[:3])
-    assert found.difference("own", "fused", "other", "fused") == (
-        f"{paired.mean():+.2f} ± {stats.sem(paired):.2f}"
-    )
-    assert found.cell("own", "fused").endswith("(n=3)")
-    assert found.cell("none", "fused") == "owed"
+    table = found.Found("t", "cpu")
+    result = stats.ttest_rel(own, other[:3])
+    ends = result.confidence_interval(0.95)
+    said = f"{np.mean(np.subtract(own, other[:3])):+.2f} ({ends.low:+.2f} to {ends.high:+.2f})"
+    assert table.difference("own", "fused", "other", "fused") == said
+    assert table.n("own", "fused") == "3"
+    assert table.cell("none", "fused") == "owed"
 
 
 def test_the_docs_hold_what_was_measured(evidence):

@@ -1,19 +1,31 @@
-"""The study's pictures: distillation, cosines of the tokens, longer training."""
+"""The study's pictures: accuracies and differences with their seeds, cosines, longer training."""
 
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from found import bounds
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 NAMES = {
+    "claim": "claim.svg",
+    "frameworks": "frameworks.svg",
     "table3": "distillation.svg",
     "tokens": "tokens.svg",
     "table8": "recipe.svg",
     "figure3": "epochs.svg",
 }
+# Between runs of the same seed: name, (arm, head), (arm it is compared with, head), the paper's.
+_HARD, _TOKEN = ("hard-3x", "fused"), "token-3x"
+COMPARISONS = (
+    ("both heads against hard, class token", (_TOKEN, "fused"), _HARD, 0.4),
+    ("distillation head against hard, class token", (_TOKEN, "dist"), _HARD, 0.1),
+    ("class head against hard, class token", (_TOKEN, "cls"), _HARD, 0.0),
+    ("distillation head against class head", (_TOKEN, "dist"), (_TOKEN, "cls"), 0.1),
+    ("both heads against distillation head", (_TOKEN, "fused"), (_TOKEN, "dist"), 0.3),
+)
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # of Okabe and Ito's palette
 
 
@@ -21,7 +33,14 @@ def draw(found: dict, folder: Path) -> None:
     """Draw what has been measured into a folder, the same bytes from the same figures."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"svg.hashsalt": "deit_jax", "font.size": 9, "svg.fonttype": "none"})
-    drawn = {"table3": distillation, "tokens": cosines, "table8": recipe, "figure3": epochs}
+    drawn = {
+        "claim": claim,
+        "frameworks": frameworks,
+        "table3": distillation,
+        "tokens": cosines,
+        "table8": recipe,
+        "figure3": epochs,
+    }
     for table, draw_one in drawn.items():
         if found[table].all:
             figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
@@ -32,10 +51,24 @@ def draw(found: dict, folder: Path) -> None:
             plt.close(figure)
 
 
-def _mean_and_error(values) -> tuple[float, float]:
-    values = np.array(values, np.float64)
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return values.mean().item(), float(error)
+def claim(axis, found) -> None:
+    """Draw the differences between runs of the same seed, and the paper's."""
+    values = [found.pairs(*own, *base) for _, own, base, _ in COMPARISONS]
+    _dots(axis, [name for name, *_ in COMPARISONS], values, [ORANGE] * len(values))
+    for place, (*_, paper) in enumerate(reversed(COMPARISONS)):
+        label = "" if place else "paper: DeiT-B, ImageNet"
+        axis.plot(paper, place, "x", color="black", label=label)
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    axis.set_xlabel("difference in top-1, points (dots: seeds; bars: mean, 95 % interval)")
+    axis.legend(frameon=False)
+
+
+def frameworks(axis, found) -> None:
+    """Draw every run of both frameworks."""
+    heads = (("class head", "cls"), ("distillation head", "dist"), ("both", "fused"))
+    arms = (("ours", "recipe-ours", ORANGE), ("timm", "recipe-timm", BLUE))
+    rows = [(f"{say}: {name}", arm, head, c) for say, head in heads for name, arm, c in arms]
+    _accuracies(axis, found, rows)
 
 
 def distillation(axis, found) -> None:
@@ -69,14 +102,21 @@ def recipe(axis, found) -> None:
 
 
 def _accuracies(axis, found, rows) -> None:
-    for place, (_, arm, head, colour) in enumerate(reversed(rows)):
-        values = list(found.seeds(arm, head).values())
-        if values:
-            mean, error = _mean_and_error(values)
-            axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=4)
-            axis.errorbar(mean, place, xerr=error, fmt="|", color=colour, markersize=14, capsize=3)
-    axis.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
-    axis.set_xlabel("top-1 on 10 000 test images, % (dots: seeds; bars: mean ± standard error)")
+    values = [list(found.seeds(arm, head).values()) for _, arm, head, _ in rows]
+    _dots(axis, [name for name, *_ in rows], values, [colour for *_, colour in rows])
+    axis.set_xlabel("top-1 on 10 000 test images, % (dots: seeds; bars: mean, 95 % interval)")
+
+
+def _dots(axis, names, values, colours) -> None:
+    """Draw the seeds, the mean and its interval of every row, and say their number."""
+    for place, (of_row, colour) in enumerate(zip(values[::-1], colours[::-1], strict=True)):
+        axis.plot(of_row, [place] * len(of_row), "o", color=colour, alpha=0.35, markersize=4)
+        if len(of_row) > 1:
+            mean, low, high = bounds(of_row)
+            ends = [[mean - low], [high - mean]]
+            axis.errorbar(mean, place, xerr=ends, fmt="|", color=colour, markersize=14, capsize=3)
+    said = [f"{name} (n={len(v)})" for name, v in zip(names, values, strict=True)]
+    axis.set_yticks(range(len(said)), said[::-1])
     axis.grid(axis="x", alpha=0.3)
 
 
@@ -93,7 +133,7 @@ def cosines(axis, found) -> None:
                 values.mean(0),
                 "o-",
                 color=colour,
-                label=f"{name}, same target" if arm != "token" else name,
+                label=f"{name}{'' if arm == 'token' else ', same target'} (n={len(values)})",
             )
             axis.set_xticks(layers, ["input", *map(str, layers[1:])])
     axis.axhline(0.93, color=ORANGE, linestyle=":", label="paper: DeiT-B, last layer")
@@ -111,10 +151,11 @@ def epochs(axis, found) -> None:
     ):
         points = [list(found.seeds(which, "fused").values()) for which in (arm, f"{arm}-3x")]
         if all(points):
-            means, errors = zip(*map(_mean_and_error, points), strict=True)
-            places = (length, 3 * length)
-            axis.errorbar(places, means, yerr=errors, fmt="o-", color=colour, label=name, capsize=3)
+            means, lows, highs = np.transpose([bounds(values) for values in points])
+            places, ends = (length, 3 * length), (means - lows, highs - means)
+            said = f"{name} (n={' and '.join(str(len(values)) for values in points)})"
+            axis.errorbar(places, means, yerr=ends, fmt="o-", color=colour, label=said, capsize=3)
             axis.set_xticks(places)
-    axis.set(xlabel="epochs", ylabel="top-1 on 10 000 test images, %")
+    axis.set(xlabel="epochs", ylabel="top-1 on 10 000 test images, %, 95 % interval")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)

@@ -8,77 +8,22 @@ the pictures in docs/figures/.
 
 import argparse
 import json
-import math
 import textwrap
 from pathlib import Path
 
 import figures
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "evidence"
-
-
-class Found:
-    """The results file of a table, or that there is none."""
-
-    def __init__(self, table: str, scale: str):
-        path = RESULTS / f"{table}-{scale}.json"
-        self.table, self.all = table, json.loads(path.read_text()) if path.exists() else {}
-
-    def seeds(self, arm: str, key: str) -> dict[str, float]:
-        """Return a figure of an arm by seed; `key` is as "fused", "ema.cls" or "learned_cosine"."""
-        found = {}
-        for seed, values in self.all.get("arms", {}).get(arm, {"seeds": {}})["seeds"].items():
-            for part in key.split("."):
-                values = values.get(part) if isinstance(values, dict) else None
-            if values is not None:
-                found[seed] = values
-        return found
-
-    def cell(self, arm: str, key: str, digits: int = 2) -> str:
-        """Return mean ± standard error, with the number of seeds where it is not all."""
-        values = list(self.seeds(arm, key).values())
-        wanted = self.all.get("scale", {}).get("seeds", 0)
-        return spread(values, digits) + (f" (n={len(values)})" if 0 < len(values) < wanted else "")
-
-    def difference(self, arm: str, key: str, base: str, base_key: str, digits: int = 2) -> str:
-        """Return the mean of the differences of runs of the same seed, ± its standard error."""
-        own, other = self.seeds(arm, key), self.seeds(base, base_key)
-        return spread([own[s] - other[s] for s in own if s in other], digits, sign=True)
-
-    def conditions(self) -> str:
-        """Return devices, versions and dates of the runs."""
-        every = [v for arm in self.all["arms"].values() for v in arm["seeds"].values()]
-        kinds = sorted({f"{v['device']}, jax {v['jax']}, {v['date']}" for v in every})
-        return "; ".join(kinds)
-
-
-def spread(values: list[float], digits: int, sign: bool = False) -> str:
-    """Return mean ± standard error of the mean, "owed" for nothing, the value alone for one."""
-    if not values:
-        return "owed"
-    mean = sum(values) / len(values)
-    text = f"{mean:{'+' if sign else ''}.{digits}f}"
-    if len(values) == 1:
-        return text
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return f"{text} ± {math.sqrt(variance / len(values)):.{digits}f}"
-
-
-def markdown(header: str, rows: list[list[str]]) -> str:
-    """Return a table; the header's cells are separated by |."""
-    lines = [header, "|".join(["---"] * (header.count("|") + 1))]
-    return "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(r) for r in rows)])
+from found import RESULTS, ROOT, Found, interval, joint, markdown, spread
 
 
 def compared(found: Found, base: str, kinds) -> list[list[str]]:
-    """Return rows: name, top-1, difference to the base's runs, the paper's figure.
+    """Return rows: name, n, top-1, difference to the base's runs with its interval, the paper's.
 
     `kinds` are (name, arm, head, paper's).
     """
     return [
         [
             name,
+            found.n(arm, head),
             found.cell(arm, head),
             found.difference(arm, head, base, "fused") if (arm, head) != (base, "fused") else "",
             paper,
@@ -112,7 +57,7 @@ def table3(found: Found) -> str:
         ("distillation token: both", "token", "fused", "83.4"),
     ]
     rows = compared(found, "none", kinds)
-    head = "distillation | top-1 % | against no teacher, same seed | paper: DeiT-B on ImageNet"
+    head = "distillation | n | top-1 % | against no teacher | paper: DeiT-B on ImageNet"
     return markdown(head, rows)
 
 
@@ -126,7 +71,7 @@ def table2(found: Found) -> str:
         ("the same, three times the epochs", "by-long-transformer", "fused", ""),
     ]
     rows = with_teachers(found, compared(found, "token", kinds), kinds, 1)
-    head = "teacher | its top-1 % | student, both heads | against the convnet's | paper"
+    head = "teacher | its top-1 % | n | student, both heads | against the convnet's | paper"
     return markdown(head, rows)
 
 
@@ -141,6 +86,7 @@ def tokens(found: Found) -> str:
     rows = [
         [
             name,
+            found.n(arm, "learned_cosine"),
             found.cell(arm, "learned_cosine", 3),
             *(spread([c[i] for c in found.seeds(arm, "cosines").values()], 3) for i in (0, -1)),
             found.difference(arm, "fused", "none", "fused"),
@@ -148,7 +94,7 @@ def tokens(found: Found) -> str:
         ]
         for name, arm, paper in kinds
     ]
-    head = "tokens | cosine as learned | at the input, with positions | after the last block | "
+    head = "tokens | n | cosine as learned | at the input, with positions | after the last block | "
     return markdown(f"{head}top-1 against one token | paper: cosine", rows)
 
 
@@ -169,7 +115,7 @@ def table4(found: Found) -> str:
         [name, *(spread([s[i][j] for s in shares], 3) if i != j else "0" for j in every)]
         for i, name in enumerate(names.values())
     ]
-    return markdown(" | ".join(["", *names.values()]), rows)
+    return markdown(" | ".join(["", *names.values()]), rows) + f"\n\nn = {len(runs)} seeds."
 
 
 def table8(found: Found) -> str:
@@ -189,7 +135,7 @@ def table8(found: Found) -> str:
         ("moving average", "none", "ema.fused", "81.9"),
     ]
     rows = compared(found, "none", kinds)
-    return markdown("recipe | top-1 % | against the recipe | paper: DeiT-B", rows)
+    return markdown("recipe | n | top-1 % | against the recipe | paper: DeiT-B", rows)
 
 
 def table10(found: Found) -> str:
@@ -201,8 +147,8 @@ def table10(found: Found) -> str:
         ("and on at 48, with the teacher", "token-48-teacher", "fused", "at 384: 84.5"),
         ("the same, the teacher at 32", "token-48-teacher-32", "fused", ""),
     ]
-    rows = with_teachers(found, compared(found, "token", kinds), kinds, 3)
-    head = "training | both heads, top-1 % | against 32 pixels | its teacher's top-1 %"
+    rows = with_teachers(found, compared(found, "token", kinds), kinds, 4)
+    head = "training | n | both heads, top-1 % | against 32 pixels | its teacher's top-1 %"
     return markdown(f"{head} | paper: DeiT-B", rows)
 
 
@@ -211,7 +157,9 @@ def figure3(found: Found) -> str:
     rows = [
         [
             name,
+            found.n(arm, "fused"),
             found.cell(arm, "fused"),
+            found.n(f"{arm}-3x", "fused"),
             found.cell(f"{arm}-3x", "fused"),
             found.difference(f"{arm}-3x", "fused", arm, "fused"),
             paper,
@@ -221,7 +169,7 @@ def figure3(found: Found) -> str:
             ("distillation token", "token", "83.4 → 84.2 (300 → 1000 epochs)"),
         )
     ]
-    return markdown("training | epochs as above | three times | gain | paper: DeiT-B", rows)
+    return markdown("training | n | epochs as above | n | three times | gain | paper: DeiT-B", rows)
 
 
 def table7(found: Found) -> str:
@@ -230,6 +178,7 @@ def table7(found: Found) -> str:
     rows = [
         [
             str(count),
+            found.n(f"digits-{count}-scratch", "fused"),
             *(found.cell(f"digits-{count}-{start}", "fused") for _, start in starts),
             found.difference(
                 f"digits-{count}-from-none", "fused", f"digits-{count}-scratch", "fused"
@@ -237,10 +186,69 @@ def table7(found: Found) -> str:
         ]
         for count in (100, 400, 1438)
     ]
-    head = (
-        "digits to train on | from scratch | from DeiT on clothes | from the distilled one | gain"
+    head = "digits to train on | n | from scratch | from DeiT on clothes | from the distilled one"
+    return markdown(f"{head} | gain", rows)
+
+
+def power() -> str:
+    """Return how many seeds half a point needs, by the runs that were there before."""
+    lengths = json.loads((RESULTS / "power.json").read_text())
+    rows = [
+        [
+            length,
+            str(len(of["pairs"])),
+            f"{of['deviation']:.2f} ({of['interval'][0]:.2f} to {of['interval'][1]:.2f})",
+            str(of["seeds_for_half_a_point"]),
+            *(f"{of[f'found_with_{n}_seeds']:.2f}" for n in (5, 8)),
+        ]
+        for length, of in lengths.items()
+    ]
+    head = "training | pairs of rows | deviation of a difference | seeds for 0.5 points"
+    return markdown(f"{head} | 5 seeds find | 8 seeds find", rows)
+
+
+def claim(found: Found) -> str:
+    """Return what was computed before, the three students at 60 epochs, and their differences."""
+    kinds = [
+        ("no teacher", "none-3x", "fused", "81.8"),
+        ("hard, class token", "hard-3x", "fused", "83.0"),
+        ("token: class head", "token-3x", "cls", "83.0"),
+        ("token: distillation head", "token-3x", "dist", "83.1"),
+        ("token: both heads", "token-3x", "fused", "83.4"),
+    ]
+    rows = compared(found, "none-3x", kinds)
+    first = markdown("60 epochs | n | top-1 % | against no teacher | paper: DeiT-B", rows)
+    rows = []
+    for name, own, base, paper in figures.COMPARISONS:
+        pairs = found.pairs(*own, *base)
+        rows.append([name, str(len(pairs)), interval(pairs), f"{paper:+.1f}"])
+    second = markdown("runs of the same seed | n | difference | paper", rows)
+    return "\n\n".join((power(), first, second))
+
+
+def matched(found: Found) -> str:
+    """Return what teachers of two kinds and the same accuracy make of students."""
+    kinds = [
+        ("convnet", "by-matched-convnet-3x", "fused", "RegNetY-4GF 80.0 → 82.7"),
+        ("transformer", "by-long-transformer-3x", "fused", "DeiT-B 81.8 → 81.9"),
+    ]
+    rows = with_teachers(found, compared(found, kinds[0][1], kinds), kinds, 1)
+    head = "teacher | its top-1 % | n | student of 60 epochs, both heads | against the convnet's"
+    return markdown(f"{head} | paper", rows)
+
+
+def frameworks(found: Found) -> str:
+    """Return what either framework makes of the recipe."""
+    heads = ("cls", "dist", "fused", "ema.fused")
+    arms = (("ours, JAX", "recipe-ours"), ("timm, PyTorch", "recipe-timm"))
+    rows = [
+        [name, found.n(arm, "fused"), *(found.cell(arm, h) for h in heads)] for name, arm in arms
+    ]
+    values = [[list(found.seeds(arm, h).values()) for _, arm in arms] for h in heads]
+    rows.append(["difference", "", *(joint(*both) for both in values)])
+    return markdown(
+        "20 epochs | n | class head | distillation head | both | their moving average", rows
     )
-    return markdown(head, rows)
 
 
 def tape(found: Found) -> str:
@@ -255,8 +263,9 @@ def tape(found: Found) -> str:
         own = found.seeds(arm, "weights")
         same = sum(own[s] == live[s] for s in own if s in live)
         said = f"{same} of {len(own)} seeds" if own and arm != "token" else ""
-        rows.append([name, said, found.cell(arm, "images_per_second", 0)])
-    return markdown("teacher | same weights as live, every bit | images/s", rows)
+        rate = found.cell(arm, "images_per_second", 0)
+        rows.append([name, found.n(arm, "weights"), said, rate])
+    return markdown("teacher | n | same weights as live, every bit | images/s", rows)
 
 
 def foreign(found: Found) -> str:
@@ -267,13 +276,16 @@ def foreign(found: Found) -> str:
         ("and its features", "token-and-features-of-resnet18", "fused", ""),
         ("its features alone", "features-of-resnet18", "fused", ""),
     ]
-    rows = [row[:3] for row in compared(found, "none", kinds)]
+    rows = [row[:4] for row in compared(found, "none", kinds)]
     rows = with_teachers(found, rows, kinds, 1)
-    head = "what is learned | its teacher's top-1 % | student, both heads | against no teacher"
+    head = "what is learned | its teacher's top-1 % | n | student, both heads | against no teacher"
     return markdown(head, rows)
 
 
 SECTIONS = (
+    ("claim", "A token, or hard distillation alone? (table 3, with power)", claim),
+    ("matched", "Convnet or transformer, of the same accuracy (table 2, with power)", matched),
+    ("frameworks", "One recipe in two frameworks (not in the paper)", frameworks),
     ("table3", "Distillation (table 3)", table3),
     ("table2", "Teachers (table 2)", table2),
     ("tokens", "The two tokens (section 5.2)", tokens),

@@ -63,6 +63,11 @@ SCALES = {
 }
 
 
+SIZES = ("small-convnet", "convnet", "large-convnet")
+# Of a teacher's epochs, those after which the small convnet is as good as the long transformer.
+MATCHED = 0.8
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """The runs of a row: changes to the student's config, the name of its teacher, other arms.
@@ -124,14 +129,15 @@ def teacher_config(name: str, scale: Scale, data: Path):
         c.model.width, c.model.depth, c.model.num_heads = width, depth, 4
         c.distill.kind, c.epochs = "none", scale.teacher_epochs * longer
     else:
-        size = ("small-convnet", "convnet", "large-convnet").index(name)
+        matched = name == "matched-convnet"
+        size = SIZES.index("small-convnet" if matched else name)
         own = teacher.get_config("variant=002")
         c.model, c.optim, c.model.image_size = own.model, own.optim, 32
         c.model.widths, c.model.depths = scale.convnets[size]
         # One group: XLA's grouped convolutions are slow on a CPU.
         c.model.group_width, c.model.stem_width = c.model.widths[-1], 16
         c.optim.lr = 0.1 * scale.batch / 128
-        c.distill.kind, c.epochs = "none", scale.teacher_epochs
+        c.distill.kind, c.epochs = "none", scale.teacher_epochs * (MATCHED if matched else 1.0)
     return c
 
 

@@ -89,8 +89,8 @@ def teacher(workdir: Path, model, classes: int):
     from safetensors.torch import load_file
 
     network = Convnet(model, classes)
-    network.load_state_dict(load_file(path), strict=False)
-    return network.eval().requires_grad_(False)
+    network.load_state_dict(load_file(path))
+    return network.eval()
 
 
 def student(config, classes: int):
@@ -108,7 +108,7 @@ def student(config, classes: int):
     )
 
 
-def train_loader(config, source):
+def train_loader(config, source, workers: int):
     """Return timm's loader of training batches; erasing is part of its transforms, as in DeiT."""
     a, size = config.augment, config.model.image_size
     return timm_data.create_loader(
@@ -125,7 +125,7 @@ def train_loader(config, source):
         auto_augment=a.auto,
         num_aug_repeats=a.repeats,
         interpolation="bicubic",
-        num_workers=0,  # one core does all, as on our side
+        num_workers=workers,
         distributed=True,  # or there is no repeated augmentation
         use_prefetcher=False,
         device=CPU,
@@ -161,18 +161,21 @@ def mixup(config, classes: int):
 
 
 class Training:
-    """A run by timm: what timm's train.py makes of its arguments, and one update."""
+    """A run by timm: what timm's train.py makes of its arguments, and one update.
 
-    def __init__(self, config, dataset, teacher_run: Path, teacher_model, seed: int):
+    `network` is the teacher; without workers one core does all, as on our side.
+    """
+
+    def __init__(self, config, dataset, network, workers: int = 0):
         classes, o = len(dataset.classes), config.optim
         start_process_group()
-        timm_utils.random_seed(seed, 0)
-        self.loader = train_loader(config, dataset.train)
+        timm_utils.random_seed(config.seed, 0)
+        self.loader = train_loader(config, dataset.train, workers)
         self.mixup = mixup(config, classes)
         self.model = student(config, classes)
         self.task = TokenDistillationTask(
             student_model=self.model,
-            teacher_model=teacher(teacher_run, teacher_model, classes),
+            teacher_model=network.eval().requires_grad_(False),
             criterion=SoftTargetCrossEntropy(),
             distill_type="hard",
             task_loss_weight=1 - config.distill.alpha,
@@ -254,7 +257,8 @@ def train_once(config, teacher_run: Path, teacher_model, workdir: Path) -> dict:
     """Train a run by timm, or go on from its last epoch; return its accuracies."""
     print(f"== {workdir}", flush=True)
     dataset = open_dataset(config.data)
-    run = Training(config, dataset, teacher_run, teacher_model, config.seed)
+    network = teacher(teacher_run, teacher_model, len(dataset.classes))
+    run = Training(config, dataset, network)
     epochs, path = int(config.epochs), workdir / "last.pt"
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
