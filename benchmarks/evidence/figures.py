@@ -54,12 +54,13 @@ def draw(found: dict, folder: Path) -> None:
 def claim(axis, found) -> None:
     """Draw the differences between runs of the same seed, and the paper's."""
     values = [found.pairs(*own, *base) for _, own, base, _ in COMPARISONS]
-    _dots(axis, [name for name, *_ in COMPARISONS], values, [ORANGE] * len(values))
+    names = [name.replace(" against ", "\nagainst ") for name, *_ in COMPARISONS]
+    _dots(axis, names, values, [ORANGE] * len(values))
     for place, (*_, paper) in enumerate(reversed(COMPARISONS)):
         label = "" if place else "paper: DeiT-B, ImageNet"
         axis.plot(paper, place, "x", color="black", label=label)
     axis.axvline(0, color=GREY, linewidth=0.8)
-    axis.set_xlabel("difference in top-1, points (dots: seeds; bars: mean, 95 % interval)")
+    axis.set_xlabel("points of top-1 (a dot a seed; bars: mean, 95 % interval)")
     axis.legend(frameon=False)
 
 
@@ -104,7 +105,7 @@ def recipe(axis, found) -> None:
 def _accuracies(axis, found, rows) -> None:
     values = [list(found.seeds(arm, head).values()) for _, arm, head, _ in rows]
     _dots(axis, [name for name, *_ in rows], values, [colour for *_, colour in rows])
-    axis.set_xlabel("top-1 on 10 000 test images, % (dots: seeds; bars: mean, 95 % interval)")
+    axis.set_xlabel("top-1, % (a dot a seed; bars: mean, 95 % interval)")
 
 
 def _dots(axis, names, values, colours) -> None:
@@ -156,6 +157,6 @@ def epochs(axis, found) -> None:
             said = f"{name} (n={' and '.join(str(len(values)) for values in points)})"
             axis.errorbar(places, means, yerr=ends, fmt="o-", color=colour, label=said, capsize=3)
             axis.set_xticks(places)
-    axis.set(xlabel="epochs", ylabel="top-1 on 10 000 test images, %, 95 % interval")
+    axis.set(xlabel="epochs", ylabel="top-1, % (mean, 95 % interval)")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
