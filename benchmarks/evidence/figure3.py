@@ -1,6 +1,6 @@
 """DeiT's Figure 3: what a longer training gives, with and without distillation.
 
-python benchmarks/evidence/figure3.py --seeds=3 --scale=cpu
+python benchmarks/evidence/figure3.py --scale=cpu
 """
 
 from study import NONE, NONE_LONG, TOKEN, TOKEN_LONG, Study

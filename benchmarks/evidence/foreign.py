@@ -1,6 +1,6 @@
 """A teacher of another framework: timm's ResNet-18, trained by PyTorch on the students' images.
 
-    python benchmarks/evidence/foreign.py --seeds=3 --scale=cpu
+    python benchmarks/evidence/foreign.py --scale=cpu
 
 It needs torch and timm (the extra `torch`). The network is turned into a teacher folder; students
 learn its decisions through the distillation token, its features besides, or its features instead.

@@ -57,7 +57,7 @@ class Scale:
 
 SCALES = {
     # What two cores do in some hours: patches of 8, for those of 4 cost five times as much.
-    "cpu": Scale(10_000, 20.0, 20.0, 64, 2e-3, 8, 64, 4, 4, seeds=3),
+    "cpu": Scale(10_000, 20.0, 20.0, 64, 2e-3, 8, 64, 4, 4, seeds=5),
     "gpu": Scale(0, 100.0, 50.0, 512, 2e-3, 4, 192, 6, 3, seeds=5),
     "toy": Scale(200, 2.0, 1.0, 32, 2e-3, 8, 16, 2, 2, seeds=2, transformer=(16, 1, 1.0)),
 }
@@ -93,12 +93,21 @@ HARD = Arm("hard", {**PLAIN, "distill.kind": "hard"}, teacher="convnet")
 TOKEN = Arm("token", {"distill.kind": "hard"}, teacher="convnet")
 TWO_CLASS_TOKENS = Arm("two-class-tokens", {"distill.kind": "none", "loss.heads": "both"})
 
-# Three times as long. The token's run records what the teacher says of its views, which are those
-# of every run of the same seed; hard distillation learns from that tape.
-LONG = {"epochs": 3.0}
-NONE_LONG = Arm("none-3x", NONE.changes | LONG)
-TOKEN_LONG = Arm("token-3x", TOKEN.changes | LONG | {"teacher.tape": "record"}, TOKEN.teacher)
-HARD_LONG = Arm("hard-3x", HARD.changes | LONG | {"teacher.tape": "replay"}, tape=TOKEN_LONG)
+
+def of_length(times: float) -> tuple[Arm, Arm]:
+    """Return token and hard distillation at so many times the epochs.
+
+    The token's run records what the teacher says of its views, which are those of every run of the
+    same seed; hard distillation learns from that tape.
+    """
+    name, length = f"{times:g}x", {"epochs": times}
+    token = Arm(f"token-{name}", TOKEN.changes | length | {"teacher.tape": "record"}, TOKEN.teacher)
+    hard = Arm(f"hard-{name}", HARD.changes | length | {"teacher.tape": "replay"}, tape=token)
+    return token, hard
+
+
+NONE_LONG = Arm("none-3x", NONE.changes | {"epochs": 3.0})
+TOKEN_LONG, HARD_LONG = of_length(3.0)
 
 
 def student_config(scale: Scale, data: Path):

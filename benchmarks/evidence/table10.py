@@ -1,6 +1,6 @@
 """DeiT's Tables 3 and 10: fine-tuning at a higher resolution, with and without the teacher.
 
-    python benchmarks/evidence/table10.py --seeds=3 --scale=cpu
+    python benchmarks/evidence/table10.py --scale=cpu
 
 48 pixels after 32, with the position embeddings resized; the control goes on at 32.
 """

@@ -1,6 +1,6 @@
 """DeiT's Table 2: a convnet teaches better than a transformer of the same accuracy.
 
-python benchmarks/evidence/table2.py --seeds=3 --scale=cpu
+python benchmarks/evidence/table2.py --scale=cpu
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """DeiT's Table 3: no teacher, a soft one, a hard one through the class token or a token of its own.
 
-python benchmarks/evidence/table3.py --seeds=3 --scale=cpu
+python benchmarks/evidence/table3.py --scale=cpu
 """
 
 from study import HARD, NONE, SOFT, TOKEN, Study

@@ -1,6 +1,6 @@
 """DeiT's Table 4: on how many images the classifiers disagree.
 
-python benchmarks/evidence/table4.py --seeds=3 --scale=cpu
+python benchmarks/evidence/table4.py --scale=cpu
 """
 
 from measures import disagreement

@@ -1,6 +1,6 @@
 """DeiT's Table 7: transfer, here of clothes to scikit-learn's handwritten digits.
 
-    python benchmarks/evidence/table7.py --seeds=3 --scale=cpu
+    python benchmarks/evidence/table7.py --scale=cpu
 
 Students without and with a teacher, trained on Fashion-MNIST, are fine-tuned on 100, 400 and 1438
 digits with the labels alone, for as many steps as one from scratch; 359 are kept to test.

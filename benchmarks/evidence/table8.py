@@ -1,6 +1,6 @@
 """DeiT's Table 8: the recipe without each of its parts, and with what it leaves out.
 
-    python benchmarks/evidence/table8.py --seeds=3 --scale=cpu
+    python benchmarks/evidence/table8.py --scale=cpu
 
 The moving average is the first row's own: every run keeps one.
 """

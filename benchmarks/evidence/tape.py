@@ -1,6 +1,6 @@
 """A label tape against the live teacher: the same weights, in less time?
 
-    python benchmarks/evidence/tape.py --seeds=3 --scale=cpu
+    python benchmarks/evidence/tape.py --scale=cpu
 
 Beside the distilled student of table 3, one that records what its teacher says, and one that is
 trained from the tape, without a teacher. The tables of the paper know no such thing.

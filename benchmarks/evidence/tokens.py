@@ -1,6 +1,6 @@
 """DeiT, section 5.2: are the two tokens different, and would a second class token do as well?
 
-python benchmarks/evidence/tokens.py --seeds=3 --scale=cpu
+python benchmarks/evidence/tokens.py --scale=cpu
 """
 
 import dataclasses
