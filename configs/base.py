@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
     c.data.exif = False  # True: turn images as their camera noted; published models did not
     c.data.resize = "crop"  # or squash, pad: images that are not square. See deit_jax/data/view.py
     c.data.bits = 0  # of deeper images than 8: 9 … 32, 0 = what each holds. deit_jax/data/depth.py
-    c.data.threads = 0  # decoding threads per process; 0 = one per core
+    c.data.threads = 0  # decoding threads per process; 0 = as many as help, one per core at most
     c.data.prefetch_batches = 8  # decoded ahead of the step
 
     c.augment = ConfigDict()

@@ -172,6 +172,9 @@ class Nothing:
     def fill(self, step, block, batch):
         pass
 
+    def work_us(self):
+        return 0.0
+
 
 @pytest.mark.parametrize(("loading", "step", "share"), [(0.24, 0.06, 0.75), (0.015, 0.15, 0.0)])
 def test_the_wait_for_input_is_what_loading_takes_longer_than_the_step(

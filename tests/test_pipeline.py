@@ -1,5 +1,7 @@
 """Check that batches are a pure function of (seed, step), whoever loads them."""
 
+import contextlib
+import math
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from sklearn.datasets import load_sample_images
 from deit_jax.configs import base
 from deit_jax.data import batches as batches_lib
 from deit_jax.data import decode, decoders
+from deit_jax.data import loader as loader_lib
 from deit_jax.data.batches import EvalBatches, TrainBatches
 from deit_jax.data.loader import load
 from deit_jax.data.order import EpochOrder, example_rng, example_rngs
@@ -457,6 +461,9 @@ class Slow:
         time.sleep(0.1)
         batch["step"][block] = step
 
+    def work_us(self):
+        return math.inf
+
 
 def test_batches_are_loaded_ahead_in_parallel_and_in_order():
     began = time.perf_counter()
@@ -477,6 +484,57 @@ def test_the_first_batch_is_loaded_by_all_threads():
     assert time.perf_counter() - began < 0.5  # 0.8 by one thread
 
 
+def test_small_images_are_loaded_by_one_thread_and_photographs_by_all(noise, photos, monkeypatch):
+    """By default: of small ones Python's lock is what takes the time."""
+    used = []
+    true_options = grain.ReadOptions
+
+    def options(num_threads, **others):
+        used.append(num_threads)
+        return true_options(num_threads=num_threads, **others)
+
+    monkeypatch.setattr(grain, "ReadOptions", options)
+    monkeypatch.setattr(loader_lib, "usable_cores", lambda: 16)
+    config = base.get_config().augment
+    pictures = photos.train
+    for source, size in ((noise, 32), (noise, 128), (pictures, 224), (pictures, 32)):
+        order = EpochOrder(len(source), 2, 1, 0)
+        for batches in (
+            TrainBatches(source, order, config, size, range(2)),
+            EvalBatches(source, 2, EvalView(size, 0.875), range(2)),
+        ):
+            with contextlib.closing(load(batches, 0, 1, 0, prefetch=64)) as loader:
+                next(loader)
+    small, middle, photographs, shown_small = used[::2]
+    assert used[::2] == used[1::2]
+    assert (small, middle) == (1, 2)
+    assert 8 <= photographs <= 16
+    assert 2 <= shown_small < photographs
+    with contextlib.closing(load(Slow(), 0, 1, 5, prefetch=64)) as loader:
+        next(loader)
+    assert used[-1] == 5  # who asks for a number gets it
+
+
+def test_without_pythons_lock_every_core_has_a_thread(monkeypatch):
+    assert loader_lib.useful_threads(0.0, 16) == 1
+    assert loader_lib.useful_threads(math.inf, 16) == 16
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    assert loader_lib.useful_threads(0.0, 16) == 16
+
+
+def test_an_image_that_cannot_be_opened_takes_no_thread_away(tmp_path):
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        (tmp_path / "a" / f"{number}.jpg").write_bytes(b"no image")
+    batches = EvalBatches(
+        FolderSource(tmp_path, ["a/0.jpg", "a/1.jpg"], np.arange(2)),
+        2,
+        EvalView(32, 0.875),
+        range(2),
+    )
+    assert batches.work_us() == math.inf
+
+
 def test_a_loader_can_be_left_without_holding_up_the_process():
     """Were what is queued still loaded at exit, it would take half a minute."""
     script = """
@@ -494,6 +552,9 @@ def test_a_loader_can_be_left_without_holding_up_the_process():
                 batch["step"][:] = step
                 if step == 2:
                     raise ValueError
+
+            def work_us(self):
+                return 1e9
 
         slow = Slow()
 

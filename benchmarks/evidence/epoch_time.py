@@ -140,7 +140,7 @@ def measure(found: argparse.Namespace, folder: Path) -> dict[str, list[dict[str,
     data = subset(scale, found.data, folder / "data")
     config = finish(student_config(scale, data), scale.images, 0)
     config.update_from_flattened_dict(OURS.changes)
-    config.data.threads = found.cores
+    config.data.threads = 0  # as many as help, its default
     config.teacher.model = teacher_config("convnet", scale, data).model
     config.teacher.weights = "random"
     dataset = open_dataset(config.data)

@@ -9,12 +9,15 @@ the one that it began with.
 """
 
 import contextlib
+import io
 import logging
+import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from deit_jax.data import decode
 from deit_jax.data.augment import make_augment
@@ -30,6 +33,7 @@ log = logging.getLogger("deit_jax")
 
 BLOCK = 48  # rows that a thread loads at a time; much fewer would cost Grain's overhead
 SCRATCH = 3 << 20  # bytes for one decoded image, a million pixels; larger ones are allocated
+READ_US, SHOWN_US = 0.006, 0.018  # of a core for a pixel that is decoded, and for one that is shown
 MAX_SKIPS = 1000  # unreadable images in a row: the data set is damaged, not some files
 
 Batch = dict[str, np.ndarray]
@@ -47,6 +51,10 @@ class Batches(Protocol):
 
     def fill(self, step: int, block: int, batch: Batch) -> None:
         """Load one block of a batch, 0 … blocks - 1, into its rows."""
+        ...
+
+    def work_us(self) -> float:
+        """Return about how many µs an image takes a core outside of Python."""
         ...
 
 
@@ -91,6 +99,10 @@ class TrainBatches:
             "image": np.empty(shape, np.uint8),
             "label": np.empty_like(self._labels),
         }
+
+    def work_us(self) -> float:
+        """Return about how many µs an image takes a core outside of Python."""
+        return _work_us(self._source, self._image_size)
 
     def fill(self, step: int, block: int, batch: Batch) -> None:
         """Decode, crop, flip and augment a block; copies of one image decode it once."""
@@ -181,6 +193,10 @@ class EvalBatches:
             "valid": np.empty(len(self._rows), bool),
         }
 
+    def work_us(self) -> float:
+        """Return about how many µs an image takes a core outside of Python."""
+        return _work_us(self._source, self._view.size)
+
     def fill(self, step: int, block: int, batch: Batch) -> None:
         """Decode, resize and crop; rows without an image are black and not valid."""
         for row in range(block * BLOCK, min((block + 1) * BLOCK, len(self._rows))):
@@ -204,6 +220,16 @@ class EvalBatches:
                 self.unreadable.add(name)
                 log.warning("left out of %s: %s", self._left_out_of, error)
             return None
+
+
+def _work_us(source: Source, size: Size) -> float:
+    """Judge by the first image; one that cannot be opened here is as good as a large one."""
+    try:
+        image = source[0]["image"]
+        shape = Image.open(io.BytesIO(image)).size if isinstance(image, bytes) else image.shape[:2]
+    except Exception:  # whoever reads it says what is wrong with it
+        return math.inf
+    return READ_US * math.prod(shape) + SHOWN_US * math.prod(sides(size))
 
 
 def _name(source: Source, index: int) -> str:

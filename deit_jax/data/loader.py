@@ -17,6 +17,21 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+# µs that Python itself has for an image, under its lock. benchmarks/small_images.py measures it.
+PYTHON_US = 180.0
+
+
+def useful_threads(work_us: float, cores: int) -> int:
+    """Return how many threads load faster than fewer would, one a core at most.
+
+    `work_us` is what an image takes outside of Python's lock. Of small images that is little: their
+    threads would wait for each other, and take the cores from whoever trains.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return cores
+    return max(1, round(min(work_us / PYTHON_US, cores)))
+
+
 class _Memory:
     """Batches' arrays, given out again once nobody refers to them, as fresh ones must be cleared.
 
@@ -43,7 +58,7 @@ class _Memory:
 def load(
     batches: Batches, start: int, stop: int, threads: int, prefetch: int
 ) -> Generator[Batch, None, None]:
-    """Iterate over batches start … stop - 1 in order, loaded ahead by threads.
+    """Iterate over batches start … stop - 1 in order, loaded ahead by threads; 0 = what helps.
 
     The arrays of a batch may be used for a later one once nothing refers to them.
     """
@@ -65,9 +80,8 @@ def load(
 
     blocks = batches.blocks
     ahead = prefetch * blocks
-    options = grain.ReadOptions(
-        num_threads=min(threads or usable_cores(), ahead), prefetch_buffer_size=ahead
-    )
+    threads = threads or useful_threads(batches.work_us(), usable_cores())
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     numbers = grain.MapDataset.range(start * blocks, stop * blocks)
     loader = iter(numbers.map(fill).to_iter_dataset(options))
     try:

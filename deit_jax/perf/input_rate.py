@@ -14,7 +14,7 @@ from deit_jax.data import decode
 from deit_jax.data.augment import make_augment
 from deit_jax.data.decode import PLAIN, Reading
 from deit_jax.data.decoders import choose
-from deit_jax.data.loader import usable_cores
+from deit_jax.data.loader import usable_cores, useful_threads
 from deit_jax.data.order import example_rng
 from deit_jax.data.sources.base import Dataset
 from deit_jax.data.view import random_view, reading_of
@@ -136,7 +136,8 @@ def measure(
     """
     parse_device(device)
     cores = usable_cores()
-    threads = min(experiment.data.threads or cores, cores)
+    work = experiment.batches(dataset).work_us()
+    threads = min(experiment.data.threads or useful_threads(work, cores), cores)
     stages_us = stages(experiment, dataset, seconds / 3)
     rate = input_rate(experiment, dataset, 2 * seconds / 3)
     stages_us["wait"] = max(0.0, threads / rate * 1e6 - sum(stages_us.values()))
