@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 NAMES = {
     "claim": "claim.svg",
     "frameworks": "frameworks.svg",
+    "lengths": "lengths.svg",
     "table3": "distillation.svg",
     "tokens": "tokens.svg",
     "table8": "recipe.svg",
@@ -36,6 +37,7 @@ def draw(found: dict, folder: Path) -> None:
     drawn = {
         "claim": claim,
         "frameworks": frameworks,
+        "lengths": lengths,
         "table3": distillation,
         "tokens": cosines,
         "table8": recipe,
@@ -70,6 +72,37 @@ def frameworks(axis, found) -> None:
     arms = (("ours", "recipe-ours", ORANGE), ("timm", "recipe-timm", BLUE))
     rows = [(f"{say}: {name}", arm, head, c) for say, head in heads for name, arm, c in arms]
     _accuracies(axis, found, rows)
+
+
+def lengths_of(found) -> list[float]:
+    """Return the lengths of the token's runs, in the scale's epochs."""
+    names = (name.partition("token-")[2] for name in found.all["arms"])
+    return sorted(float(name.removesuffix("x")) for name in names if name.endswith("x"))
+
+
+def lengths(axis, found) -> None:
+    """Draw what the token gains by the length of the training."""
+    lines = (
+        ("both heads against hard, class token", "fused", ("hard", "fused"), ORANGE),
+        ("distillation head against class head", "dist", ("token", "cls"), BLUE),
+    )
+    for name, head, (base, base_head), colour in lines:
+        points = {
+            times * found.all["scale"]["epochs"]: pairs
+            for times in lengths_of(found)
+            if (pairs := found.pairs(f"token-{times:g}x", head, f"{base}-{times:g}x", base_head))
+        }
+        means, lows, highs = np.transpose([bounds(pairs) for pairs in points.values()])
+        said = f"{name} (n={', '.join(str(len(pairs)) for pairs in points.values())})"
+        ends = (means - lows, highs - means)
+        axis.errorbar(list(points), means, yerr=ends, fmt="o-", color=colour, label=said, capsize=3)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    axis.set(xlabel="epochs", ylabel="points of top-1 (95 % interval)", xscale="log")
+    places = [times * found.all["scale"]["epochs"] for times in lengths_of(found)]
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
 
 
 def distillation(axis, found) -> None:

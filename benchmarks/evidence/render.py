@@ -251,6 +251,25 @@ def frameworks(found: Found) -> str:
     )
 
 
+def lengths(found: Found) -> str:
+    """Return hard distillation and the token after trainings of several lengths."""
+    rows = []
+    for times in figures.lengths_of(found):
+        token, hard = f"token-{times:g}x", f"hard-{times:g}x"
+        cells = [(hard, "fused"), (token, "cls"), (token, "dist"), (token, "fused")]
+        rows.append(
+            [
+                f"{times * found.all['scale']['epochs']:g}",
+                found.n(hard, "fused"),
+                *(found.cell(arm, head) for arm, head in cells),
+                found.difference(token, "fused", hard, "fused"),
+                found.difference(token, "dist", token, "cls"),
+            ]
+        )
+    head = "epochs | n | hard, class token | token: class head | distillation head | both"
+    return markdown(f"{head} | both against hard | distillation against class head", rows)
+
+
 def tape(found: Found) -> str:
     """Return whether a tape gives the same weights, and how fast."""
     live = found.seeds("token", "weights")
@@ -284,6 +303,7 @@ def foreign(found: Found) -> str:
 
 SECTIONS = (
     ("claim", "A token, or hard distillation alone? (table 3, with power)", claim),
+    ("lengths", "The token, by the length of the training (figure 3)", lengths),
     ("matched", "Convnet or transformer, of the same accuracy (table 2, with power)", matched),
     ("frameworks", "One recipe in two frameworks (not in the paper)", frameworks),
     ("table3", "Distillation (table 3)", table3),
