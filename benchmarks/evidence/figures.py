@@ -87,11 +87,11 @@ def lengths(axis, found) -> None:
         ("distillation head against class head", "dist", ("token", "cls"), BLUE),
     )
     for name, head, (base, base_head), colour in lines:
-        points = {
-            times * found.all["scale"]["epochs"]: pairs
-            for times in lengths_of(found)
-            if (pairs := found.pairs(f"token-{times:g}x", head, f"{base}-{times:g}x", base_head))
-        }
+        points = {}
+        for times in lengths_of(found):
+            pairs = found.pairs(f"token-{times:g}x", head, f"{base}-{times:g}x", base_head)
+            if len(pairs) > 1:
+                points[times * found.all["scale"]["epochs"]] = pairs
         means, lows, highs = np.transpose([bounds(pairs) for pairs in points.values()])
         said = f"{name} (n={', '.join(str(len(pairs)) for pairs in points.values())})"
         ends = (means - lows, highs - means)
