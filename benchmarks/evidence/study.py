@@ -64,8 +64,9 @@ SCALES = {
 
 
 SIZES = ("small-convnet", "convnet", "large-convnet")
-# Of a teacher's epochs, those after which the small convnet is as good as the long transformer.
-MATCHED = 0.8
+# Of a teacher's epochs, those with which the small convnet is as good as the long transformer, 76.07
+# and 76.42 %. Of eight lengths from 17 to 20 epochs this came nearest; none was asked for students.
+MATCHED = 0.875
 
 
 @dataclasses.dataclass(frozen=True)
