@@ -33,9 +33,11 @@ def compared(found: Found, base: str, kinds) -> list[list[str]]:
 
 
 def taught(found: Found, arm: str) -> str:
-    """Return the top-1 of an arm's teacher, the same network for every seed; "" without one."""
-    values = list(found.seeds(arm, "teacher").values())
-    return spread(values[:1], 2) if values or not found.seeds(arm, "fused") else ""
+    """Return the top-1 of an arm's teacher, of each where it was trained anew; "" without one."""
+    values = sorted(set(found.seeds(arm, "teacher").values()))
+    if not values:
+        return "" if found.seeds(arm, "fused") else "owed"
+    return " and ".join(f"{value:.2f}" for value in values)
 
 
 def with_teachers(found: Found, rows: list[list[str]], kinds, column: int) -> list[list[str]]:
