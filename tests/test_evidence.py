@@ -158,6 +158,43 @@ def test_timm_is_given_the_recipe(timm_side, recipe, evidence):
     assert sizes == sorted(p.numel() for p in run.model.parameters())
 
 
+def looks(images):
+    """Return figures of each image [B H W 3] of bytes: light, contrast, slopes, black and white."""
+    grey = images.mean(-1)
+    return {
+        "light": grey.mean((1, 2)),
+        "contrast": grey.std((1, 2)),
+        "slope along x": np.abs(np.diff(grey, axis=2)).mean((1, 2)),
+        "slope along y": np.abs(np.diff(grey, axis=1)).mean((1, 2)),
+        "left against right": (grey[:, :, :16] - grey[:, :, 16:]).mean((1, 2)),
+        "top against bottom": (grey[:, :16] - grey[:, 16:]).mean((1, 2)),
+        "black": (images < 1).mean((1, 2, 3)),
+        "white": (images > 254).mean((1, 2, 3)),
+    }
+
+
+@pytest.mark.slow
+def test_both_loaders_make_the_same_images_of_the_same_files(timm_side, recipe):
+    """The same in distribution: of three copies of an image one is looked at."""
+    config, dataset, _ = recipe
+    config.augment.crop, config.augment.erase_prob = "random_resized", 0.0
+    config.teacher.weights = "given"
+    timm_side.start_process_group()
+    timm_side.timm_utils.random_seed(0, 0)
+    loader = timm_side.train_loader(config, dataset.train, 0)
+    mean, std = np.array(config.data.mean), np.array(config.data.std)
+    theirs = []
+    for epoch in range(20):
+        loader.sampler.set_epoch(epoch)
+        theirs += [255 * (x.permute(0, 2, 3, 1).numpy() * std + mean) for x, _ in loader]
+    ours = resolve(config, 10, len(dataset.train), whole=True)
+    batches = ours.batches(dataset)
+    own = [batches(step)["image"].astype(np.float32) for step in range(len(theirs))]
+    own, theirs = (looks(np.round(np.concatenate(images))[::3]) for images in (own, theirs))
+    for name, values in own.items():
+        assert stats.ks_2samp(values, theirs[name]).pvalue > 0.001, name
+
+
 @pytest.mark.slow
 def test_timm_goes_on_from_its_last_epoch(timm_side, recipe, evidence, tmp_path, capsys):
     config, _, workdir = recipe
