@@ -31,6 +31,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", default="", help="folder of the idx files, if not Debian's")
     parser.add_argument("--out", help="write the figures to this file")
     found = parser.parse_args()
+    if not 1 <= found.cores <= (os.cpu_count() or 1):
+        parser.error(f"--cores={found.cores}: this machine has {os.cpu_count()}")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: found.cores])
     return found
@@ -63,7 +65,7 @@ class Ours:
             pass
 
     def update(self, batch) -> None:
-        """Start a step; wait for the one before it, as training does."""
+        """Take a step and wait for its end; a run would load and place the next batch meanwhile."""
         trainer = self.trainer
         trainer.state, values = trainer.step(trainer.state, trainer.teacher_params, batch)
         self.jax.block_until_ready(values)
@@ -131,7 +133,7 @@ def turn(peer, steps: int) -> dict[str, float]:
 
 
 def measure(found: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Return the seconds of every turn of both, and the number of steps in an epoch."""
+    """Return the seconds of a step in every turn of both."""
     import timm_side
     from frameworks import OURS
     from study import SCALES, finish, open_dataset, student_config, subset, teacher_config
@@ -140,7 +142,7 @@ def measure(found: argparse.Namespace, folder: Path) -> dict[str, list[dict[str,
     data = subset(scale, found.data, folder / "data")
     config = finish(student_config(scale, data), scale.images, 0)
     config.update_from_flattened_dict(OURS.changes)
-    config.data.threads = 0  # as many as help, its default
+    config.data.threads = 0  # as many as help, the default
     config.teacher.model = teacher_config("convnet", scale, data).model
     config.teacher.weights = "random"
     dataset = open_dataset(config.data)

@@ -42,4 +42,4 @@ def versions(study, arm: Arm, seed: int) -> dict:
 
 
 if __name__ == "__main__":
-    Frameworks("frameworks", EXPECTED, __doc__, seeds=5).run([OURS, TIMM], versions)
+    Frameworks("frameworks", EXPECTED, __doc__).run([OURS, TIMM], versions)

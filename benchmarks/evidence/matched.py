@@ -26,4 +26,4 @@ ARMS = [
 ]
 
 if __name__ == "__main__":
-    Study("matched", EXPECTED, __doc__, seeds=5).run(ARMS)
+    Study("matched", EXPECTED, __doc__).run(ARMS)
