@@ -64,7 +64,7 @@ SCALES = {
 
 
 SIZES = ("small-convnet", "convnet", "large-convnet")
-# Of a teacher's epochs, those that make the small convnet as good as the long transformer: 76.07
+# Of a teacher's epochs, those that make the small convnet as good as the long transformer: 76.27
 # and 76.42 %. Of seven lengths from 17 to 20 epochs this came nearest, before a student was taught.
 MATCHED = 0.875
 
