@@ -196,14 +196,50 @@ def test_both_loaders_make_the_same_images_of_the_same_files(timm_side, recipe):
 
 
 @pytest.mark.slow
-def test_timm_goes_on_from_its_last_epoch(timm_side, recipe, evidence, tmp_path, capsys):
+def test_timm_meets_the_images_in_our_order(timm_side, recipe):
+    config, dataset, _ = recipe
+    config.seed, config.teacher.weights = 3, "given"
+    run = timm_side.Training(config, dataset, timm_side.torch.nn.Identity(), our_order=True)
+    batches = resolve(config, 10, len(dataset.train), whole=True).batches(dataset)
+    theirs = []
+    for epoch in range(2):
+        run.order.set_epoch(epoch)
+        theirs += [labels.numpy() for _, labels in run.loader]
+    assert len(np.unique(np.stack(theirs))) == 10
+    for step, labels in enumerate(theirs):
+        np.testing.assert_array_equal(batches(step)["label"], labels)
+
+
+@pytest.mark.slow
+def test_timm_goes_on_from_its_last_epoch(
+    timm_side, recipe, evidence, tmp_path, capsys, monkeypatch
+):
     config, _, workdir = recipe
     sizes = evidence("study").teacher_config("convnet", evidence("study").SCALES["toy"], "").model
     first = timm_side.train_once(config, workdir, sizes, tmp_path / "run")
-    assert "epoch 2/2" in capsys.readouterr().out
+    epoch = timm_side.Training.epoch
+
+    def stopped(self, number):
+        if number:
+            raise KeyboardInterrupt
+        return epoch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(timm_side.Training, "epoch", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            timm_side.train_once(config, workdir, sizes, tmp_path / "stopped")
+    capsys.readouterr()
+    assert timm_side.train_once(config, workdir, sizes, tmp_path / "stopped") == first
+    assert "epoch 1" not in capsys.readouterr().out
     assert timm_side.train_once(config, workdir, sizes, tmp_path / "run") == first
     assert "epoch" not in capsys.readouterr().out
-    assert first["fused"] > 0
+    ends = [
+        timm_side.torch.load(tmp_path / name / "last.pt", weights_only=False)["model"]
+        for name in ("run", "stopped")
+    ]
+    for name, value in ends[0].items():
+        assert timm_side.torch.equal(value, ends[1][name]), name
+    assert min(first["fused"], first["teacher"]) > 0
 
 
 def test_spread_is_mean_and_standard_error(evidence):

@@ -69,7 +69,7 @@ def claim(axis, found) -> None:
 def frameworks(axis, found) -> None:
     """Draw every run of both frameworks."""
     heads = (("class head", "cls"), ("distillation head", "dist"), ("both", "fused"))
-    arms = (("ours", "recipe-ours", ORANGE), ("timm", "recipe-timm", BLUE))
+    arms = (("ours", "recipe-ours", ORANGE), ("timm", "recipe-timm-our-order", BLUE))
     rows = [(f"{say}: {name}", arm, head, c) for say, head in heads for name, arm, c in arms]
     _accuracies(axis, found, rows)
 
@@ -92,6 +92,8 @@ def lengths(axis, found) -> None:
             pairs = found.pairs(f"token-{times:g}x", head, f"{base}-{times:g}x", base_head)
             if len(pairs) > 1:
                 points[times * found.all["scale"]["epochs"]] = pairs
+        if not points:
+            continue
         means, lows, highs = np.transpose([bounds(pairs) for pairs in points.values()])
         said = f"{name} (n={', '.join(str(len(pairs)) for pairs in points.values())})"
         ends = (means - lows, highs - means)

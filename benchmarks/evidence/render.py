@@ -240,17 +240,25 @@ def matched(found: Found) -> str:
 
 
 def frameworks(found: Found) -> str:
-    """Return what either framework makes of the recipe."""
+    """Return what either framework makes of the recipe, with crops of random size and shape."""
     heads = ("cls", "dist", "fused", "ema.fused")
-    arms = (("ours, JAX", "recipe-ours"), ("timm, PyTorch", "recipe-timm"))
+    arms = {
+        "ours, JAX": "recipe-ours",
+        "timm, in our order": "recipe-timm-our-order",
+        "timm, all in its one order": "recipe-timm",
+    }
     rows = [
-        [name, found.n(arm, "fused"), *(found.cell(arm, h) for h in heads)] for name, arm in arms
+        [name, found.n(arm, "fused"), *(found.cell(arm, h) for h in heads)]
+        for name, arm in arms.items()
     ]
-    values = [[list(found.seeds(arm, h).values()) for _, arm in arms] for h in heads]
-    rows.append(["difference", "", *(joint(*both) for both in values)])
-    return markdown(
-        "20 epochs | n | class head | distillation head | both | their moving average", rows
-    )
+    ours, same, other = arms.values()
+    pairs = [found.pairs(ours, head, same, head) for head in heads]
+    rows.append(["ours - timm, pairs of one order", str(len(pairs[0])), *map(interval, pairs)])
+    for name, arm in (("in our order", same), ("in its one order", other)):
+        values = [[list(found.seeds(a, h).values()) for a in (ours, arm)] for h in heads]
+        rows.append([f"ours - timm {name}, not paired", "", *(joint(*both) for both in values)])
+    head = "20 epochs, random crops | n | class head | distillation head | both"
+    return markdown(f"{head} | their moving average", rows)
 
 
 def lengths(found: Found) -> str:
@@ -262,7 +270,7 @@ def lengths(found: Found) -> str:
         rows.append(
             [
                 f"{times * found.all['scale']['epochs']:g}",
-                found.n(hard, "fused"),
+                str(len(found.pairs(token, "fused", hard, "fused"))),
                 *(found.cell(arm, head) for arm, head in cells),
                 found.difference(token, "fused", hard, "fused"),
                 found.difference(token, "dist", token, "cls"),

@@ -2,17 +2,21 @@
 
 Everything is timm's own: loader and transforms, RandAugment, erasing, sampler of repeated
 augmentation, mixup and cutmix, model, TokenDistillationTask, AdamW with its groups, schedule and
-moving average. Of ours are the config that the numbers are read from, and the teacher's weights.
+moving average. Of ours are the config that the numbers are read from, the teacher's weights and,
+where a study asks for it, what the epochs are shuffled by.
 """
 
-import functools
+import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import portalocker
 from PIL import Image
 from study import open_dataset
 
 from deit_jax.cli import convert
+from deit_jax.data.order import EpochOrder
 from tests import timm_reference
 
 torch = timm_reference.import_torch()
@@ -21,6 +25,7 @@ timm = timm_reference.import_timm()
 from timm import data as timm_data  # noqa: E402
 from timm import utils as timm_utils  # noqa: E402
 from timm.data import auto_augment  # noqa: E402
+from timm.data.distributed_sampler import RepeatAugSampler  # noqa: E402
 from timm.layers import ClassifierHead, ConvNormAct  # noqa: E402
 from timm.loss import SoftTargetCrossEntropy  # noqa: E402
 from timm.models.regnet import RegStage  # noqa: E402
@@ -132,6 +137,26 @@ def train_loader(config, source, workers: int):
     )
 
 
+class OurOrder(RepeatAugSampler):
+    """timm's sampler over the shuffles of our run of the same seed.
+
+    By itself it shuffles by the number of the epoch alone: runs of all seeds share their order.
+    """
+
+    def __init__(self, source, config):
+        super().__init__(source, num_repeats=config.augment.repeats)
+        sizes = (len(source), config.batch_size, config.augment.repeats)
+        self.shuffled = EpochOrder(*sizes, config.seed).shuffled()
+
+    def __iter__(self):
+        def permutation(count, generator):
+            first = self.epoch * count
+            return torch.tensor([int(self.shuffled[first + i]) for i in range(count)])
+
+        with mock.patch.object(torch, "randperm", permutation):
+            return super().__iter__()
+
+
 def eval_loader(config, source):
     """Return timm's loader of whole test images."""
     size = config.model.image_size
@@ -163,14 +188,18 @@ def mixup(config, classes: int):
 class Training:
     """A run by timm: what timm's train.py makes of its arguments, and one update.
 
-    `network` is the teacher; without workers one core does all, as on our side.
+    `network` is the teacher; without workers one core does all, as on our side. With `our_order`
+    images are met in the order of our run of the seed.
     """
 
-    def __init__(self, config, dataset, network, workers: int = 0):
+    def __init__(self, config, dataset, network, workers: int = 0, our_order: bool = False):
         classes, o = len(dataset.classes), config.optim
         start_process_group()
         timm_utils.random_seed(config.seed, 0)
         self.loader = train_loader(config, dataset.train, workers)
+        self.order = self.loader.batch_sampler.sampler
+        if our_order:
+            self.order = self.loader.batch_sampler.sampler = OurOrder(dataset.train, config)
         self.mixup = mixup(config, classes)
         self.model = student(config, classes)
         self.task = TokenDistillationTask(
@@ -211,7 +240,7 @@ class Training:
 
     def epoch(self, number: int) -> float:
         """Train for an epoch and return its mean loss."""
-        self.loader.sampler.set_epoch(number)
+        self.order.set_epoch(number)
         return float(np.mean([self.update(*batch) for batch in self.loader]))
 
     def state(self) -> dict:
@@ -221,6 +250,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.module.state_dict(),
             "updates": self.updates,
+            "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
         }
 
     def load(self, state: dict) -> None:
@@ -229,6 +259,10 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.module.load_state_dict(state["average"])
         self.updates = state["updates"]
+        own, numpys, torchs = state["random"]
+        random.setstate(own)
+        np.random.set_state(numpys)
+        torch.set_rng_state(torchs)
 
 
 def start_process_group() -> None:
@@ -253,20 +287,32 @@ def accuracy(model, loader) -> dict[str, float]:
     return {name: 100 * number / count for name, number in right.items()}
 
 
-def train_once(config, teacher_run: Path, teacher_model, workdir: Path) -> dict:
+def judge(module, loader) -> float:
+    """Return top-1 of a network of one head."""
+    found = [(module(images).argmax(1) == labels).float() for images, labels in loader]
+    return 100 * torch.cat(found).mean().item()
+
+
+def train_once(
+    config, teacher_run: Path, teacher_model, workdir: Path, our_order: bool = False
+) -> dict:
     """Train a run by timm, or go on from its last epoch; return its accuracies."""
     print(f"== {workdir}", flush=True)
-    dataset = open_dataset(config.data)
-    network = teacher(teacher_run, teacher_model, len(dataset.classes))
-    run = Training(config, dataset, network)
-    epochs, path = int(config.epochs), workdir / "last.pt"
     workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        run.load(torch.load(path))
-    for number in range(run.updates // len(run.loader), epochs):
-        loss = run.epoch(number)
-        print(f"epoch {number + 1}/{epochs}: loss {loss:.4f}", flush=True)
-        torch.save(run.state(), path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-    judge = functools.partial(accuracy, loader=eval_loader(config, dataset.eval))
-    return judge(run.model) | {"ema": judge(run.average.module)}
+    with portalocker.Lock(workdir / "lock", timeout=1):
+        dataset = open_dataset(config.data)
+        network = teacher(teacher_run, teacher_model, len(dataset.classes))
+        run = Training(config, dataset, network, our_order=our_order)
+        path = workdir / "last.pt"
+        if path.exists():
+            run.load(torch.load(path, weights_only=False))
+        for number in range(run.updates // len(run.loader), int(config.epochs)):
+            loss = run.epoch(number)
+            print(f"epoch {number + 1}/{config.epochs:g}: loss {loss:.4f}", flush=True)
+            torch.save(run.state(), path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        loader = eval_loader(config, dataset.eval)
+        with torch.inference_mode():
+            known = judge(network, loader)
+        heads = accuracy(run.model, loader)
+        return heads | {"ema": accuracy(run.average.module, loader), "teacher": known}
