@@ -190,7 +190,7 @@ def test_a_batch_has_two_sides():
 
 
 def test_boxes_of_mixing_and_erasing_know_both_sides():
-    """A box of share s has sides of sqrt(s) of each; lambda is 1 - its area (timm's rand_bbox)."""
+    """A box of share s has sides of sqrt(s) of each; lambda is 1 - its area (timm 0.3.2's)."""
     lam = jnp.full(2000, 0.75)
     boxes = np.asarray(cutmix_box(jax.random.key(0), lam, 40, 80))
     tall, wide = boxes.any(2).sum(1), boxes.any(1).sum(1)

@@ -33,6 +33,8 @@ def options() -> argparse.Namespace:
     found = parser.parse_args()
     if not 1 <= found.cores <= (os.cpu_count() or 1):
         parser.error(f"--cores={found.cores}: this machine has {os.cpu_count()}")
+    # study.py keeps XLA to one thread, for runs of the same bits; a run by itself has all cores.
+    os.environ.setdefault("XLA_FLAGS", "")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: found.cores])
     return found
@@ -174,7 +176,6 @@ def main() -> None:
     scale = SCALES["cpu"]
     steps = scale.images // scale.batch
     result = run_conditions() | {name: version(name) for name in ("torch", "timm")}
-    result["device"] = result["device"].replace("one core", f"{found.cores} of its cores")
     result |= {"images": steps * scale.batch, "seconds_an_epoch": {}, "times_faster": {}}
     for part in ("input", "step", "epoch"):
         of = {name: [t[part] for t in turns] for name, turns in times.items()}

@@ -4,7 +4,8 @@
 
 Runs of the same seed are compared, so that what counts is the spread of their differences. It is
 pooled over pairs of rows that learn from a teacher, at 20 epochs (tables 2 and 3) and at 60
-(figure 3), with its 95 % interval by the chi-squared distribution. The number of seeds is that with
+(figure 3), with its 95 % interval by the chi-squared distribution; that is somewhat too sure, as
+pairs share rows. The number of seeds is that with
 which a two-sided paired t-test at 5 % finds the difference in four of five studies. Written to
 benchmarks/results/evidence/power.json, before what it is asked for was trained.
 """

@@ -28,6 +28,7 @@ import portalocker  # noqa: E402
 
 from deit_jax.cli import compile_cache, huge_pages, platforms  # noqa: E402
 from deit_jax.configs import base, deit, teacher  # noqa: E402
+from deit_jax.data.loader import usable_cores  # noqa: E402
 from deit_jax.data.sources.registry import open_dataset  # noqa: E402
 from deit_jax.errors import UserError  # noqa: E402
 from deit_jax.train import run as run_lib  # noqa: E402
@@ -250,6 +251,7 @@ class Study:
             "changes": changes,
             "teacher": arm.teacher,
             "start": start,
+            "tape": arm.tape.name if arm.tape else "",
         }
 
     def write(self, arm: Arm, seed: int, values: dict) -> None:
@@ -322,7 +324,9 @@ def conditions() -> dict:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, one core"
+    count = usable_cores()
+    cores = "one core" if count == 1 else f"{count} cores"
+    return f"{names[0] if names else platform.machine()}, {cores}"
 
 
 def _dict(value) -> dict:

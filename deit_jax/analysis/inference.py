@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from deit_jax.configs import base
 from deit_jax.data.batches import EvalBatches
-from deit_jax.data.loader import load, usable_cores
+from deit_jax.data.loader import load
 from deit_jax.data.sources.base import Source
 from deit_jax.models.preprocess import normalise
 from deit_jax.parallel import sharding
@@ -75,8 +75,7 @@ def stream(
 def _loaded(batches: EvalBatches):
     """Iterate over the batches, by threads where there are several."""
     if len(batches) > 1:
-        # Not 0, which judges by the first image and so reads it twice; these are files of any size.
-        return load(batches, 0, len(batches), threads=usable_cores(), prefetch=PREFETCH)
+        return load(batches, 0, len(batches), threads=0, prefetch=PREFETCH)
     return (batches(step) for step in range(len(batches)))
 
 

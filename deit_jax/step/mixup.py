@@ -89,7 +89,8 @@ def cutmix_box(
 ) -> Float[Array, "G H W"]:
     """Return 1 inside each group's box of relative side sqrt(1 - lam), clipped to the image.
 
-    Sides are truncated to whole pixels and the centre is uniform over pixels (timm's rand_bbox).
+    Sides are truncated to whole pixels and the centre is uniform over pixels as in timm
+    0.3.2's rand_bbox, the reference's; a later timm rounds odd sides up.
     """
     side = jnp.sqrt(1.0 - lam)
     key_y, key_x = jax.random.split(key)
