@@ -33,17 +33,12 @@ TIMM = Arm("recipe-timm", TOKEN.changes | CROPS, TOKEN.teacher)
 TIMM_IN_OUR_ORDER = Arm("recipe-timm-our-order", TOKEN.changes | CROPS, TOKEN.teacher)
 
 
-def by_timm(arm: Arm) -> bool:
-    """Return whether timm trains the runs of an arm."""
-    return arm.name.startswith(TIMM.name)
-
-
 class Frameworks(Study):
     """A study arms of which timm trains."""
 
     def train(self, arm: Arm, seed: int) -> dict:
         """Train a run by one of the two and return its results."""
-        if not by_timm(arm):
+        if arm is OURS:
             return super().train(arm, seed)
         config, workdir = self.config(arm, seed), self.workdir(arm.name, seed)
         network = teacher_config(arm.teacher, self.scale, self.data).model
@@ -56,7 +51,7 @@ class Frameworks(Study):
 
 def versions(study, arm: Arm, seed: int) -> dict:
     """Return the versions of what timm's arm was trained by."""
-    return {name: version(name) for name in ("torch", "timm")} if by_timm(arm) else {}
+    return {} if arm is OURS else {name: version(name) for name in ("torch", "timm")}
 
 
 if __name__ == "__main__":
