@@ -14,6 +14,8 @@ from pathlib import Path
 import figures
 from found import RESULTS, ROOT, Found, interval, joint, markdown, spread
 
+OPPOSED = -0.5  # two tokens of a smaller cosine point away from each other
+
 
 def compared(found: Found, base: str, kinds) -> list[list[str]]:
     """Return rows: name, n, top-1, difference to the base's runs with its interval, the paper's.
@@ -246,19 +248,30 @@ def frameworks(found: Found) -> str:
         "ours, JAX": "recipe-ours",
         "timm, in our order": "recipe-timm-our-order",
         "timm, all in its one order": "recipe-timm",
+        "ours, tokens as timm's": "recipe-ours-timms-tokens",
     }
-    rows = [
-        [name, found.n(arm, "fused"), *(found.cell(arm, h) for h in heads)]
-        for name, arm in arms.items()
-    ]
-    ours, same, other = arms.values()
-    pairs = [found.pairs(ours, head, same, head) for head in heads]
-    rows.append(["ours - timm, pairs of one order", str(len(pairs[0])), *map(interval, pairs)])
+    rows = []
+    for name, arm in arms.items():
+        cosines = list(found.seeds(arm, "input_cosine").values())
+        opposed = f"{sum(cosine < OPPOSED for cosine in cosines)} of {len(cosines)}"
+        rows.append([name, found.n(arm, "fused"), *(found.cell(arm, h) for h in heads), opposed])
+    head = "20 epochs, random crops | n | class head | distillation head | both"
+    head = f"{head} | their moving average | opposed tokens"
+    first = markdown(head, rows)
+    ours, same, other, tokens = arms.values()
+    rows = []
+    for name, own, base in (
+        ("ours - timm in our order", ours, same),
+        ("ours with timm's tokens - ours", tokens, ours),
+    ):
+        pairs = [found.pairs(own, head, base, head) for head in heads]
+        rows.append([f"{name}, pairs", str(len(pairs[0])), *map(interval, pairs)])
     for name, arm in (("in our order", same), ("in its one order", other)):
         values = [[list(found.seeds(a, h).values()) for a in (ours, arm)] for h in heads]
-        rows.append([f"ours - timm {name}, not paired", "", *(joint(*both) for both in values)])
-    head = "20 epochs, random crops | n | class head | distillation head | both"
-    return markdown(f"{head} | their moving average", rows)
+        n = " and ".join(str(len(of)) for of in values[0])
+        rows.append([f"ours - timm {name}, not paired", n, *(joint(*both) for both in values)])
+    head = "difference | n | class head | distillation head | both | their moving average"
+    return "\n\n".join((first, markdown(head, rows)))
 
 
 def lengths(found: Found) -> str:

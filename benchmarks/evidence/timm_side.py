@@ -287,6 +287,12 @@ def accuracy(model, loader) -> dict[str, float]:
     return {name: 100 * number / count for name, number in right.items()}
 
 
+def parameters(workdir: Path) -> dict[str, np.ndarray]:
+    """Return the parameters that a run ended with, by timm's names."""
+    model = torch.load(workdir / "last.pt", weights_only=False)["model"]
+    return {name: value.numpy() for name, value in model.items()}
+
+
 def judge(module, loader) -> float:
     """Return top-1 of a network of one head."""
     found = [(module(images).argmax(1) == labels).float() for images, labels in loader]
