@@ -6,6 +6,7 @@ At each length the token's runs record a tape from which hard distillation learn
 epochs are claim.py's.
 """
 
+from measures import token_cosines
 from study import Study, of_length
 
 EXPECTED = """Written before the first run of 10, 20 and 90 epochs, when one seed of 60 had come
@@ -21,4 +22,4 @@ LENGTHS = (0.5, 1.0, 3.0, 4.5)  # of the scale's 20 epochs
 ARMS = [arm for times in LENGTHS for arm in of_length(times)]
 
 if __name__ == "__main__":
-    Study("lengths", EXPECTED, __doc__).run(ARMS)
+    Study("lengths", EXPECTED, __doc__).run(ARMS, token_cosines)
