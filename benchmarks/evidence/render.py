@@ -248,7 +248,8 @@ def frameworks(found: Found) -> str:
         "ours, JAX": "recipe-ours",
         "timm, in our order": "recipe-timm-our-order",
         "timm, all in its one order": "recipe-timm",
-        "ours, tokens as timm's": "recipe-ours-timms-tokens",
+        "ours, both tokens as timm's": "recipe-ours-timms-tokens",
+        "ours, class token near 0": "recipe-ours-timms-class-token",
     }
     rows = []
     for name, arm in arms.items():
@@ -258,11 +259,13 @@ def frameworks(found: Found) -> str:
     head = "20 epochs, random crops | n | class head | distillation head | both"
     head = f"{head} | their moving average | opposed tokens"
     first = markdown(head, rows)
-    ours, same, other, tokens = arms.values()
+    ours, same, other, tokens, start = arms.values()
     rows = []
     for name, own, base in (
         ("ours - timm in our order", ours, same),
-        ("ours with timm's tokens - ours", tokens, ours),
+        ("both tokens as timm's - ours", tokens, ours),
+        ("both tokens as timm's - timm in our order", tokens, same),
+        ("class token near 0 - ours", start, ours),
     ):
         pairs = [found.pairs(own, head, base, head) for head in heads]
         rows.append([f"{name}, pairs", str(len(pairs[0])), *map(interval, pairs)])
