@@ -103,7 +103,8 @@ def lengths(axis, found) -> None:
     places = [times * found.all["scale"]["epochs"] for times in lengths_of(found)]
     axis.set_xticks(places, [f"{place:g}" for place in places])
     axis.minorticks_off()
-    axis.legend(frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
     axis.grid(alpha=0.3)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import figures
 from found import RESULTS, ROOT, Found, interval, joint, markdown, spread
 
+HEADS = "class head | distillation head | both | their moving average"
 OPPOSED = -0.5  # two tokens of a smaller cosine point away from each other
 
 
@@ -238,7 +239,19 @@ def matched(found: Found) -> str:
     ]
     rows = with_teachers(found, compared(found, kinds[0][1], kinds), kinds, 1)
     head = "teacher | its top-1 % | n | student of 60 epochs, both heads | against the convnet's"
-    return markdown(f"{head} | paper", rows)
+    pair = ("transformer's - convnet's", kinds[1][1], kinds[0][1])
+    second = markdown(f"runs of the same seed | n | {HEADS}", by_heads(found, pair))
+    return markdown(f"{head} | paper", rows) + "\n\n" + second
+
+
+def by_heads(found: Found, *compared) -> list[list[str]]:
+    """Return rows of the pairs of (name, arm, base): their number, each head's difference."""
+    heads = ("cls", "dist", "fused", "ema.fused")
+    rows = []
+    for name, own, base in compared:
+        pairs = [found.pairs(own, head, base, head) for head in heads]
+        rows.append([name, str(len(pairs[0])), *map(interval, pairs)])
+    return rows
 
 
 def frameworks(found: Found) -> str:
@@ -256,25 +269,20 @@ def frameworks(found: Found) -> str:
         cosines = list(found.seeds(arm, "input_cosine").values())
         opposed = f"{sum(cosine < OPPOSED for cosine in cosines)} of {len(cosines)}"
         rows.append([name, found.n(arm, "fused"), *(found.cell(arm, h) for h in heads), opposed])
-    head = "20 epochs, random crops | n | class head | distillation head | both"
-    head = f"{head} | their moving average | opposed tokens"
-    first = markdown(head, rows)
+    first = markdown(f"20 epochs, random crops | n | {HEADS} | opposed tokens", rows)
     ours, same, other, tokens, start = arms.values()
-    rows = []
-    for name, own, base in (
+    rows = by_heads(
+        found,
         ("ours - timm in our order", ours, same),
         ("both tokens as timm's - ours", tokens, ours),
         ("both tokens as timm's - timm in our order", tokens, same),
         ("class token near 0 - ours", start, ours),
-    ):
-        pairs = [found.pairs(own, head, base, head) for head in heads]
-        rows.append([f"{name}, pairs", str(len(pairs[0])), *map(interval, pairs)])
+    )
     for name, arm in (("in our order", same), ("in its one order", other)):
         values = [[list(found.seeds(a, h).values()) for a in (ours, arm)] for h in heads]
         n = " and ".join(str(len(of)) for of in values[0])
         rows.append([f"ours - timm {name}, not paired", n, *(joint(*both) for both in values)])
-    head = "difference | n | class head | distillation head | both | their moving average"
-    return "\n\n".join((first, markdown(head, rows)))
+    return first + "\n\n" + markdown(f"runs of the same seed | n | {HEADS}", rows)
 
 
 def lengths(found: Found) -> str:
