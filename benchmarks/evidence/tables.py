@@ -1,0 +1,344 @@
+"""The tables of docs/results.md, each a function of the results file of its study."""
+
+import json
+
+import figures
+from found import RESULTS, Found, interval, joint, markdown, spread
+
+HEADS = "class head | distillation head | both | their moving average"
+OPPOSED = -0.5  # two tokens of a smaller cosine point away from each other
+
+
+def compared(found: Found, base: str, kinds) -> list[list[str]]:
+    """Return rows: name, n, top-1, difference to the base's runs with its interval, the paper's.
+
+    `kinds` are (name, arm, head, paper's).
+    """
+    return [
+        [
+            name,
+            found.n(arm, head),
+            found.cell(arm, head),
+            found.difference(arm, head, base, "fused") if (arm, head) != (base, "fused") else "",
+            paper,
+        ]
+        for name, arm, head, paper in kinds
+    ]
+
+
+def taught(found: Found, arm: str) -> str:
+    """Return the top-1 of an arm's teacher, of each where it was trained anew; "" without one."""
+    values = sorted(set(found.seeds(arm, "teacher").values()))
+    if not values:
+        return "" if found.seeds(arm, "fused") else "owed"
+    return " and ".join(f"{value:.2f}" for value in values)
+
+
+def with_teachers(found: Found, rows: list[list[str]], kinds, column: int) -> list[list[str]]:
+    """Return rows with the top-1 of each one's teacher in a column."""
+    return [
+        [*row[:column], taught(found, arm), *row[column:]]
+        for row, (_, arm, _, _) in zip(rows, kinds, strict=True)
+    ]
+
+
+def table3(found: Found) -> str:
+    """Return how the teacher's word reaches the student."""
+    kinds = [
+        ("no teacher", "none", "fused", "81.8"),
+        ("soft, class token", "soft", "fused", "81.8"),
+        ("hard, class token", "hard", "fused", "83.0"),
+        ("distillation token: class head", "token", "cls", "83.0"),
+        ("distillation token: distillation head", "token", "dist", "83.1"),
+        ("distillation token: both", "token", "fused", "83.4"),
+    ]
+    rows = compared(found, "none", kinds)
+    head = "distillation | n | top-1 % | against no teacher | paper: DeiT-B on ImageNet"
+    return markdown(head, rows)
+
+
+def table2(found: Found) -> str:
+    """Return what each teacher makes of the student."""
+    kinds = [
+        ("small convnet", "by-small-convnet", "fused", "RegNetY-4GF 80.0 → 82.7"),
+        ("convnet", "token", "fused", "RegNetY-8GF 81.7 → 82.7"),
+        ("large convnet", "by-large-convnet", "fused", "RegNetY-16GF 82.9 → 83.1"),
+        ("transformer", "by-transformer", "fused", "DeiT-B 81.8 → 81.9"),
+        ("the same, three times the epochs", "by-long-transformer", "fused", ""),
+    ]
+    rows = with_teachers(found, compared(found, "token", kinds), kinds, 1)
+    head = "teacher | its top-1 % | n | student, both heads | against the convnet's | paper"
+    return markdown(head, rows)
+
+
+def tokens(found: Found) -> str:
+    """Return how alike the two tokens are, and what a second class token is worth."""
+    kinds = [
+        ("distillation token", "token", "0.06, then 0.93"),
+        ("two class tokens, same target", "two-class-tokens", "0.999"),
+        ("distillation token, weight decay 3", "token-decayed", ""),
+        ("two class tokens, weight decay 3", "two-class-tokens-decayed", ""),
+    ]
+    rows = [
+        [
+            name,
+            found.n(arm, "learned_cosine"),
+            found.cell(arm, "learned_cosine", 3),
+            *(spread([c[i] for c in found.seeds(arm, "cosines").values()], 3) for i in (0, -1)),
+            found.difference(arm, "fused", "none", "fused"),
+            paper,
+        ]
+        for name, arm, paper in kinds
+    ]
+    head = "tokens | n | cosine as learned | at the input, with positions | after the last block | "
+    return markdown(f"{head}top-1 against one token | paper: cosine", rows)
+
+
+def table4(found: Found) -> str:
+    """Return the share of images on which two classifiers differ."""
+    runs = list(found.all.get("arms", {}).get("token", {"seeds": {}})["seeds"].values())
+    names = {
+        "truth": "labels",
+        "convnet": "convnet",
+        "none": "DeiT",
+        "cls": "class head",
+        "dist": "distillation head",
+        "fused": "both",
+    }
+    shares = [run["disagreement"] for run in runs]
+    every = range(len(names))
+    rows = [
+        [name, *(spread([s[i][j] for s in shares], 3) if i != j else "0" for j in every)]
+        for i, name in enumerate(names.values())
+    ]
+    return markdown(" | ".join(["", *names.values()]), rows) + f"\n\nn = {len(runs)} seeds."
+
+
+def table8(found: Found) -> str:
+    """Return the recipe without each of its parts."""
+    kinds = [
+        ("DeiT's recipe", "none", "fused", "81.8"),
+        ("SGD, weight decay as for AdamW", "sgd", "fused", ""),
+        ("SGD, weight decay 5e-5", "sgd-little-decay", "fused", "74.5"),
+        ("no RandAugment", "no-randaugment", "fused", "79.6"),
+        ("no mixup", "no-mixup", "fused", "78.7"),
+        ("no cutmix", "no-cutmix", "fused", "80.0"),
+        ("neither mixup nor cutmix", "no-mixup-no-cutmix", "fused", "75.8"),
+        ("no erasing", "no-erasing", "fused", "4.3"),
+        ("no stochastic depth", "no-stochastic-depth", "fused", "3.4"),
+        ("no repeated augmentation", "no-repeated-augmentation", "fused", "76.5"),
+        ("with dropout", "dropout", "fused", "81.3"),
+        ("moving average", "none", "ema.fused", "81.9"),
+    ]
+    rows = compared(found, "none", kinds)
+    return markdown("recipe | n | top-1 % | against the recipe | paper: DeiT-B", rows)
+
+
+def table10(found: Found) -> str:
+    """Return what a higher resolution adds."""
+    kinds = [
+        ("32 pixels", "token", "fused", "81.8; distilled 83.4"),
+        ("and on at 32, with the teacher", "token-on-at-32", "fused", ""),
+        ("and on at 48, labels alone", "token-48-labels", "fused", "at 384: 83.1"),
+        ("and on at 48, with the teacher", "token-48-teacher", "fused", "at 384: 84.5"),
+        ("the same, the teacher at 32", "token-48-teacher-32", "fused", ""),
+    ]
+    rows = with_teachers(found, compared(found, "token", kinds), kinds, 4)
+    head = "training | n | both heads, top-1 % | against 32 pixels | its teacher's top-1 %"
+    return markdown(f"{head} | paper: DeiT-B", rows)
+
+
+def figure3(found: Found) -> str:
+    """Return what three times the epochs add."""
+    rows = [
+        [
+            name,
+            found.n(arm, "fused"),
+            found.cell(arm, "fused"),
+            found.n(f"{arm}-3x", "fused"),
+            found.cell(f"{arm}-3x", "fused"),
+            found.difference(f"{arm}-3x", "fused", arm, "fused"),
+            paper,
+        ]
+        for name, arm, paper in (
+            ("no teacher", "none", "saturates after 400 epochs"),
+            ("distillation token", "token", "83.4 → 84.2 (300 → 1000 epochs)"),
+        )
+    ]
+    return markdown("training | n | epochs as above | n | three times | gain | paper: DeiT-B", rows)
+
+
+def table7(found: Found) -> str:
+    """Return what starting from clothes is worth on digits."""
+    starts = (("from scratch", "scratch"), ("from DeiT", "from-none"), ("distilled", "from-token"))
+    rows = [
+        [
+            str(count),
+            found.n(f"digits-{count}-scratch", "fused"),
+            *(found.cell(f"digits-{count}-{start}", "fused") for _, start in starts),
+            found.difference(
+                f"digits-{count}-from-none", "fused", f"digits-{count}-scratch", "fused"
+            ),
+        ]
+        for count in (100, 400, 1438)
+    ]
+    head = "digits to train on | n | from scratch | from DeiT on clothes | from the distilled one"
+    return markdown(f"{head} | gain", rows)
+
+
+def power() -> str:
+    """Return how many seeds half a point needs, by the runs that were there before."""
+    lengths = json.loads((RESULTS / "power.json").read_text())
+    rows = [
+        [
+            length,
+            str(len(of["pairs"])),
+            f"{of['deviation']:.2f} ({of['interval'][0]:.2f} to {of['interval'][1]:.2f})",
+            str(of["seeds_for_half_a_point"]),
+            *(f"{of[f'found_with_{n}_seeds']:.2f}" for n in (5, 8)),
+        ]
+        for length, of in lengths.items()
+    ]
+    head = "training | pairs of rows | deviation of a difference | seeds for 0.5 points"
+    return markdown(f"{head} | 5 seeds find | 8 seeds find", rows)
+
+
+def claim(found: Found) -> str:
+    """Return what was computed before, the three students at 60 epochs, and their differences."""
+    kinds = [
+        ("no teacher", "none-3x", "fused", "81.8"),
+        ("hard, class token", "hard-3x", "fused", "83.0"),
+        ("token: class head", "token-3x", "cls", "83.0"),
+        ("token: distillation head", "token-3x", "dist", "83.1"),
+        ("token: both heads", "token-3x", "fused", "83.4"),
+    ]
+    rows = compared(found, "none-3x", kinds)
+    first = markdown("60 epochs | n | top-1 % | against no teacher | paper: DeiT-B", rows)
+    rows = []
+    for name, own, base, paper in figures.COMPARISONS:
+        pairs = found.pairs(*own, *base)
+        rows.append([name, str(len(pairs)), interval(pairs), f"{paper:+.1f}"])
+    second = markdown("runs of the same seed | n | difference | paper", rows)
+    return "\n\n".join((power(), first, second))
+
+
+def matched(found: Found) -> str:
+    """Return what teachers of two kinds and the same accuracy make of students."""
+    kinds = [
+        ("convnet", "by-matched-convnet-3x", "fused", "RegNetY-4GF 80.0 → 82.7"),
+        ("transformer", "by-long-transformer-3x", "fused", "DeiT-B 81.8 → 81.9"),
+    ]
+    rows = with_teachers(found, compared(found, kinds[0][1], kinds), kinds, 1)
+    head = "teacher | its top-1 % | n | student of 60 epochs, both heads | against the convnet's"
+    pair = ("transformer's - convnet's", kinds[1][1], kinds[0][1])
+    second = markdown(f"runs of the same seed | n | {HEADS}", by_heads(found, pair))
+    return markdown(f"{head} | paper", rows) + "\n\n" + second
+
+
+def by_heads(found: Found, *compared) -> list[list[str]]:
+    """Return rows of the pairs of (name, arm, base): their number, each head's difference."""
+    heads = ("cls", "dist", "fused", "ema.fused")
+    rows = []
+    for name, own, base in compared:
+        pairs = [found.pairs(own, head, base, head) for head in heads]
+        rows.append([name, str(len(pairs[0])), *map(interval, pairs)])
+    return rows
+
+
+def frameworks(found: Found) -> str:
+    """Return what either framework makes of the recipe, with crops of random size and shape."""
+    heads = ("cls", "dist", "fused", "ema.fused")
+    arms = {
+        "ours, JAX": "recipe-ours",
+        "timm, in our order": "recipe-timm-our-order",
+        "timm, all in its one order": "recipe-timm",
+        "ours, both tokens as timm's": "recipe-ours-timms-tokens",
+        "ours, class token near 0": "recipe-ours-timms-class-token",
+    }
+    rows = []
+    for name, arm in arms.items():
+        cosines = list(found.seeds(arm, "input_cosine").values())
+        opposed = f"{sum(cosine < OPPOSED for cosine in cosines)} of {len(cosines)}"
+        rows.append([name, found.n(arm, "fused"), *(found.cell(arm, h) for h in heads), opposed])
+    first = markdown(f"20 epochs, random crops | n | {HEADS} | opposed tokens", rows)
+    ours, same, other, tokens, start = arms.values()
+    rows = by_heads(
+        found,
+        ("ours - timm in our order", ours, same),
+        ("both tokens as timm's - ours", tokens, ours),
+        ("both tokens as timm's - timm in our order", tokens, same),
+        ("class token near 0 - ours", start, ours),
+    )
+    for name, arm in (("in our order", same), ("in its one order", other)):
+        values = [[list(found.seeds(a, h).values()) for a in (ours, arm)] for h in heads]
+        n = " and ".join(str(len(of)) for of in values[0])
+        rows.append([f"ours - timm {name}, not paired", n, *(joint(*both) for both in values)])
+    return first + "\n\n" + markdown(f"runs of the same seed | n | {HEADS}", rows)
+
+
+def lengths(found: Found) -> str:
+    """Return hard distillation and the token after trainings of several lengths."""
+    rows = []
+    for times in figures.lengths_of(found):
+        token, hard = f"token-{times:g}x", f"hard-{times:g}x"
+        cells = [(hard, "fused"), (token, "cls"), (token, "dist"), (token, "fused")]
+        rows.append(
+            [
+                f"{times * found.all['scale']['epochs']:g}",
+                str(len(found.pairs(token, "fused", hard, "fused"))),
+                *(found.cell(arm, head) for arm, head in cells),
+                found.difference(token, "fused", hard, "fused"),
+                found.difference(token, "dist", token, "cls"),
+            ]
+        )
+    head = "epochs | n | hard, class token | token: class head | distillation head | both"
+    return markdown(f"{head} | both against hard | distillation against class head", rows)
+
+
+def tape(found: Found) -> str:
+    """Return whether a tape gives the same weights, and how fast."""
+    live = found.seeds("token", "weights")
+    rows = []
+    for name, arm in (
+        ("live teacher", "token"),
+        ("recording", "token-recorded"),
+        ("replayed, no teacher", "token-replayed"),
+    ):
+        own = found.seeds(arm, "weights")
+        same = sum(own[s] == live[s] for s in own if s in live)
+        said = f"{same} of {len(own)} seeds" if own and arm != "token" else ""
+        rate = found.cell(arm, "images_per_second", 0)
+        rows.append([name, found.n(arm, "weights"), said, rate])
+    return markdown("teacher | n | same weights as live, every bit | images/s", rows)
+
+
+def foreign(found: Found) -> str:
+    """Return what a teacher of timm and PyTorch makes of the student."""
+    kinds = [
+        ("no teacher", "none", "fused", ""),
+        ("its decisions, through the token", "token-of-resnet18", "fused", ""),
+        ("and its features", "token-and-features-of-resnet18", "fused", ""),
+        ("its features alone", "features-of-resnet18", "fused", ""),
+    ]
+    rows = [row[:4] for row in compared(found, "none", kinds)]
+    rows = with_teachers(found, rows, kinds, 1)
+    head = "what is learned | its teacher's top-1 % | n | student, both heads | against no teacher"
+    return markdown(head, rows)
+
+
+SECTIONS = (
+    ("claim", "A token, or hard distillation alone? (table 3, with power)", claim),
+    ("lengths", "The token, by the length of the training (figure 3)", lengths),
+    ("matched", "Convnet or transformer, of the same accuracy (table 2, with power)", matched),
+    ("frameworks", "One recipe in two frameworks (not in the paper)", frameworks),
+    ("table3", "Distillation (table 3)", table3),
+    ("table2", "Teachers (table 2)", table2),
+    ("tokens", "The two tokens (section 5.2)", tokens),
+    ("table4", "Who disagrees with whom (table 4)", table4),
+    ("table8", "The recipe, part by part (table 8)", table8),
+    ("table10", "A higher resolution (tables 3 and 10)", table10),
+    ("figure3", "Longer training (figure 3)", figure3),
+    ("table7", "Transfer (table 7)", table7),
+    ("tape", "Label tape (not in the paper)", tape),
+    ("foreign", "A teacher of another framework (not in the paper)", foreign),
+)
