@@ -21,6 +21,7 @@ from tests.test_sources import open_data
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "benchmarks" / "evidence"
+TOKENS = ("cls_token", "dist_token")
 
 
 @pytest.fixture
@@ -208,6 +209,30 @@ def test_timm_meets_the_images_in_our_order(timm_side, recipe):
     assert len(np.unique(np.stack(theirs))) == 10
     for step, labels in enumerate(theirs):
         np.testing.assert_array_equal(batches(step)["label"], labels)
+
+
+@pytest.mark.slow
+def test_ours_starts_and_decays_its_tokens_as_timm_does(timm_side, recipe, evidence):
+    config, dataset, _ = recipe
+    frameworks = evidence("frameworks")
+    config.teacher.weights = "given"
+    theirs = timm_side.Training(config, dataset, timm_side.torch.nn.Identity())
+    undecayed = {id(p) for p in theirs.optimizer.param_groups[0]["params"]}
+
+    def start():
+        ours = resolve(config, 10, len(dataset.train), whole=True)
+        params = ours.new_state().params
+        mask = frameworks.optimizer.decay_mask(params)
+        return {name: (float(params[name].std()), mask[name]) for name in TOKENS}
+
+    with frameworks.PARTS["recipe-ours-timms-tokens"]():
+        as_timm = start()
+    for name, (deviation, decayed) in as_timm.items():
+        value = getattr(theirs.model, name)
+        assert deviation == pytest.approx(value.std().item(), rel=0.7)
+        assert decayed == (id(value) not in undecayed)
+    assert start()["cls_token"][0] == pytest.approx(0.02, rel=0.7)
+    assert start()["dist_token"][1]
 
 
 @pytest.mark.slow

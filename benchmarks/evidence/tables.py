@@ -269,10 +269,14 @@ def frameworks(found: Found) -> str:
         ("both tokens as timm's - timm in our order", tokens, same),
         ("class token near 0 - ours", start, ours),
     )
-    for name, arm in (("in our order", same), ("in its one order", other)):
-        values = [[list(found.seeds(a, h).values()) for a in (ours, arm)] for h in heads]
+    for name, *both in (
+        ("ours - timm in our order", ours, same),
+        ("ours - timm in its one order", ours, other),
+        ("timm in our order - in its one order", same, other),
+    ):
+        values = [[list(found.seeds(arm, h).values()) for arm in both] for h in heads]
         n = " and ".join(str(len(of)) for of in values[0])
-        rows.append([f"ours - timm {name}, not paired", n, *(joint(*both) for both in values)])
+        rows.append([f"{name}, not paired", n, *(joint(*each) for each in values)])
     return first + "\n\n" + markdown(f"runs of the same seed | n | {HEADS}", rows)
 
 
