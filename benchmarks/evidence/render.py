@@ -2,8 +2,8 @@
 
     python benchmarks/evidence/render.py --scale=cpu
 
-Replaces what stands between `<!-- evidence -->` and `<!-- /evidence -->` in docs/results.md, and
-the pictures in docs/figures/.
+Replaces what stands between `<!-- evidence -->` and `<!-- /evidence -->` in docs/results.md, the
+same of `measured` in README.md, and the pictures in docs/figures/.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import figures
 from found import RESULTS, ROOT, Found
-from tables import SECTIONS
+from tables import SECTIONS, short
 
 
 def section(table: str, title: str, draw, scale: str) -> str:
@@ -55,6 +55,7 @@ def main() -> None:
     figures.draw({name: Found(name, scale) for name, _, _ in SECTIONS}, ROOT / "docs" / "figures")
     text = "\n".join(section(*which, scale) for which in SECTIONS)
     put(ROOT / "docs" / "results.md", "evidence", text)
+    put(ROOT / "README.md", "measured", short(scale))
 
 
 if __name__ == "__main__":

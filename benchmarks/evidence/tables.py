@@ -235,6 +235,36 @@ def matched(found: Found) -> str:
     return markdown(f"{head} | paper", rows) + "\n\n" + second
 
 
+def short(scale: str) -> str:
+    """Return README's table: the main differences, of both heads where there are two."""
+    compared = (
+        ("hard distillation against none", "60", "claim", "hard-3x", "none-3x", "+1.2"),
+        ("a token for it against the class token", "60", "claim", "token-3x", "hard-3x", "+0.4"),
+        (
+            "a transformer for a teacher against a convnet as good as it",
+            "60",
+            "matched",
+            "by-long-transformer-3x",
+            "by-matched-convnet-3x",
+            "-0.8",
+        ),
+        (
+            "the recipe of deit_jax against timm's",
+            "20",
+            "frameworks",
+            "recipe-ours",
+            "recipe-timm-our-order",
+            "",
+        ),
+    )
+    rows = []
+    for name, epochs, table, own, base, paper in compared:
+        pairs = Found(table, scale).pairs(own, "fused", base, "fused")
+        rows.append([name, epochs, str(len(pairs)), interval(pairs), paper])
+    head = "[small, on Fashion-MNIST](docs/results.md#the-papers-claims-on-clothes) | epochs | n"
+    return markdown(f"{head} | points of top-1, 95 % interval | paper", rows)
+
+
 def by_heads(found: Found, *compared) -> list[list[str]]:
     """Return rows of the pairs of (name, arm, base): their number, each head's difference."""
     heads = ("cls", "dist", "fused", "ema.fused")
