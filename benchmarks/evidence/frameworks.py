@@ -3,7 +3,8 @@
     python benchmarks/evidence/frameworks.py --scale=cpu
 
 The same images, the same teacher's weights, the same model; crops of random size and shape as the
-paper has them. Nothing else is shared: see timm_side.py. It needs torch and timm (as `make test`).
+paper has them. Nothing else is shared, but for the order of the images in one row: see
+timm_side.py. Other rows are ours with its tokens as timm has them. It needs torch and timm (as `make test`).
 """
 
 import contextlib
@@ -50,11 +51,7 @@ CROPS = {"augment.crop": "random_resized"}
 OURS = Arm("recipe-ours", TOKEN.changes | CROPS, TOKEN.teacher)
 TIMM = Arm("recipe-timm", TOKEN.changes | CROPS, TOKEN.teacher)
 TIMM_IN_OUR_ORDER = Arm("recipe-timm-our-order", TOKEN.changes | CROPS, TOKEN.teacher)
-
-
 AS_TIMM = Arm("recipe-ours-timms-tokens", TOKEN.changes | CROPS, TOKEN.teacher)
-
-
 CLASS_TOKEN = Arm("recipe-ours-timms-class-token", TOKEN.changes | CROPS, TOKEN.teacher)
 
 

@@ -298,6 +298,7 @@ def frameworks(found: Found) -> str:
         ("both tokens as timm's - ours", tokens, ours),
         ("both tokens as timm's - timm in our order", tokens, same),
         ("class token near 0 - ours", start, ours),
+        ("both tokens as timm's - class token near 0", tokens, start),
     )
     for name, *both in (
         ("ours - timm in our order", ours, same),
