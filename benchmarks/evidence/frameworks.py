@@ -4,7 +4,8 @@
 
 The same images, the same teacher's weights, the same model; crops of random size and shape as the
 paper has them. Nothing else is shared, but for the order of the images in one row: see
-timm_side.py. Other rows are ours with its tokens as timm has them. It needs torch and timm (as `make test`).
+timm_side.py. Other rows are ours with its tokens as timm has them. It needs torch and timm (as
+`make test`).
 """
 
 import contextlib
