@@ -49,10 +49,11 @@ class Found:
         """Return devices, versions and dates of the runs."""
         every = [v for arm in self.all["arms"].values() for v in arm["seeds"].values()]
         names = ("jax", "torch", "timm")
-        kinds = {
-            f"{v['device']}, {', '.join(f'{k} {v[k]}' for k in names if k in v)}, {v['date']}"
-            for v in every
-        }
+        dates: dict[str, set[str]] = {}
+        for v in every:
+            kind = f"{v['device']}, {', '.join(f'{k} {v[k]}' for k in names if k in v)}"
+            dates.setdefault(kind, set()).add(v["date"])
+        kinds = (f"{kind}, {' and '.join(sorted(dates[kind]))}" for kind in dates)
         return "; ".join(sorted(kinds))
 
 
