@@ -111,7 +111,23 @@ def table4(found: Found) -> str:
         [name, *(spread([s[i][j] for s in shares], 3) if i != j else "0" for j in every)]
         for i, name in enumerate(names.values())
     ]
-    return markdown(" | ".join(["", *names.values()]), rows) + f"\n\nn = {len(runs)} seeds."
+    first = markdown(" | ".join(["", *names.values()]), rows)
+    compared = (
+        (
+            "with the convnet: class head's - distillation head's",
+            ("cls", "convnet"),
+            ("dist", "convnet"),
+        ),
+        ("with the convnet: DeiT's - class head's", ("none", "convnet"), ("cls", "convnet")),
+        ("with DeiT: distillation head's - class head's", ("dist", "none"), ("cls", "none")),
+    )
+    at = {name: i for i, name in enumerate(names)}
+    rows = []
+    for name, *pairs in compared:
+        ours, base = ([100 * s[at[a]][at[b]] for s in shares] for a, b in pairs)
+        points = [x - y for x, y in zip(ours, base, strict=True)]
+        rows.append([name, str(len(points)), interval(points)])
+    return first + "\n\n" + markdown("disagreement, of the same seed | n | points", rows)
 
 
 def table8(found: Found) -> str:
