@@ -4,42 +4,10 @@ import json
 
 import figures
 from found import RESULTS, Found, interval, joint, markdown, spread
+from rows import by_heads, compared, with_teachers
 
 HEADS = "class head | distillation head | both | their moving average"
 OPPOSED = -0.5  # two tokens of a smaller cosine point away from each other
-
-
-def compared(found: Found, base: str, kinds) -> list[list[str]]:
-    """Return rows: name, n, top-1, difference to the base's runs with its interval, the paper's.
-
-    `kinds` are (name, arm, head, paper's).
-    """
-    return [
-        [
-            name,
-            found.n(arm, head),
-            found.cell(arm, head),
-            found.difference(arm, head, base, "fused") if (arm, head) != (base, "fused") else "",
-            paper,
-        ]
-        for name, arm, head, paper in kinds
-    ]
-
-
-def taught(found: Found, arm: str) -> str:
-    """Return the top-1 of an arm's teacher, of each where it was trained anew; "" without one."""
-    values = sorted(set(found.seeds(arm, "teacher").values()))
-    if not values:
-        return "" if found.seeds(arm, "fused") else "owed"
-    return " and ".join(f"{value:.2f}" for value in values)
-
-
-def with_teachers(found: Found, rows: list[list[str]], kinds, column: int) -> list[list[str]]:
-    """Return rows with the top-1 of each one's teacher in a column."""
-    return [
-        [*row[:column], taught(found, arm), *row[column:]]
-        for row, (_, arm, _, _) in zip(rows, kinds, strict=True)
-    ]
 
 
 def table3(found: Found) -> str:
@@ -68,7 +36,11 @@ def table2(found: Found) -> str:
     ]
     rows = with_teachers(found, compared(found, "token", kinds), kinds, 1)
     head = "teacher | its top-1 % | n | student, both heads | against the convnet's | paper"
-    return markdown(head, rows)
+    pairs = found.pairs("by-long-transformer", "fused", "by-small-convnet", "fused")
+    rows_alike = [
+        ["transformer's, long-trained - small convnet's", str(len(pairs)), interval(pairs)]
+    ]
+    return "\n\n".join((markdown(head, rows), markdown("students | n | difference", rows_alike)))
 
 
 def tokens(found: Found) -> str:
@@ -112,7 +84,7 @@ def table4(found: Found) -> str:
         for i, name in enumerate(names.values())
     ]
     first = markdown(" | ".join(["", *names.values()]), rows)
-    compared = (
+    kinds = (
         (
             "with the convnet: class head's - distillation head's",
             ("cls", "convnet"),
@@ -123,7 +95,7 @@ def table4(found: Found) -> str:
     )
     at = {name: i for i, name in enumerate(names)}
     rows = []
-    for name, *pairs in compared:
+    for name, *pairs in kinds:
         ours, base = ([100 * s[at[a]][at[b]] for s in shares] for a, b in pairs)
         points = [x - y for x, y in zip(ours, base, strict=True)]
         rows.append([name, str(len(points)), interval(points)])
@@ -161,7 +133,13 @@ def table10(found: Found) -> str:
     ]
     rows = with_teachers(found, compared(found, "token", kinds), kinds, 4)
     head = "training | n | both heads, top-1 % | against 32 pixels | its teacher's top-1 %"
-    return markdown(f"{head} | paper: DeiT-B", rows)
+    first = markdown(f"{head} | paper: DeiT-B", rows)
+    base = "token-on-at-32"
+    rows = [
+        [name, found.n(arm, "fused"), found.difference(arm, "fused", base, "fused")]
+        for name, arm, *_ in kinds[2:]
+    ]
+    return first + "\n\n" + markdown("training | n | against going on at 32", rows)
 
 
 def figure3(found: Found) -> str:
@@ -181,7 +159,12 @@ def figure3(found: Found) -> str:
             ("distillation token", "token", "83.4 → 84.2 (300 → 1000 epochs)"),
         )
     ]
-    return markdown("training | n | epochs as above | n | three times | gain | paper: DeiT-B", rows)
+    head = "training | n | epochs as above | n | three times | gain | paper: DeiT-B"
+    ahead = [found.pairs(f"token{x}", "fused", f"none{x}", "fused") for x in ("", "-3x")]
+    loss = [after - before for before, after in zip(*ahead, strict=False)]
+    rows_ahead = [["token - no teacher", str(len(loss)), *map(interval, (*ahead, loss))]]
+    second = "runs of the same seed | n | epochs as above | three times | change"
+    return markdown(head, rows) + "\n\n" + markdown(second, rows_ahead)
 
 
 def table7(found: Found) -> str:
@@ -192,14 +175,17 @@ def table7(found: Found) -> str:
             str(count),
             found.n(f"digits-{count}-scratch", "fused"),
             *(found.cell(f"digits-{count}-{start}", "fused") for _, start in starts),
-            found.difference(
-                f"digits-{count}-from-none", "fused", f"digits-{count}-scratch", "fused"
+            *(
+                found.difference(
+                    f"digits-{count}-{own}", "fused", f"digits-{count}-{base}", "fused"
+                )
+                for own, base in (("from-none", "scratch"), ("from-token", "from-none"))
             ),
         ]
         for count in (100, 400, 1438)
     ]
     head = "digits to train on | n | from scratch | from DeiT on clothes | from the distilled one"
-    return markdown(f"{head} | gain", rows)
+    return markdown(f"{head} | DeiT - scratch | distilled - DeiT", rows)
 
 
 def power() -> str:
@@ -253,7 +239,7 @@ def matched(found: Found) -> str:
 
 def short(scale: str) -> str:
     """Return README's table: the main differences, of both heads where there are two."""
-    compared = (
+    kinds = (
         ("hard distillation against none", "60", "claim", "hard-3x", "none-3x", "+1.2"),
         ("a token for it against the class token", "60", "claim", "token-3x", "hard-3x", "+0.4"),
         (
@@ -274,21 +260,11 @@ def short(scale: str) -> str:
         ),
     )
     rows = []
-    for name, epochs, table, own, base, paper in compared:
+    for name, epochs, table, own, base, paper in kinds:
         pairs = Found(table, scale).pairs(own, "fused", base, "fused")
         rows.append([name, epochs, str(len(pairs)), interval(pairs), paper])
     head = "[small, on Fashion-MNIST](docs/results.md#the-papers-claims-on-clothes) | epochs | n"
     return markdown(f"{head} | points of top-1, 95 % interval | paper", rows)
-
-
-def by_heads(found: Found, *compared) -> list[list[str]]:
-    """Return rows of the pairs of (name, arm, base): their number, each head's difference."""
-    heads = ("cls", "dist", "fused", "ema.fused")
-    rows = []
-    for name, own, base in compared:
-        pairs = [found.pairs(own, head, base, head) for head in heads]
-        rows.append([name, str(len(pairs[0])), *map(interval, pairs)])
-    return rows
 
 
 def frameworks(found: Found) -> str:

@@ -1,0 +1,46 @@
+"""Rows that several tables of docs/results.md have."""
+
+from found import Found, interval
+
+
+def compared(found: Found, base: str, kinds) -> list[list[str]]:
+    """Return rows: name, n, top-1, difference to the base's runs with its interval, the paper's.
+
+    `kinds` are (name, arm, head, paper's).
+    """
+    return [
+        [
+            name,
+            found.n(arm, head),
+            found.cell(arm, head),
+            found.difference(arm, head, base, "fused") if (arm, head) != (base, "fused") else "",
+            paper,
+        ]
+        for name, arm, head, paper in kinds
+    ]
+
+
+def taught(found: Found, arm: str) -> str:
+    """Return the top-1 of an arm's teacher, of each where it was trained anew; "" without one."""
+    values = sorted(set(found.seeds(arm, "teacher").values()))
+    if not values:
+        return "" if found.seeds(arm, "fused") else "owed"
+    return " and ".join(f"{value:.2f}" for value in values)
+
+
+def with_teachers(found: Found, rows: list[list[str]], kinds, column: int) -> list[list[str]]:
+    """Return rows with the top-1 of each one's teacher in a column."""
+    return [
+        [*row[:column], taught(found, arm), *row[column:]]
+        for row, (_, arm, _, _) in zip(rows, kinds, strict=True)
+    ]
+
+
+def by_heads(found: Found, *compared) -> list[list[str]]:
+    """Return rows of the pairs of (name, arm, base): their number, each head's difference."""
+    heads = ("cls", "dist", "fused", "ema.fused")
+    rows = []
+    for name, own, base in compared:
+        pairs = [found.pairs(own, head, base, head) for head in heads]
+        rows.append([name, str(len(pairs[0])), *map(interval, pairs)])
+    return rows
