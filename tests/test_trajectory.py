@@ -32,6 +32,8 @@ CASES = {
     "hard": ("deit_tiny_distilled_patch16_224", "hard", "batchmean"),
     "soft": ("deit_tiny_distilled_patch16_224", "soft", "batchmean"),
     "soft as the reference divides": ("deit_tiny_distilled_patch16_224", "soft", "numel"),
+    "hard, class token": ("deit_tiny_patch16_224", "hard", "batchmean"),
+    "soft, class token": ("deit_tiny_patch16_224", "soft", "batchmean"),
     "feature": ("deit_tiny_patch16_224", "feature", "batchmean"),
     "plain": ("deit_tiny_patch16_224", "none", "batchmean"),
     "DeiT III": ("deit3_small_patch16_224", "none", "batchmean"),
@@ -189,19 +191,44 @@ def token_task(student, teacher, c):
     )
 
 
-# timm's task for a kind of distillation: a function of student, teacher and our config.
-TASKS = {"hard": token_task, "soft": token_task, "feature": feature_task}
+def logit_task(student, teacher, c):
+    """Return timm's distillation through the class token, which is soft."""
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.task import LogitDistillationTask
+
+    return LogitDistillationTask(
+        student_model=student,
+        teacher_model=teacher,
+        criterion=SoftTargetCrossEntropy(),
+        task_loss_weight=1 - c.distill.alpha,
+        temperature=c.distill.tau,
+        verbose=False,
+    )
+
+
+# timm's task for a kind of distillation and whether there is a token for it: a function of
+# student, teacher and our config. Hard distillation through the class token is the paper's alone.
+TASKS = {
+    ("hard", True): token_task,
+    ("soft", True): token_task,
+    ("soft", False): logit_task,
+    ("feature", False): feature_task,
+}
 
 
 def make_task(student, c):
     """Return timm's task for a config with a torch teacher; None where timm has none."""
-    if c.distill.reduction != "batchmean" or c.distill.kind not in TASKS:
+    kind = (c.distill.kind, hasattr(student, "dist_token"))
+    if c.distill.reduction != "batchmean" or kind not in TASKS:
         return None
-    return TASKS[c.distill.kind](student, make_torch_teacher(), c).train()
+    return TASKS[kind](student, make_torch_teacher(), c).train()
 
 
 def reference_loss(torch, outputs, targets, taught, distill):
-    """Return the loss of losses.py and of SoftTargetCrossEntropy."""
+    """Return the loss of losses.py and of SoftTargetCrossEntropy.
+
+    Without a token the class head learns from the labels and the teacher: the paper's equation 3.
+    """
     functional = torch.nn.functional
 
     def base(logits):
@@ -209,7 +236,7 @@ def reference_loss(torch, outputs, targets, taught, distill):
 
     if distill.kind == "none":
         return base(outputs)
-    logits, logits_kd = outputs
+    logits, logits_kd = outputs if isinstance(outputs, tuple) else (outputs, outputs)
     if distill.kind == "hard":
         teacher_term = functional.cross_entropy(logits_kd, taught.argmax(dim=1))
     else:
@@ -296,7 +323,7 @@ def test_twenty_updates_are_the_references(case, timm, torch):
     name, kind, reduction = CASES[case]
     c, reference = make_config(kind, reduction), make_reference(name)
     task = make_task(reference, c)
-    assert (task is not None) == (case in ("hard", "soft", "feature"))
+    assert (task is not None) == (case in ("hard", "soft", "soft, class token", "feature"))
     data = make_data(task)
     if kind in ("hard", "soft") and task is not None:  # a teacher that says something of each image
         assert len(np.unique(data[2].argmax(-1))) > K // 2
