@@ -36,10 +36,14 @@ class Found:
         """Return mean ± standard error."""
         return spread(list(self.seeds(arm, key).values()), digits)
 
+    def gaps(self, arm: str, key: str, base: str, base_key: str) -> dict[str, float]:
+        """Return the differences of runs of the same seed, by seed."""
+        own, other = self.seeds(arm, key), self.seeds(base, base_key)
+        return {s: own[s] - other[s] for s in own if s in other}
+
     def pairs(self, arm: str, key: str, base: str, base_key: str) -> list[float]:
         """Return the differences of runs of the same seed."""
-        own, other = self.seeds(arm, key), self.seeds(base, base_key)
-        return [own[s] - other[s] for s in own if s in other]
+        return list(self.gaps(arm, key, base, base_key).values())
 
     def difference(self, arm: str, key: str, base: str, base_key: str, digits: int = 2) -> str:
         """Return the mean of the differences of runs of the same seed, and its interval."""

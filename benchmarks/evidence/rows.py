@@ -36,11 +36,11 @@ def with_teachers(found: Found, rows: list[list[str]], kinds, column: int) -> li
     ]
 
 
-def by_heads(found: Found, *compared) -> list[list[str]]:
+def by_heads(found: Found, *kinds) -> list[list[str]]:
     """Return rows of the pairs of (name, arm, base): their number, each head's difference."""
     heads = ("cls", "dist", "fused", "ema.fused")
     rows = []
-    for name, own, base in compared:
+    for name, own, base in kinds:
         pairs = [found.pairs(own, head, base, head) for head in heads]
         rows.append([name, str(len(pairs[0])), *map(interval, pairs)])
     return rows

@@ -22,7 +22,12 @@ def table3(found: Found) -> str:
     ]
     rows = compared(found, "none", kinds)
     head = "distillation | n | top-1 % | against no teacher | paper: DeiT-B on ImageNet"
-    return markdown(head, rows)
+    pairs = found.pairs("hard", "fused", "soft", "fused")
+    second = markdown(
+        "runs of the same seed | n | difference | paper",
+        [["hard - soft, class token", str(len(pairs)), interval(pairs), "+1.2"]],
+    )
+    return markdown(head, rows) + "\n\n" + second
 
 
 def table2(found: Found) -> str:
@@ -46,10 +51,10 @@ def table2(found: Found) -> str:
 def tokens(found: Found) -> str:
     """Return how alike the two tokens are, and what a second class token is worth."""
     kinds = [
-        ("distillation token", "token", "0.06, then 0.93"),
-        ("two class tokens, same target", "two-class-tokens", "0.999"),
-        ("distillation token, weight decay 3", "token-decayed", ""),
-        ("two class tokens, weight decay 3", "two-class-tokens-decayed", ""),
+        ("distillation token", "token", "", "0.06, then 0.93"),
+        ("two class tokens, same target", "two-class-tokens", "", "0.999"),
+        ("distillation token, weight decay 3", "token-decayed", "token", ""),
+        ("two class tokens, weight decay 3", "two-class-tokens-decayed", "two-class-tokens", ""),
     ]
     rows = [
         [
@@ -58,12 +63,14 @@ def tokens(found: Found) -> str:
             found.cell(arm, "learned_cosine", 3),
             *(spread([c[i] for c in found.seeds(arm, "cosines").values()], 3) for i in (0, -1)),
             found.difference(arm, "fused", "none", "fused"),
+            found.difference(arm, "fused", without, "fused") if without else "",
             paper,
         ]
-        for name, arm, paper in kinds
+        for name, arm, without, paper in kinds
     ]
     head = "tokens | n | cosine as learned | at the input, with positions | after the last block | "
-    return markdown(f"{head}top-1 against one token | paper: cosine", rows)
+    head += "top-1 against one token | against weight decay 0.05 | paper: cosine"
+    return markdown(head, rows)
 
 
 def table4(found: Found) -> str:
@@ -160,9 +167,11 @@ def figure3(found: Found) -> str:
         )
     ]
     head = "training | n | epochs as above | n | three times | gain | paper: DeiT-B"
-    ahead = [found.pairs(f"token{x}", "fused", f"none{x}", "fused") for x in ("", "-3x")]
-    loss = [after - before for before, after in zip(*ahead, strict=False)]
-    rows_ahead = [["token - no teacher", str(len(loss)), *map(interval, (*ahead, loss))]]
+    before, after = (found.gaps(f"token{x}", "fused", f"none{x}", "fused") for x in ("", "-3x"))
+    both = [seed for seed in before if seed in after]
+    changes = [after[seed] - before[seed] for seed in both]
+    ahead = ([gaps[seed] for seed in both] for gaps in (before, after))
+    rows_ahead = [["token - no teacher", str(len(both)), *map(interval, (*ahead, changes))]]
     second = "runs of the same seed | n | epochs as above | three times | change"
     return markdown(head, rows) + "\n\n" + markdown(second, rows_ahead)
 
