@@ -45,6 +45,7 @@ LIMITS = {
     "micro": 90,
     "attention": 100,
 }
+PATIENCE = 5  # times as long for --toy: limits are a GPU's, and a CPU may be old and busy
 STOPPED = "stopped after"
 LEARNT = 95.0  # per cent; what the quickstart's student reaches at least on a CPU, with room
 SHORTEST = 20  # seconds that a stage is started for
@@ -142,6 +143,7 @@ class Check:
     ):
         self.out, self.state, self.toy, self.retry = out, state, toy, retry
         self.work = state or out
+        self.limits = {name: seconds * (PATIENCE if toy else 1) for name, seconds in LIMITS.items()}
         self.end = time.monotonic() + seconds
         for folder in filter(None, (out, state)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +164,7 @@ class Check:
 
     def start(self, name: str, variables: dict) -> Job | None:
         """Start a stage; None if there is no time for it."""
-        limit = min(LIMITS.get(name, 1e6), self.left())
+        limit = min(self.limits.get(name, 1e6), self.left())
         if limit < SHORTEST:
             say(f"{name}: no time is left; the same command goes on from here")
             return None
@@ -194,7 +196,7 @@ class Check:
     def ended(self, job: Job, found: dict) -> None:
         """Write down what a stage found, but for one that had less time than it may have."""
         say(f"{job.name}: exit {found['exit']}, {found['seconds']} s")
-        short = str(found["exit"]).startswith(STOPPED) and job.limit < LIMITS.get(job.name, 0)
+        short = str(found["exit"]).startswith(STOPPED) and job.limit < self.limits.get(job.name, 0)
         if short:
             say(f"{job.name}: it had too little time; the same command goes on from here")
         else:

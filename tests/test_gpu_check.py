@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ def start(out: Path, *words, **variables):
 def done(tmp_path_factory):
     """Return the folder of a toy run of every stage, and what it printed."""
     out, state = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("state")
-    run = start(out, "--toy", STATE=str(state))
+    run = start(out, "--toy", STATE=str(state), T="3000")
     assert run.returncode == 0, run.stdout + run.stderr
     return out, state, run.stdout
 
@@ -62,7 +63,7 @@ def test_every_stage_tells_what_it_found(done):
 def test_what_is_done_is_not_done_again(done, tmp_path):
     _, state, _ = done
     before = json.loads((state / "gpu_check.json").read_text())
-    run = start(tmp_path / "again", "--toy", "--only=smoke,micro", STATE=str(state))
+    run = start(tmp_path / "again", "--toy", "--only=smoke,micro", STATE=str(state), T="600")
     assert run.returncode == 0, run.stderr
     assert "smoke: exit" not in run.stdout
     after = json.loads((tmp_path / "again/gpu_check.json").read_text())
@@ -86,8 +87,9 @@ def test_a_stage_has_its_limit_and_a_later_call_the_rest(tmp_path, monkeypatch):
     check = gpu_check.Check(tmp_path, None, 60)
     check.run(["smoke"], {})
     assert check.saved["smoke"]["exit"] == "stopped after 0 s"
-    short = gpu_check.Check(tmp_path, None, 5.2)
+    assert gpu_check.Check(tmp_path, None, 60, toy=True).limits["smoke"] == 1.5  # a CPU's
     monkeypatch.setattr(gpu_check, "LIMITS", {"quickstart": 0.4})
+    short = gpu_check.Check(tmp_path, None, 5.2)
     short.run(["quickstart"], {})  # stopped earlier than by its limit: not its fault
     assert "quickstart" not in short.saved
     assert gpu_check.wrong(check) == ["smoke: exit stopped after 0 s: "]
@@ -230,4 +232,5 @@ def test_triton_lends_its_libdevice_where_cuda_brings_none(tmp_path, monkeypatch
         path = tmp_path / "site/nvidia/cu13" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    importlib.invalidate_caches()  # a folder `nvidia` of PyTorch's may be known by now
     assert gpu_machine.cuda_root(tmp_path / "other") == ""
