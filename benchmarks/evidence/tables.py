@@ -358,8 +358,14 @@ def foreign(found: Found) -> str:
     ]
     rows = [row[:4] for row in compared(found, "none", kinds)]
     rows = with_teachers(found, rows, kinds, 1)
+    # The same teacher, whose decisions nobody asks for where its features alone are learned.
+    rows[-1][1] = rows[1][1]
     head = "what is learned | its teacher's top-1 % | n | student, both heads | against no teacher"
-    return markdown(head, rows)
+    second = []
+    for name, arm in (("decisions and features", "token-and-features"), ("features", "features")):
+        pairs = found.pairs(f"{arm}-of-resnet18", "fused", "token-of-resnet18", "fused")
+        second.append([f"{name} - decisions", str(len(pairs)), interval(pairs)])
+    return "\n\n".join((markdown(head, rows), markdown("students | n | difference", second)))
 
 
 SECTIONS = (
