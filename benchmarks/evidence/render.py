@@ -12,6 +12,7 @@ from pathlib import Path
 
 import figures
 from found import RESULTS, ROOT, Found
+from scales import SCALES
 from tables import SECTIONS, short
 
 
@@ -25,13 +26,15 @@ def section(table: str, title: str, draw, scale: str) -> str:
     paragraphs = found.all["expectation"].split("\n\n")
     expected = "\n\n".join(textwrap.fill(" ".join(p.split()), 118) for p in paragraphs)
     picture = figures.NAMES.get(table)
+    command, length = f"{table}.py --scale={scale}", found.all["scale"]["epochs"]
+    command += f" --epochs={length:g}" if length != SCALES[scale].epochs else ""
     parts = [
         f"### {title}",
         f"*Expected.* {expected}",
         draw(found),
         *([f"![{title}](figures/{picture})"] if picture else []),
         f"*Found.* {said}",
-        f"`python benchmarks/evidence/{table}.py --scale={scale}`; {found.conditions()}.",
+        f"`python benchmarks/evidence/{command}`; {found.conditions()}.",
     ]
     return "\n\n".join(parts) + "\n"
 

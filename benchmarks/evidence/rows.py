@@ -1,6 +1,6 @@
 """Rows that several tables of docs/results.md have."""
 
-from found import Found, interval
+from found import Found, interval, markdown
 
 
 def compared(found: Found, base: str, kinds) -> list[list[str]]:
@@ -44,3 +44,14 @@ def by_heads(found: Found, *kinds) -> list[list[str]]:
         pairs = [found.pairs(own, head, base, head) for head in heads]
         rows.append([name, str(len(pairs[0])), *map(interval, pairs)])
     return rows
+
+
+def paired(found: Found, *kinds) -> str:
+    """Return a table of the pairs of (name, (arm, head), (base, head), the paper's or nothing)."""
+    rows = []
+    for name, own, base, *paper in kinds:
+        pairs = found.pairs(*own, *base)
+        rows.append([name, str(len(pairs)), interval(pairs), *paper])
+    return markdown(
+        "runs of the same seed | n | difference" + " | paper" * (len(rows[0]) - 3), rows
+    )

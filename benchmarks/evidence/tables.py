@@ -4,7 +4,7 @@ import json
 
 import figures
 from found import RESULTS, Found, interval, joint, markdown, spread
-from rows import by_heads, compared, with_teachers
+from rows import by_heads, compared, paired, with_teachers
 
 HEADS = "class head | distillation head | both | their moving average"
 OPPOSED = -0.5  # two tokens of a smaller cosine point away from each other
@@ -22,10 +22,12 @@ def table3(found: Found) -> str:
     ]
     rows = compared(found, "none", kinds)
     head = "distillation | n | top-1 % | against no teacher | paper: DeiT-B on ImageNet"
-    pairs = found.pairs("hard", "fused", "soft", "fused")
-    second = markdown(
-        "runs of the same seed | n | difference | paper",
-        [["hard - soft, class token", str(len(pairs)), interval(pairs), "+1.2"]],
+    hard = ("hard", "fused")
+    second = paired(
+        found,
+        ("hard - soft, class token", hard, ("soft", "fused"), "+1.2"),
+        ("token, both heads - hard, class token", ("token", "fused"), hard, "+0.4"),
+        ("token: distillation head - class head", ("token", "dist"), ("token", "cls"), "+0.1"),
     )
     return markdown(head, rows) + "\n\n" + second
 
@@ -41,11 +43,9 @@ def table2(found: Found) -> str:
     ]
     rows = with_teachers(found, compared(found, "token", kinds), kinds, 1)
     head = "teacher | its top-1 % | n | student, both heads | against the convnet's | paper"
-    pairs = found.pairs("by-long-transformer", "fused", "by-small-convnet", "fused")
-    rows_alike = [
-        ["transformer's, long-trained - small convnet's", str(len(pairs)), interval(pairs)]
-    ]
-    return "\n\n".join((markdown(head, rows), markdown("students | n | difference", rows_alike)))
+    long, small = ("by-long-transformer", "fused"), ("by-small-convnet", "fused")
+    pair = ("long-trained transformer's - small convnet's", long, small)
+    return markdown(head, rows) + "\n\n" + paired(found, pair)
 
 
 def tokens(found: Found) -> str:
@@ -70,7 +70,13 @@ def tokens(found: Found) -> str:
     ]
     head = "tokens | n | cosine as learned | at the input, with positions | after the last block | "
     head += "top-1 against one token | against weight decay 0.05 | paper: cosine"
-    return markdown(head, rows)
+    second = []
+    for decay, x in (("0.05", ""), ("3", "-decayed")):
+        own, other = (found.seeds(f"{of}{x}", "cosines") for of in ("token", "two-class-tokens"))
+        gaps = [own[seed][-1] - other[seed][-1] for seed in own if seed in other]
+        second.append([f"weight decay {decay}", str(len(gaps)), interval(gaps, 3)])
+    columns = "cosine after the last block, same seed | n | distilled pair's - two class tokens'"
+    return markdown(head, rows) + "\n\n" + markdown(columns, second)
 
 
 def table4(found: Found) -> str:
@@ -92,21 +98,21 @@ def table4(found: Found) -> str:
     ]
     first = markdown(" | ".join(["", *names.values()]), rows)
     kinds = (
-        (
-            "with the convnet: class head's - distillation head's",
-            ("cls", "convnet"),
-            ("dist", "convnet"),
-        ),
-        ("with the convnet: DeiT's - class head's", ("none", "convnet"), ("cls", "convnet")),
-        ("with DeiT: distillation head's - class head's", ("dist", "none"), ("cls", "none")),
+        ("the convnet: class head's - distillation head's", "convnet", "cls", "dist"),
+        ("the convnet: DeiT's - class head's", "convnet", "none", "cls"),
+        ("DeiT: distillation head's - class head's", "none", "dist", "cls"),
+        ("DeiT: both heads' - class head's", "none", "fused", "cls"),
+        ("the labels: both heads' - distillation head's", "truth", "fused", "dist"),
     )
     at = {name: i for i, name in enumerate(names)}
     rows = []
-    for name, *pairs in kinds:
-        ours, base = ([100 * s[at[a]][at[b]] for s in shares] for a, b in pairs)
+    for name, whom, *pair in kinds:
+        ours, base = ([100 * s[at[whom]][at[head]] for s in shares] for head in pair)
         points = [x - y for x, y in zip(ours, base, strict=True)]
         rows.append([name, str(len(points)), interval(points)])
-    return first + "\n\n" + markdown("disagreement, of the same seed | n | points", rows)
+    return (
+        first + "\n\n" + markdown("disagreement of runs of the same seed with | n | points", rows)
+    )
 
 
 def table8(found: Found) -> str:
@@ -141,12 +147,16 @@ def table10(found: Found) -> str:
     rows = with_teachers(found, compared(found, "token", kinds), kinds, 4)
     head = "training | n | both heads, top-1 % | against 32 pixels | its teacher's top-1 %"
     first = markdown(f"{head} | paper: DeiT-B", rows)
-    base = "token-on-at-32"
-    rows = [
-        [name, found.n(arm, "fused"), found.difference(arm, "fused", base, "fused")]
-        for name, arm, *_ in kinds[2:]
-    ]
-    return first + "\n\n" + markdown("training | n | against going on at 32", rows)
+    on, labels, own, at_32 = ((arm, "fused") for _, arm, *_ in kinds[1:])
+    second = paired(
+        found,
+        ("on at 48, labels alone - on at 32", labels, on),
+        ("on at 48, with the teacher - on at 32", own, on),
+        ("the same, the teacher at 32 - on at 32", at_32, on),
+        ("on at 48: with the teacher - labels alone", own, labels),
+        ("on at 48: the teacher at 32 - at 48", at_32, own),
+    )
+    return first + "\n\n" + second
 
 
 def figure3(found: Found) -> str:
@@ -225,11 +235,7 @@ def claim(found: Found) -> str:
     ]
     rows = compared(found, "none-3x", kinds)
     first = markdown("60 epochs | n | top-1 % | against no teacher | paper: DeiT-B", rows)
-    rows = []
-    for name, own, base, paper in figures.COMPARISONS:
-        pairs = found.pairs(*own, *base)
-        rows.append([name, str(len(pairs)), interval(pairs), f"{paper:+.1f}"])
-    second = markdown("runs of the same seed | n | difference | paper", rows)
+    second = paired(found, *((*pair, f"{paper:+.1f}") for *pair, paper in figures.COMPARISONS))
     return "\n\n".join((power(), first, second))
 
 
@@ -252,7 +258,7 @@ def short(scale: str) -> str:
         ("hard distillation against none", "60", "claim", "hard-3x", "none-3x", "+1.2"),
         ("a token for it against the class token", "60", "claim", "token-3x", "hard-3x", "+0.4"),
         (
-            "a transformer for a teacher against a convnet as good as it",
+            "a transformer for a teacher against a convnet as good as it (paper: 1.8 worse)",
             "60",
             "matched",
             "by-long-transformer-3x",
@@ -324,11 +330,12 @@ def lengths(found: Found) -> str:
                 str(len(found.pairs(token, "fused", hard, "fused"))),
                 *(found.cell(arm, head) for arm, head in cells),
                 found.difference(token, "fused", hard, "fused"),
+                found.difference(token, "dist", hard, "fused"),
                 found.difference(token, "dist", token, "cls"),
             ]
         )
     head = "epochs | n | hard, class token | token: class head | distillation head | both"
-    return markdown(f"{head} | both against hard | distillation against class head", rows)
+    return markdown(f"{head} | both - hard | distillation - hard | distillation - class head", rows)
 
 
 def tape(found: Found) -> str:
@@ -360,12 +367,14 @@ def foreign(found: Found) -> str:
     rows = with_teachers(found, rows, kinds, 1)
     # The same teacher, whose decisions nobody asks for where its features alone are learned.
     rows[-1][1] = rows[1][1]
-    head = "what is learned | its teacher's top-1 % | n | student, both heads | against no teacher"
-    second = []
-    for name, arm in (("decisions and features", "token-and-features"), ("features", "features")):
-        pairs = found.pairs(f"{arm}-of-resnet18", "fused", "token-of-resnet18", "fused")
-        second.append([f"{name} - decisions", str(len(pairs)), interval(pairs)])
-    return "\n\n".join((markdown(head, rows), markdown("students | n | difference", second)))
+    head = "what is learned | its teacher's top-1 % | n | student | against no teacher"
+    token, both, features = ((arm, "fused") for _, arm, *_ in kinds[1:])
+    second = paired(
+        found,
+        ("decisions and features - decisions", both, token),
+        ("features - decisions", features, token),
+    )
+    return markdown(head, rows) + "\n\n" + second
 
 
 SECTIONS = (
