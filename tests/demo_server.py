@@ -14,9 +14,11 @@ import httpx
 
 QUICK = "--xla_backend_optimization_level=0"  # to compile
 ROOT = Path(__file__).parent.parent
-# Whatever it connects to is noted; what is not this machine is refused.
+# Whatever it connects to is noted; what is not this machine is refused. It hears SIGINT also where
+# the tests run behind a shell's `&`, which starts what it starts deaf to it.
 PROGRAM = """
-import socket, sys
+import signal, socket, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 connect = socket.socket.connect
 def noting(self, address):
     if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1"):
