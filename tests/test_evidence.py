@@ -332,4 +332,4 @@ def test_the_docs_hold_what_was_measured(evidence):
     render = evidence("render")
     text = "\n".join(render.section(*which, "cpu") for which in render.SECTIONS)
     assert text.strip() in (ROOT / "docs" / "results.md").read_text()
-    assert evidence("tables").short("cpu") in (ROOT / "README.md").read_text()
+    assert evidence("short").short("cpu") in (ROOT / "README.md").read_text()

@@ -13,7 +13,8 @@ from pathlib import Path
 import figures
 from found import RESULTS, ROOT, Found
 from scales import SCALES
-from tables import SECTIONS, short
+from short import short
+from tables import SECTIONS
 
 
 def section(table: str, title: str, draw, scale: str) -> str:

@@ -55,3 +55,13 @@ def paired(found: Found, *kinds) -> str:
     return markdown(
         "runs of the same seed | n | difference" + " | paper" * (len(rows[0]) - 3), rows
     )
+
+
+def before_after(before: dict[str, float], after: dict[str, float]) -> list[list[float]]:
+    """Return gaps of the seeds that both have: those before, those after, and their changes."""
+    both = [seed for seed in before if seed in after]
+    return [
+        [before[seed] for seed in both],
+        [after[seed] for seed in both],
+        [after[seed] - before[seed] for seed in both],
+    ]

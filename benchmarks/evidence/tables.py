@@ -4,7 +4,8 @@ import json
 
 import figures
 from found import RESULTS, Found, interval, joint, markdown, spread
-from rows import by_heads, compared, paired, with_teachers
+from power import study
+from rows import before_after, by_heads, compared, paired, with_teachers
 
 HEADS = "class head | distillation head | both | their moving average"
 OPPOSED = -0.5  # two tokens of a smaller cosine point away from each other
@@ -110,9 +111,8 @@ def table4(found: Found) -> str:
         ours, base = ([100 * s[at[whom]][at[head]] for s in shares] for head in pair)
         points = [x - y for x, y in zip(ours, base, strict=True)]
         rows.append([name, str(len(points)), interval(points)])
-    return (
-        first + "\n\n" + markdown("disagreement of runs of the same seed with | n | points", rows)
-    )
+    head = "disagreement of runs of the same seed with | n | points"
+    return first + "\n\n" + markdown(head, rows)
 
 
 def table8(found: Found) -> str:
@@ -132,7 +132,10 @@ def table8(found: Found) -> str:
         ("moving average", "none", "ema.fused", "81.9"),
     ]
     rows = compared(found, "none", kinds)
-    return markdown("recipe | n | top-1 % | against the recipe | paper: DeiT-B", rows)
+    first = markdown("recipe | n | top-1 % | against the recipe | paper: DeiT-B", rows)
+    parts = (("no-randaugment", "fused"), ("no-mixup-no-cutmix", "fused"))
+    pair = ("no RandAugment - neither mixup nor cutmix", *parts)
+    return first + "\n\n" + paired(found, pair)
 
 
 def table10(found: Found) -> str:
@@ -178,10 +181,8 @@ def figure3(found: Found) -> str:
     ]
     head = "training | n | epochs as above | n | three times | gain | paper: DeiT-B"
     before, after = (found.gaps(f"token{x}", "fused", f"none{x}", "fused") for x in ("", "-3x"))
-    both = [seed for seed in before if seed in after]
-    changes = [after[seed] - before[seed] for seed in both]
-    ahead = ([gaps[seed] for seed in both] for gaps in (before, after))
-    rows_ahead = [["token - no teacher", str(len(both)), *map(interval, (*ahead, changes))]]
+    ahead = before_after(before, after)
+    rows_ahead = [["token - no teacher", str(len(ahead[0])), *map(interval, ahead)]]
     second = "runs of the same seed | n | epochs as above | three times | change"
     return markdown(head, rows) + "\n\n" + markdown(second, rows_ahead)
 
@@ -204,12 +205,15 @@ def table7(found: Found) -> str:
         for count in (100, 400, 1438)
     ]
     head = "digits to train on | n | from scratch | from DeiT on clothes | from the distilled one"
-    return markdown(f"{head} | DeiT - scratch | distilled - DeiT", rows)
+    first = markdown(f"{head} | DeiT - scratch | distilled - DeiT", rows)
+    more, fewer = ((f"digits-{count}-scratch", "fused") for count in (1438, 400))
+    return first + "\n\n" + paired(found, ("from scratch: 1438 digits - 400", more, fewer))
 
 
 def power() -> str:
-    """Return how many seeds half a point needs, by the runs that were there before."""
+    """Return how many seeds half a point needs, by the runs before and by those of the claim."""
     lengths = json.loads((RESULTS / "power.json").read_text())
+    lengths["60 epochs, by the runs below"] = study([("claim", "token-3x", "hard-3x")])
     rows = [
         [
             length,
@@ -250,36 +254,6 @@ def matched(found: Found) -> str:
     pair = ("transformer's - convnet's", kinds[1][1], kinds[0][1])
     second = markdown(f"runs of the same seed | n | {HEADS}", by_heads(found, pair))
     return markdown(f"{head} | paper", rows) + "\n\n" + second
-
-
-def short(scale: str) -> str:
-    """Return README's table: the main differences, of both heads where there are two."""
-    kinds = (
-        ("hard distillation against none", "60", "claim", "hard-3x", "none-3x", "+1.2"),
-        ("a token for it against the class token", "60", "claim", "token-3x", "hard-3x", "+0.4"),
-        (
-            "a transformer for a teacher against a convnet as good as it (paper: 1.8 worse)",
-            "60",
-            "matched",
-            "by-long-transformer-3x",
-            "by-matched-convnet-3x",
-            "-0.8",
-        ),
-        (
-            "the recipe of deit_jax against timm's",
-            "20",
-            "frameworks",
-            "recipe-ours",
-            "recipe-timm-our-order",
-            "",
-        ),
-    )
-    rows = []
-    for name, epochs, table, own, base, paper in kinds:
-        pairs = Found(table, scale).pairs(own, "fused", base, "fused")
-        rows.append([name, epochs, str(len(pairs)), interval(pairs), paper])
-    head = "[small, on Fashion-MNIST](docs/results.md#the-papers-claims-on-clothes) | epochs | n"
-    return markdown(f"{head} | points of top-1, 95 % interval | paper", rows)
 
 
 def frameworks(found: Found) -> str:
@@ -335,7 +309,21 @@ def lengths(found: Found) -> str:
             ]
         )
     head = "epochs | n | hard, class token | token: class head | distillation head | both"
-    return markdown(f"{head} | both - hard | distillation - hard | distillation - class head", rows)
+    head += " | both - hard | distillation - hard | distillation - class head"
+    first, last = (figures.lengths_of(found)[i] for i in (0, -1))
+    changes = []
+    for name, of, base in (
+        ("both - hard", ("token", "fused"), ("hard", "fused")),
+        ("distillation - class head", ("token", "dist"), ("token", "cls")),
+    ):
+        short, long = (
+            found.gaps(f"{of[0]}-{x:g}x", of[1], f"{base[0]}-{x:g}x", base[1])
+            for x in (first, last)
+        )
+        *_, values = before_after(short, long)
+        changes.append([name, str(len(values)), interval(values)])
+    columns = "runs of the same seed | n | change from the shortest to the longest"
+    return markdown(head, rows) + "\n\n" + markdown(columns, changes)
 
 
 def tape(found: Found) -> str:
